@@ -1,0 +1,96 @@
+"""What a training plan says about privacy: the part that is signed and that a device's policy reads.
+
+Nothing here is derived: scale, ring sensitivity and noise variance follow from these figures, the model's
+dimension and the cohort (`protocol.dp.mechanism.derive_encoding`), the same on every machine.
+"""
+
+from __future__ import annotations
+
+import enum
+import re
+from typing import Annotated, Self
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+from protocol.ring import MAX_BITS, MIN_BITS
+
+
+class PrivacyMode(enum.StrEnum):
+    """Who adds the noise, and so whom a participant has to trust (`local` and `example` are to follow)."""
+
+    NONE = "none"
+    """Clipping only. Allowed only if the plan and the device's policy both say so."""
+    CENTRAL = "central"
+    """The aggregator adds the noise when it releases the sum: trust in the aggregator."""
+    DISTRIBUTED = "distributed"
+    """Each client adds its share before masking: nobody ever holds an un-noised sum."""
+
+
+class NoiseDistribution(enum.StrEnum):
+    """The integer noise. Sums of Skellam are Skellam: accounting for clients' shares needs no approximation."""
+
+    SKELLAM = "skellam"
+    DISCRETE_GAUSSIAN = "discrete_gaussian"
+
+
+_METRIC_NAME = re.compile(r"[a-z][a-z0-9_]{0,31}")
+
+
+def _check_name(name: str) -> str:
+    if _METRIC_NAME.fullmatch(name) is None:
+        raise ValueError(f"a metric name matches {_METRIC_NAME.pattern}, got {name!r}")
+    return name
+
+
+_FinitePositive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class MetricSlot(BaseModel):
+    """One bounded number (weight, loss, accuracy) that rides behind the update in the same vector.
+
+    A value is clipped to [-bound, bound] and scaled to [-share * C, share * C]. It is part of the
+    sensitivity: slots multiply it by sqrt(1 + sum of share^2). The noise on a released mean is near
+    bound * noise_multiplier / (share * survivors).
+    """
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+
+    name: Annotated[str, AfterValidator(_check_name)]
+    bound: _FinitePositive
+    """Largest magnitude, in the metric's own unit."""
+    share: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] = 0.1
+    """Which fraction of the clip norm the slot may use."""
+
+
+class PrivacyParameters(BaseModel):
+    """The privacy section of a training plan. Unit of privacy: the device."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+
+    mode: PrivacyMode
+    clip_norm: _FinitePositive
+    """C: L2 bound of one update, in the unit of the parameters."""
+    noise_multiplier: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    """z: standard deviation of the noise in the sum of the fewest accepted honest survivors, over the
+    integer sensitivity (rounding included, so that it is the multiplier that the accountant sees)."""
+    delta: Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
+    """The delta at which epsilon is stated."""
+    bits: Annotated[int, Field(ge=MIN_BITS, le=MAX_BITS)]
+    """b: width of the ring Z_{2^b}, which is what one coordinate costs on the wire."""
+    noise: NoiseDistribution = NoiseDistribution.SKELLAM
+    metric_slots: Annotated[tuple[MetricSlot, ...], Field(max_length=16)] = ()
+    rotation: bool = True
+    """Whether a randomised Hadamard transform spreads the update evenly before it is rounded."""
+    colluders: Annotated[int, Field(ge=0)] = 0
+    """How many survivors may tell the aggregator their own noise; the others' noise must suffice."""
+
+    @model_validator(mode="after")
+    def _mode_and_noise_agree(self) -> Self:
+        if self.mode is PrivacyMode.NONE and self.noise_multiplier != 0:
+            raise ValueError("mode none takes no noise: noise_multiplier must be 0")
+        if self.mode is not PrivacyMode.NONE and self.noise_multiplier == 0:
+            raise ValueError(f"mode {self.mode} needs a noise_multiplier above 0")
+        names = [slot.name for slot in self.metric_slots]
+        if len(set(names)) != len(names):
+            raise ValueError(f"metric names repeat: {names}")
+        return self
