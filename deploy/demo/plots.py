@@ -120,7 +120,7 @@ def confusion_plot(confusion: ConfusionMatrix) -> Plot:
     recall = ", ".join(f"{name} {shares[index][index]:.0%}" for index, name in enumerate(confusion.labels))
 
     def draw(width: Width) -> Figure:
-        figure, axes = _figure(width, 4.4, 3.9)
+        figure, axes = _figure(width, 4.6, 4.3)
         for row in range(size):
             for column in range(size):
                 share = shares[row][column]
@@ -141,7 +141,7 @@ def confusion_plot(confusion: ConfusionMatrix) -> Plot:
                         0.94,
                         0.94,
                         color=_COLOURS[role],
-                        alpha=share,
+                        alpha=_shade(share),
                         linewidth=0,
                     )
                 )
@@ -157,11 +157,12 @@ def confusion_plot(confusion: ConfusionMatrix) -> Plot:
                     )
         axes.set_xlim(-0.5, size - 0.5)
         axes.set_ylim(size - 0.5, -0.5)
-        crowded = width == "narrow" and max(map(len, confusion.labels)) > 4
-        axes.set_xticks(
-            range(size), confusion.labels, rotation=60 if crowded else 0, ha="right" if crowded else "center"
-        )
-        axes.set_yticks(range(size), confusion.labels)
+        labels = [label.replace(" ", "\n", 1) for label in confusion.labels]
+        if width == "narrow" and max(map(len, labels)) > 5:
+            axes.set_xticks(range(size), confusion.labels, rotation=50, ha="right", rotation_mode="anchor")
+        else:
+            axes.set_xticks(range(size), labels)
+        axes.set_yticks(range(size), labels)
         axes.tick_params(length=0)
         axes.spines[:].set_visible(False)
         axes.set_xlabel("answer of the model")
@@ -257,6 +258,11 @@ def _figure(width: Width, wide_height: float, narrow_height: float) -> tuple[Fig
     size = (8.6, wide_height) if width == "wide" else (4.2, narrow_height)
     figure = Figure(figsize=size, layout="constrained")
     return figure, figure.add_subplot()
+
+
+def _shade(share: float) -> float:
+    """Opacity of a cell; a gap at one half keeps every shade readable under either text colour."""
+    return 0.7 * share if share <= 0.5 else 0.85 + 0.15 * share
 
 
 def _spread(values: Sequence[float], gap: float) -> list[float]:

@@ -28,7 +28,15 @@ from deploy.demo.result import (
     PhaseSpan,
 )
 
-EXERCISES = ("PEN", "ABD", "FEL", "IR", "ER", "TRAP", "ROW")
+EXERCISES = (
+    "pendulum",
+    "abduction",
+    "forward elevation",
+    "internal rotation",
+    "external rotation",
+    "trapezius extension",
+    "upright row",
+)
 PHASES = {
     "AdvertiseKeys": 0.4,
     "ShareKeys": 0.3,
