@@ -27,7 +27,7 @@ class PrivacyMode(enum.StrEnum):
 
 
 class NoiseDistribution(enum.StrEnum):
-    """The integer noise. Sums of Skellam are Skellam: accounting for clients' shares needs no approximation."""
+    """The integer noise. Sums of Skellam are Skellam, so accounting for shares is exact."""
 
     SKELLAM = "skellam"
     DISCRETE_GAUSSIAN = "discrete_gaussian"

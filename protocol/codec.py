@@ -1,0 +1,91 @@
+"""Bytes <-> messages.
+
+A frame is the length of its header (4 bytes, little-endian), the header (the message as JSON) and the body
+(raw bytes, only with a chunk). Everything is bounded before it is parsed.
+"""
+
+from __future__ import annotations
+
+import zlib
+from typing import Annotated, Any
+
+from pydantic import Field, TypeAdapter, ValidationError
+
+from protocol.errors import MalformedMessage
+from protocol.messages import CHUNK_BYTES, BlobChunk, FromDevice, ToDevice
+
+MAX_HEADER_BYTES = 512 * 1024
+MAX_FRAME_BYTES = 4 + MAX_HEADER_BYTES + CHUNK_BYTES
+
+_FROM_DEVICE: TypeAdapter[FromDevice] = TypeAdapter(Annotated[FromDevice, Field(discriminator="type")])
+_TO_DEVICE: TypeAdapter[ToDevice] = TypeAdapter(Annotated[ToDevice, Field(discriminator="type")])
+
+
+def encode(message: FromDevice | ToDevice, body: bytes | memoryview = b"") -> bytes:
+    """Makes the frame of a message; only a chunk has a body."""
+    header = message.model_dump_json().encode()
+    if len(header) > MAX_HEADER_BYTES or len(body) > CHUNK_BYTES:
+        raise MalformedMessage(f"a {message.type} of {len(header)} + {len(body)} bytes is too large to send")
+    return b"".join((len(header).to_bytes(4, "little"), header, body))
+
+
+def decode_from_device(frame: bytes) -> tuple[FromDevice, memoryview]:
+    """Parses a frame that a device sent; returns the message and a view of its body.
+
+    Raises:
+        MalformedMessage: anything but exactly one well-formed message.
+    """
+    message, body = _decode(_FROM_DEVICE, frame)
+    return message, body
+
+
+def decode_to_device(frame: bytes) -> tuple[ToDevice, memoryview]:
+    """Parses a frame that the aggregator sent; returns the message and a view of its body.
+
+    Raises:
+        MalformedMessage: anything but exactly one well-formed message.
+    """
+    message, body = _decode(_TO_DEVICE, frame)
+    return message, body
+
+
+def _decode(schema: TypeAdapter[Any], frame: bytes) -> tuple[Any, memoryview]:
+    if len(frame) > MAX_FRAME_BYTES:
+        raise MalformedMessage(f"a frame of {len(frame)} bytes is over {MAX_FRAME_BYTES}")
+    if len(frame) < 4:
+        raise MalformedMessage("the frame ends within its length")
+    size = int.from_bytes(frame[:4], "little")
+    if size > MAX_HEADER_BYTES or 4 + size > len(frame):
+        raise MalformedMessage(f"a header of {size} bytes does not fit a frame of {len(frame)}")
+    try:
+        message = schema.validate_json(frame[4 : 4 + size])
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise MalformedMessage(f"{where or 'message'}: {first['msg']}") from error
+    body = memoryview(frame)[4 + size :]
+    if isinstance(message, BlobChunk):
+        _check_chunk(message, body)
+    elif len(body):
+        raise MalformedMessage(f"{len(body)} bytes after a {message.type}, which has no body")
+    return message, body
+
+
+def chunk_count(size: int) -> int:
+    """Chunks of a blob of `size` bytes."""
+    return -(-size // CHUNK_BYTES)
+
+
+def chunk_length(size: int, index: int) -> int:
+    """Bytes of the chunk at `index` of a blob of `size` bytes."""
+    return min(CHUNK_BYTES, size - index * CHUNK_BYTES)
+
+
+def _check_chunk(chunk: BlobChunk, body: memoryview) -> None:
+    if chunk.index >= chunk_count(chunk.blob.size):
+        raise MalformedMessage(f"chunk {chunk.index} is beyond the end of its blob")
+    expected = chunk_length(chunk.blob.size, chunk.index)
+    if len(body) != expected:
+        raise MalformedMessage(f"chunk {chunk.index} has {len(body)} bytes in place of {expected}")
+    if zlib.crc32(body) != chunk.crc32:
+        raise MalformedMessage(f"chunk {chunk.index} fails its checksum")

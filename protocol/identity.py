@@ -1,0 +1,221 @@
+"""Who is who: Ed25519 identities, certificates of the fleet CA, and signed documents.
+
+Certificates are X.509 (RFC 5280, Ed25519 by RFC 8410), so that the certificate that signs a round's keys is
+the one that opens the device's TLS session. Every signature covers a kind, so that none is valid for a
+document of another kind.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import hashlib
+from dataclasses import dataclass
+from typing import Annotated
+
+from cryptography import x509
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+from pydantic import Field, TypeAdapter, ValidationError
+
+from protocol.errors import BadSignature
+from protocol.fields import Bytes64, Schema, Sha256, Slug
+
+_SLUG: TypeAdapter[str] = TypeAdapter(Slug)
+
+
+def _signing_input(kind: str, payload: bytes) -> bytes:
+    label = kind.encode()
+    return b"covey/v1/signature/" + len(label).to_bytes(2, "big") + label + payload
+
+
+def key_id(public_key: Ed25519PublicKey) -> str:
+    """Names a public key: the SHA-256 of its 32 raw bytes, in hexadecimal."""
+    return hashlib.sha256(public_key.public_bytes_raw()).hexdigest()
+
+
+def sign(key: Ed25519PrivateKey, kind: str, payload: bytes) -> bytes:
+    """Signs `payload` as a document of `kind` (Ed25519, RFC 8032); returns 64 bytes."""
+    return key.sign(_signing_input(kind, payload))
+
+
+def verify(public_key: Ed25519PublicKey, kind: str, payload: bytes, signature: bytes) -> None:
+    """Checks a signature made by `sign`.
+
+    Raises:
+        BadSignature: it does not verify.
+    """
+    try:
+        public_key.verify(signature, _signing_input(kind, payload))
+    except InvalidSignature as error:
+        raise BadSignature(f"the signature of this {kind} does not verify") from error
+
+
+class SignedDocument(Schema):
+    """Bytes with the signature of one named key. The payload is parsed only after the check."""
+
+    kind: Slug
+    payload: Annotated[bytes, Field(max_length=65_536)]
+    key_id: Sha256
+    signature: Bytes64
+
+    @classmethod
+    def create(cls, key: Ed25519PrivateKey, kind: str, payload: bytes) -> SignedDocument:
+        """Signs `payload` as a document of `kind`."""
+        return cls(
+            kind=kind,
+            payload=payload,
+            key_id=key_id(key.public_key()),
+            signature=sign(key, kind, payload),
+        )
+
+    def open(self, kind: str, signers: dict[str, Ed25519PublicKey]) -> bytes:
+        """Returns the payload if one of the `signers` (by key id) signed it as `kind`.
+
+        Raises:
+            BadSignature: another kind, an unknown signer or a wrong signature.
+        """
+        if self.kind != kind:
+            raise BadSignature(f"this is a signed {self.kind}, not a {kind}")
+        signer = signers.get(self.key_id)
+        if signer is None:
+            raise BadSignature(f"this {kind} is signed by the unknown key {self.key_id[:16]}")
+        verify(signer, kind, self.payload, self.signature)
+        return self.payload
+
+    @property
+    def digest(self) -> bytes:
+        """SHA-256 of the payload: how a round refers to its plan."""
+        return hashlib.sha256(self.payload).digest()
+
+
+@dataclass(frozen=True)
+class DeviceCertificate:
+    """What a verified certificate says: this device owns this key."""
+
+    device_id: str
+    public_key: Ed25519PublicKey
+
+
+def _time(seconds: int) -> dt.datetime:
+    return dt.datetime.fromtimestamp(seconds, dt.UTC)
+
+
+def _builder(subject: str, issuer: str, start: int, end: int, serial: int) -> x509.CertificateBuilder:
+    return (
+        x509.CertificateBuilder()
+        .subject_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, subject)]))
+        .issuer_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, issuer)]))
+        .serial_number(serial)
+        .not_valid_before(_time(start))
+        .not_valid_after(_time(end))
+    )
+
+
+def create_ca(key: Ed25519PrivateKey, fleet: str, *, now: int, days: int, serial: int) -> bytes:
+    """Makes the self-signed certificate of a fleet's CA; returns DER.
+
+    Args:
+        key: the CA's private key.
+        fleet: the fleet's name, which becomes the common name.
+        now: current time, seconds since 1970.
+        days: how long it is valid.
+        serial: a random positive integer of at most 159 bits.
+    """
+    builder = _builder(fleet, fleet, now - 3600, now + days * 86_400, serial)
+    return (
+        builder.public_key(key.public_key())
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .sign(key, algorithm=None)
+        .public_bytes(Encoding.DER)
+    )
+
+
+def issue_certificate(
+    ca_key: Ed25519PrivateKey,
+    ca: bytes,
+    device_id: str,
+    public_key: Ed25519PublicKey,
+    *,
+    now: int,
+    days: int,
+    serial: int,
+) -> bytes:
+    """Issues a device certificate; returns DER.
+
+    The common name is the `device_id` that the fleet recorded, never one that the device asked for.
+    """
+    issuer = x509.load_der_x509_certificate(ca)
+    fleet = issuer.subject.get_attributes_for_oid(NameOID.COMMON_NAME)[0].value
+    builder = _builder(_SLUG.validate_python(device_id), str(fleet), now - 3600, now + days * 86_400, serial)
+    return (
+        builder.public_key(public_key)
+        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+        .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.CLIENT_AUTH]), critical=False)
+        .sign(ca_key, algorithm=None)
+        .public_bytes(Encoding.DER)
+    )
+
+
+def verify_certificate(certificate: bytes, ca: bytes, *, now: int) -> DeviceCertificate:
+    """Checks that the fleet CA issued this device certificate and that it is valid at `now`.
+
+    Args:
+        certificate: DER of a device certificate.
+        ca: DER of the fleet CA's certificate, which is trusted.
+        now: current time, seconds since 1970.
+
+    Raises:
+        BadSignature: not a certificate, of another CA, expired, not yet valid, or not a device's.
+    """
+    try:
+        issuer = x509.load_der_x509_certificate(ca)
+        subject = x509.load_der_x509_certificate(certificate)
+        subject.verify_directly_issued_by(issuer)
+        names = subject.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
+        usage = subject.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
+        constraints = subject.extensions.get_extension_for_class(x509.BasicConstraints).value
+        device_id = _SLUG.validate_python(names[0].value)
+        public_key = subject.public_key()
+    except (ValueError, TypeError, IndexError, InvalidSignature, x509.ExtensionNotFound) as error:
+        raise BadSignature(f"not a device certificate of this fleet: {type(error).__name__}") from error
+    except ValidationError as error:  # pragma: no cover - ValidationError is a ValueError
+        raise BadSignature("the certificate names no valid device") from error
+    if constraints.ca or ExtendedKeyUsageOID.CLIENT_AUTH not in usage:
+        raise BadSignature(f"the certificate of {device_id} is not a device's")
+    if not isinstance(public_key, Ed25519PublicKey):
+        raise BadSignature(f"the certificate of {device_id} holds no Ed25519 key")
+    if not subject.not_valid_before_utc <= _time(now) <= subject.not_valid_after_utc:
+        raise BadSignature(f"the certificate of {device_id} is expired or not yet valid: check the clock")
+    return DeviceCertificate(device_id=device_id, public_key=public_key)
+
+
+def create_request(key: Ed25519PrivateKey, device_id: str) -> bytes:
+    """Makes a certificate signing request (PKCS#10) that proves possession of `key`; returns DER."""
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, device_id)])
+    request = x509.CertificateSigningRequestBuilder().subject_name(name).sign(key, algorithm=None)
+    return request.public_bytes(Encoding.DER)
+
+
+def open_request(request: bytes) -> tuple[str, Ed25519PublicKey]:
+    """Checks a signing request; returns the name it asks for and its key.
+
+    Raises:
+        BadSignature: malformed, wrong proof of possession, or not Ed25519.
+    """
+    try:
+        parsed = x509.load_der_x509_csr(request)
+        public_key = parsed.public_key()
+        name = str(parsed.subject.get_attributes_for_oid(NameOID.COMMON_NAME)[0].value)
+        valid = parsed.is_signature_valid
+    except (ValueError, TypeError, IndexError) as error:
+        raise BadSignature("not a certificate signing request") from error
+    if not valid or not isinstance(public_key, Ed25519PublicKey):
+        raise BadSignature("the request does not prove possession of an Ed25519 key")
+    return name, public_key
+
+
+def public_key_pem(public_key: Ed25519PublicKey) -> str:
+    """Returns the PEM (SubjectPublicKeyInfo) of a public key."""
+    return public_key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo).decode()

@@ -1,0 +1,277 @@
+"""Every message that crosses the network: strict, versioned, size-limited schemas.
+
+Who a message is from is said by its topic, which the broker authorises; what must not depend on the broker
+(keys, plans, survivor sets, models) is signed inside.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from protocol.fields import (
+    MAX_BLOB_BYTES,
+    MAX_COHORT,
+    PROTOCOL_VERSION,
+    BlobRef,
+    Bytes32,
+    Bytes64,
+    Certificate,
+    Index,
+    RoundId,
+    Schema,
+    Slug,
+)
+from protocol.identity import SignedDocument
+
+CHUNK_BYTES = 65_536
+WINDOW = 4
+"""Chunks under way at once: 64 KiB x 4 keeps control messages quick and broker memory small."""
+
+Detail = Annotated[str, Field(max_length=300)]
+Code = Annotated[str, Field(pattern=r"^[a-z0-9-]{1,40}$")]
+ChunkIndex = Annotated[int, Field(ge=0, lt=MAX_BLOB_BYTES // CHUNK_BYTES + 1)]
+SealedShares = Annotated[bytes, Field(min_length=82, max_length=82)]
+"""Both shares for one peer: two 33-byte field elements and a 16-byte Poly1305 tag."""
+Share = Annotated[bytes, Field(min_length=33, max_length=33)]
+Version = Annotated[int, Field(ge=1, le=2**31)]
+Members = Annotated[bytes, Field(max_length=MAX_COHORT // 8)]
+"""A set of roster indices as a bit map: bit i % 8 of byte i // 8."""
+
+
+class _Message(Schema):
+    v: Literal[1] = PROTOCOL_VERSION
+
+
+# --- either side -----------------------------------------------------------------------------------------
+
+
+class BlobNeed(_Message):
+    """The receiver of a transfer asks for these chunks; it never has more than a window under way."""
+
+    type: Literal["blob-need"] = "blob-need"
+    blob: BlobRef
+    indices: Annotated[tuple[ChunkIndex, ...], Field(min_length=1, max_length=WINDOW)]
+
+
+class BlobChunk(_Message):
+    """One chunk; its bytes are the body of the frame."""
+
+    type: Literal["blob-chunk"] = "blob-chunk"
+    blob: BlobRef
+    index: ChunkIndex
+    crc32: Annotated[int, Field(ge=0, lt=2**32)]
+
+
+# --- device to aggregator --------------------------------------------------------------------------------
+
+
+class DeviceStatus(_Message):
+    """Birth (online) and last will (offline). A late will of an old session is told by its session id."""
+
+    type: Literal["device-status"] = "device-status"
+    session: Bytes32
+    online: bool
+    client_version: Annotated[str, Field(max_length=40)] = ""
+    runtime: Annotated[str, Field(max_length=60)] = ""
+    models: Annotated[
+        dict[Slug, Annotated[int, Field(ge=1, le=2**31)]], Field(max_length=32, default_factory=dict)
+    ]
+    """Model name -> version that this device answers predictions with."""
+
+
+class AdvertiseKeys(_Message):
+    """Check-in for a round: two fresh X25519 public keys, signed by the device's identity."""
+
+    type: Literal["advertise-keys"] = "advertise-keys"
+    round_id: RoundId
+    certificate: Certificate
+    encryption_key: Bytes32
+    mask_key: Bytes32
+    signature: Bytes64
+
+
+class Refusal(_Message):
+    """The device's own policy refuses a plan, or cannot follow it; it says why, and nothing else."""
+
+    type: Literal["refusal"] = "refusal"
+    round_id: RoundId
+    code: Code
+    detail: Detail = ""
+
+
+class AddressedShares(Schema):
+    """Sealed shares to, or from, the client at `peer`."""
+
+    peer: Index
+    sealed: SealedShares
+
+
+class ShareKeys(_Message):
+    """Shamir shares for every neighbour, and a commitment to the self-mask seed."""
+
+    type: Literal["share-keys"] = "share-keys"
+    round_id: RoundId
+    roster_hash: Bytes32
+    seed_commitment: Bytes32
+    shares: Annotated[tuple[AddressedShares, ...], Field(max_length=MAX_COHORT)]
+
+
+class UploadOffer(_Message):
+    """A masked input waits on the device's disk; repeated until its receipt comes."""
+
+    type: Literal["upload-offer"] = "upload-offer"
+    round_id: RoundId
+    blob: BlobRef
+
+
+class ConsistencySignature(_Message):
+    """A survivor signs the survivor set that it was shown."""
+
+    type: Literal["consistency-signature"] = "consistency-signature"
+    round_id: RoundId
+    survivors_hash: Bytes32
+    signature: Bytes64
+
+
+class PeerShare(Schema):
+    """One Shamir share of a secret of the client at `peer`."""
+
+    peer: Index
+    share: Share
+
+
+class UnmaskingShares(_Message):
+    """Seed shares of surviving, and key shares of dropped neighbours; never both for one peer."""
+
+    type: Literal["unmasking-shares"] = "unmasking-shares"
+    round_id: RoundId
+    survivors_hash: Bytes32
+    seed_shares: Annotated[tuple[PeerShare, ...], Field(max_length=MAX_COHORT)]
+    key_shares: Annotated[tuple[PeerShare, ...], Field(max_length=MAX_COHORT)]
+
+
+class ClientAbort(_Message):
+    """The client saw the rules of the round broken: it erased its secrets and leaves the round."""
+
+    type: Literal["client-abort"] = "client-abort"
+    round_id: RoundId
+    code: Code
+    detail: Detail = ""
+
+
+# --- aggregator to device --------------------------------------------------------------------------------
+
+
+class Invitation(_Message):
+    """The signed plan of a round."""
+
+    type: Literal["invitation"] = "invitation"
+    plan: SignedDocument
+
+
+class RosterEntry(Schema):
+    """One client's check-in as its neighbours see it, with its place under the roster root."""
+
+    index: Index
+    certificate: Certificate
+    encryption_key: Bytes32
+    mask_key: Bytes32
+    signature: Bytes64
+    path: Annotated[tuple[Bytes32, ...], Field(max_length=14)] = ()
+
+
+class Roster(_Message):
+    """Who takes part: the whole cohort on a complete graph, else the receiver's neighbours and itself."""
+
+    type: Literal["roster"] = "roster"
+    round_id: RoundId
+    size: Annotated[int, Field(ge=2, le=MAX_COHORT)]
+    root: Bytes32
+    entries: Annotated[tuple[RosterEntry, ...], Field(max_length=512)]
+
+
+class ShareDelivery(_Message):
+    """The sealed shares that the receiver's neighbours made for it."""
+
+    type: Literal["share-delivery"] = "share-delivery"
+    round_id: RoundId
+    roster_hash: Bytes32
+    shares: Annotated[tuple[AddressedShares, ...], Field(max_length=MAX_COHORT)]
+
+
+class UploadReceipt(_Message):
+    """The masked input is durably stored (accepted), or will never be used (refused, with the reason)."""
+
+    type: Literal["upload-receipt"] = "upload-receipt"
+    round_id: RoundId
+    blob: BlobRef
+    accepted: bool
+    code: Code = "stored"
+
+
+class SurvivorSet(_Message):
+    """The survivors, for each of them to sign."""
+
+    type: Literal["survivor-set"] = "survivor-set"
+    round_id: RoundId
+    survivors: Members
+
+
+class SignedBy(Schema):
+    """The consistency signature of the client at `peer`."""
+
+    peer: Index
+    signature: Bytes64
+
+
+class UnmaskRequest(_Message):
+    """Asks for shares, with the quorum of signatures on the survivor set."""
+
+    type: Literal["unmask-request"] = "unmask-request"
+    round_id: RoundId
+    survivors_hash: Bytes32
+    signatures: Annotated[tuple[SignedBy, ...], Field(max_length=MAX_COHORT)]
+
+
+class RoundEnd(_Message):
+    """The round is over: erase its secrets."""
+
+    type: Literal["round-end"] = "round-end"
+    round_id: RoundId
+    completed: bool
+    reason: Detail = ""
+
+
+class ModelAnnouncement(_Message):
+    """Retained: the newest version of a model, as its signed manifest."""
+
+    type: Literal["model-announcement"] = "model-announcement"
+    manifest: SignedDocument
+
+
+FromDevice = (
+    DeviceStatus
+    | AdvertiseKeys
+    | Refusal
+    | ShareKeys
+    | UploadOffer
+    | ConsistencySignature
+    | UnmaskingShares
+    | ClientAbort
+    | BlobNeed
+    | BlobChunk
+)
+ToDevice = (
+    Invitation
+    | Roster
+    | ShareDelivery
+    | UploadReceipt
+    | SurvivorSet
+    | UnmaskRequest
+    | RoundEnd
+    | ModelAnnouncement
+    | BlobNeed
+    | BlobChunk
+)

@@ -1,0 +1,476 @@
+"""The client's side of a round, as a state machine that distrusts the aggregator.
+
+Theory of operation. A state is one frozen dataclass a phase; `handle(state, event)` returns the next state
+and the message to send, if any. The table `TRANSITIONS` is the whole machine:
+
+    Advertised  --RosterReceived-->     SharesSent    answers ShareKeys
+    SharesSent  --SharesReceived-->     Masking       (the masks are known from here on)
+    Masking     --InputMasked-->        InputSent     (private mask key erased)
+    InputSent   --SurvivorsReceived-->  SetSigned     answers ConsistencySignature
+    SetSigned   --UnmaskRequested-->    Unmasked      answers UnmaskingShares (every other secret erased)
+    any         --RoundEnded-->         Ended         (secrets erased)
+    any         --rule broken-->        Aborted       answers ClientAbort (secrets erased)
+
+A repeated event gets the stored answer again; an event that contradicts what was answered aborts; an event
+that comes too early raises IllegalEvent and changes nothing. So the caller may persist the new state, send,
+crash and start again at any point without ever answering twice differently.
+
+Protocol: Bonawitz et al. 2017 (ePrint 2017/281, Fig. 4, active adversaries), on the graph of Bell et al. 2020
+(ePrint 2020/704).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+
+from protocol.errors import BadSignature, IllegalEvent, MalformedMessage, RoundViolation
+from protocol.fields import BlobRef
+from protocol.identity import sign, verify, verify_certificate
+from protocol.messages import (
+    AddressedShares,
+    AdvertiseKeys,
+    ClientAbort,
+    ConsistencySignature,
+    PeerShare,
+    Roster,
+    RosterEntry,
+    ShareDelivery,
+    ShareKeys,
+    SurvivorSet,
+    UnmaskingShares,
+    UnmaskRequest,
+)
+from protocol.secagg import roster as rosters
+from protocol.secagg.client_state import (
+    Aborted,
+    Advertised,
+    ClientState,
+    Ended,
+    InputSent,
+    Masking,
+    Membership,
+    OwnSecrets,
+    Peer,
+    RoundContext,
+    RoundKeys,
+    SetSigned,
+    SharesSent,
+    Unmasked,
+)
+from protocol.secagg.graph import GraphParameters, neighbours, parameters
+from protocol.secagg.key_agreement import public_key
+from protocol.secagg.masking import seed_commitment
+from protocol.secagg.prg import Keystream, derive_key
+from protocol.secagg.sealed_shares import seal, unseal
+from protocol.secagg.shamir import split
+
+Answer = ShareKeys | ConsistencySignature | UnmaskingShares | ClientAbort | None
+
+# --- events ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RosterReceived:
+    """The roster came.
+
+    Attributes:
+        entropy: 32 fresh random bytes.
+        now: seconds since 1970, for the certificates.
+    """
+
+    message: Roster
+    entropy: bytes = field(repr=False)
+    now: int
+
+
+@dataclass(frozen=True)
+class SharesReceived:
+    """The neighbours' sealed shares came."""
+
+    message: ShareDelivery
+
+
+@dataclass(frozen=True)
+class InputMasked:
+    """The masked input is durably stored, under this name."""
+
+    masked_input: BlobRef
+
+
+@dataclass(frozen=True)
+class SurvivorsReceived:
+    """The survivor set came; `identity` signs it."""
+
+    message: SurvivorSet
+    identity: Ed25519PrivateKey = field(repr=False)
+
+
+@dataclass(frozen=True)
+class UnmaskRequested:
+    """The quorum of signatures came."""
+
+    message: UnmaskRequest
+
+
+@dataclass(frozen=True)
+class RoundEnded:
+    """The aggregator says that the round is over, or its time is."""
+
+
+Event = RosterReceived | SharesReceived | InputMasked | SurvivorsReceived | UnmaskRequested | RoundEnded
+
+
+# --- the machine -----------------------------------------------------------------------------------------
+
+
+def begin(
+    context: RoundContext, certificate: bytes, identity: Ed25519PrivateKey, entropy: bytes
+) -> Advertised:
+    """Checks in for a round: makes its keys and signs them.
+
+    Args:
+        context: from enrolment and the signed plan.
+        certificate: the device's own, DER.
+        identity: the device's private key.
+        entropy: 32 fresh random bytes, used for this round only.
+    """
+    keys = RoundKeys(
+        encryption_private=derive_key(entropy, purpose="encryption-private"),
+        mask_private=derive_key(entropy, purpose="mask-private"),
+    )
+    encryption_key, mask_key = public_key(keys.encryption_private), public_key(keys.mask_private)
+    payload = rosters.advertisement_payload(
+        context.fleet, context.round_id, context.plan_hash, encryption_key, mask_key
+    )
+    answer = AdvertiseKeys(
+        round_id=context.round_id,
+        certificate=certificate,
+        encryption_key=encryption_key,
+        mask_key=mask_key,
+        signature=sign(identity, rosters.ADVERTISE_KIND, payload),
+    )
+    return Advertised(context, keys, answer)
+
+
+def handle(state: ClientState, event: Event) -> tuple[ClientState, Answer]:
+    """Applies one event; returns the new state and what to send.
+
+    Raises:
+        IllegalEvent: this phase has no rule for the event; nothing changed.
+    """
+    if isinstance(state, Ended | Aborted):
+        return state, state.answer if isinstance(state, Aborted) and not isinstance(
+            event, RoundEnded
+        ) else None
+    if isinstance(event, RoundEnded):
+        return Ended(state.context), None
+    rule = TRANSITIONS.get((type(state), type(event)))
+    if rule is None:
+        raise IllegalEvent(f"{type(event).__name__} in phase {type(state).__name__}")
+    try:
+        new_state, answer = rule(state, event)
+        return new_state, answer
+    except RoundViolation as violation:
+        return abort(state, violation)
+    except (BadSignature, MalformedMessage) as error:
+        code = "bad-signature" if isinstance(error, BadSignature) else "malformed"
+        return abort(state, RoundViolation(code, str(error)))
+
+
+def abort(state: ClientState, violation: RoundViolation) -> tuple[Aborted, ClientAbort]:
+    """Leaves the round and erases its secrets."""
+    answer = ClientAbort(round_id=state.context.round_id, code=violation.code, detail=violation.detail[:300])
+    return Aborted(state.context, answer), answer
+
+
+def _require(condition: bool, code: str, detail: str) -> None:
+    if not condition:
+        raise RoundViolation(code, detail)
+
+
+def _share_keys(state: Advertised, event: RosterReceived) -> tuple[ClientState, Answer]:
+    membership = verify_roster(state, event.message, event.now)
+    seed = derive_key(event.entropy, purpose="self-mask-seed")
+    holders = sorted((*membership.peers, membership.index))
+    points = [holder + 1 for holder in holders]
+    threshold = membership.graph.threshold
+    key_shares, seed_shares = (
+        dict(
+            zip(
+                holders,
+                split(
+                    secret, threshold, points, Keystream(derive_key(event.entropy, purpose=f"shamir-{name}"))
+                ),
+                strict=True,
+            )
+        )
+        for name, secret in (("key", state.keys.mask_private), ("seed", seed))
+    )
+    sealed = tuple(
+        AddressedShares(
+            peer=index,
+            sealed=seal(
+                state.keys.encryption_private,
+                peer.encryption_key,
+                membership.roster_hash,
+                membership.index,
+                index,
+                (key_shares[index], seed_shares[index]),
+            ),
+        )
+        for index, peer in sorted(membership.peers.items())
+    )
+    answer = ShareKeys(
+        round_id=state.context.round_id,
+        roster_hash=membership.roster_hash,
+        seed_commitment=seed_commitment(seed, membership.roster_hash, membership.index),
+        shares=sealed,
+    )
+    secrets = OwnSecrets(seed, seed_shares[membership.index])
+    return SharesSent(state.context, state.keys, membership, secrets, answer), answer
+
+
+def verify_roster(state: Advertised, roster: Roster, now: int) -> Membership:
+    """Checks a roster against the plan, the fleet CA, its own root and the graph that follows from it.
+
+    Raises:
+        RoundViolation, BadSignature, MalformedMessage: a check failed; the message says which.
+    """
+    context = state.context
+    _require(
+        context.minimum_cohort <= roster.size <= context.maximum_cohort,
+        "cohort-size",
+        f"a cohort of {roster.size} where {context.minimum_cohort} to {context.maximum_cohort} were agreed",
+    )
+    entries = {entry.index: entry for entry in roster.entries}
+    _require(
+        len(entries) == len(roster.entries) and max(entries, default=roster.size) < roster.size,
+        "roster-indices",
+        "the roster repeats an index or goes beyond its size",
+    )
+    try:
+        graph = parameters(roster.size)
+    except ValueError as error:
+        raise RoundViolation("cohort-size", str(error)) from error
+    mine = [index for index, entry in entries.items() if _is_own(entry, state.answer)]
+    _require(len(mine) == 1, "not-in-roster", "this client's own check-in is not in the roster once")
+    index = mine[0]
+    name = rosters.roster_hash(context.round_id, context.plan_hash, roster.size, roster.root)
+    _check_root(roster, entries, graph)
+    near = neighbours(graph, name, index)
+    _require(
+        entries.keys() == {*near, index}, "wrong-graph", "the roster does not show the graph's neighbours"
+    )
+    peers, identities = {}, {state.context.device_id}
+    for peer in near:
+        device_id, peers[peer] = _verify_entry(context, entries[peer], now)
+        _require(device_id not in identities, "repeated-device", f"{device_id} is in the roster twice")
+        identities.add(device_id)
+    return Membership(name, graph, index, peers)
+
+
+def _is_own(entry: RosterEntry, own: AdvertiseKeys) -> bool:
+    return rosters.leaf_hash(entry) == rosters.leaf_hash(own)
+
+
+def _check_root(roster: Roster, entries: dict[int, RosterEntry], graph: GraphParameters) -> None:
+    if graph.complete:
+        _require(len(entries) == roster.size, "wrong-graph", "a complete graph shows the whole roster")
+        leaves = [rosters.leaf_hash(entries[i]) for i in range(roster.size)]
+        roots = {rosters.merkle_tree(leaves)[-1][0]}
+    else:
+        roots = {
+            rosters.root_from_path(rosters.leaf_hash(entry), index, roster.size, entry.path)
+            for index, entry in entries.items()
+        }
+    _require(roots == {roster.root}, "roster-root", "the roster's entries do not lead to its root")
+
+
+def _verify_entry(context: RoundContext, entry: RosterEntry, now: int) -> tuple[str, Peer]:
+    certificate = verify_certificate(entry.certificate, context.ca, now=now)
+    payload = rosters.advertisement_payload(
+        context.fleet, context.round_id, context.plan_hash, entry.encryption_key, entry.mask_key
+    )
+    verify(certificate.public_key, rosters.ADVERTISE_KIND, payload, entry.signature)
+    peer = Peer(certificate.public_key.public_bytes_raw(), entry.encryption_key, entry.mask_key)
+    return certificate.device_id, peer
+
+
+def _receive_shares(state: SharesSent, event: SharesReceived) -> tuple[ClientState, Answer]:
+    membership, message = state.membership, event.message
+    _require(message.roster_hash == membership.roster_hash, "split-view", "shares of another roster")
+    delivered = {item.peer: item.sealed for item in message.shares}
+    _require(len(delivered) == len(message.shares), "repeated-peer", "a neighbour's shares came twice")
+    _require(delivered.keys() <= membership.peers.keys(), "unknown-peer", "shares of a stranger")
+    _require(
+        membership.quorum(frozenset(delivered) | {membership.index}),
+        "too-few-shares",
+        f"only {len(delivered)} neighbours shared their keys",
+    )
+    return Masking(state.context, state.keys, membership, state.secrets, delivered), None
+
+
+def _send_input(state: Masking, event: InputMasked) -> tuple[ClientState, Answer]:
+    return (
+        InputSent(
+            state.context,
+            state.keys.encryption_private,
+            state.membership,
+            state.secrets,
+            state.delivered,
+            event.masked_input,
+        ),
+        None,
+    )
+
+
+def _sign_set(state: InputSent, event: SurvivorsReceived) -> tuple[ClientState, Answer]:
+    membership, context = state.membership, state.context
+    survivors = rosters.members_from_bytes(event.message.survivors, membership.graph.size)
+    _require(membership.index in survivors, "listed-dropped", "this client is listed as dropped itself")
+    _require(
+        len(survivors) >= context.minimum_survivors,
+        "too-few-survivors",
+        f"{len(survivors)} survivors where the plan promises {context.minimum_survivors}",
+    )
+    _require(membership.quorum(survivors), "too-few-survivors", "fewer neighbours survive than the threshold")
+    _require(
+        survivors & membership.peers.keys() <= state.delivered.keys(),
+        "unknown-survivor",
+        "a neighbour that shared no keys is listed as survivor",
+    )
+    name = rosters.survivors_hash(membership.roster_hash, event.message.survivors)
+    answer = ConsistencySignature(
+        round_id=context.round_id,
+        survivors_hash=name,
+        signature=sign(event.identity, rosters.SURVIVORS_KIND, name),
+    )
+    return (
+        SetSigned(
+            context,
+            state.encryption_private,
+            membership,
+            state.secrets,
+            state.delivered,
+            event.message.survivors,
+            answer,
+        ),
+        answer,
+    )
+
+
+def _unmask(state: SetSigned, event: UnmaskRequested) -> tuple[ClientState, Answer]:
+    membership, message = state.membership, event.message
+    name = state.answer.survivors_hash
+    _require(message.survivors_hash == name, "split-view", "asked to unmask another set than the one signed")
+    survivors = rosters.members_from_bytes(state.survivors, membership.graph.size)
+    signers = {item.peer: item.signature for item in message.signatures}
+    _require(len(signers) == len(message.signatures), "repeated-signature", "a signature is listed twice")
+    strangers = signers.keys() - (survivors & membership.peers.keys()) - {membership.index}
+    _require(not strangers, "unknown-signer", "a signature of someone who is no surviving neighbour")
+    _require(
+        membership.quorum(frozenset(signers) | {membership.index}),
+        "no-quorum",
+        f"{len(signers)} signatures where {membership.graph.threshold} are needed",
+    )
+    for peer, signature in signers.items():
+        if peer != membership.index:
+            key = Ed25519PublicKey.from_public_bytes(membership.peers[peer].identity_key)
+            verify(key, rosters.SURVIVORS_KIND, name, signature)
+    seed_shares = [PeerShare(peer=membership.index, share=state.secrets.seed_share)]
+    key_shares = []
+    for peer, sealed in state.delivered.items():
+        try:
+            key_share, seed_share = unseal(
+                state.encryption_private,
+                membership.peers[peer].encryption_key,
+                membership.roster_hash,
+                peer,
+                membership.index,
+                sealed,
+            )
+        except BadSignature:
+            # A peer that sealed garbage must not stop the round: the other holders' shares suffice.
+            continue
+        # One branch or the other: no path gives both shares of one peer.
+        if peer in survivors:
+            seed_shares.append(PeerShare(peer=peer, share=seed_share))
+        else:
+            key_shares.append(PeerShare(peer=peer, share=key_share))
+    answer = UnmaskingShares(
+        round_id=state.context.round_id,
+        survivors_hash=name,
+        seed_shares=tuple(seed_shares),
+        key_shares=tuple(key_shares),
+    )
+    return Unmasked(state.context, answer), answer
+
+
+# --- repeated events: the stored answer again, or an abort ------------------------------------------------
+
+
+def _same_roster(state: SharesSent, event: RosterReceived) -> tuple[ClientState, Answer]:
+    _check_same_roster(state, event)
+    return state, state.answer
+
+
+def _old_roster(state: Masking | InputSent | SetSigned, event: RosterReceived) -> tuple[ClientState, Answer]:
+    _check_same_roster(state, event)
+    return state, None
+
+
+def _check_same_roster(state: SharesSent | Masking | InputSent | SetSigned, event: RosterReceived) -> None:
+    name = rosters.roster_hash(
+        state.context.round_id, state.context.plan_hash, event.message.size, event.message.root
+    )
+    _require(name == state.membership.roster_hash, "split-view", "a second roster in one round")
+
+
+def _same_delivery(
+    state: Masking | InputSent | SetSigned, event: SharesReceived
+) -> tuple[ClientState, Answer]:
+    delivered = {item.peer: item.sealed for item in event.message.shares}
+    same = event.message.roster_hash == state.membership.roster_hash and delivered == state.delivered
+    _require(same, "split-view", "a second delivery of shares that differs from the first")
+    return state, None
+
+
+def _same_survivors(state: SetSigned, event: SurvivorsReceived) -> tuple[ClientState, Answer]:
+    _require(event.message.survivors == state.survivors, "split-view", "a second, different survivor set")
+    return state, state.answer
+
+
+def _same_unmasking(state: Unmasked, event: UnmaskRequested) -> tuple[ClientState, Answer]:
+    same = event.message.survivors_hash == state.answer.survivors_hash
+    _require(same, "split-view", "asked to unmask a second, different set")
+    return state, state.answer
+
+
+def _nothing(state: Unmasked, event: Event) -> tuple[ClientState, Answer]:
+    return state, None
+
+
+TRANSITIONS: dict[tuple[type, type], Callable[[Any, Any], tuple[ClientState, Answer]]] = {
+    (Advertised, RosterReceived): _share_keys,
+    (SharesSent, RosterReceived): _same_roster,
+    (SharesSent, SharesReceived): _receive_shares,
+    (Masking, RosterReceived): _old_roster,
+    (Masking, SharesReceived): _same_delivery,
+    (Masking, InputMasked): _send_input,
+    (InputSent, RosterReceived): _old_roster,
+    (InputSent, SharesReceived): _same_delivery,
+    (InputSent, SurvivorsReceived): _sign_set,
+    (SetSigned, RosterReceived): _old_roster,
+    (SetSigned, SharesReceived): _same_delivery,
+    (SetSigned, SurvivorsReceived): _same_survivors,
+    (SetSigned, UnmaskRequested): _unmask,
+    (Unmasked, RosterReceived): _nothing,
+    (Unmasked, SharesReceived): _nothing,
+    (Unmasked, SurvivorsReceived): _nothing,
+    (Unmasked, UnmaskRequested): _same_unmasking,
+}
+"""The whole machine; the diagram in the documentation is drawn from it."""

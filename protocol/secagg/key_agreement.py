@@ -1,0 +1,28 @@
+"""X25519 key agreement (RFC 7748) on raw 32-byte keys, and what Covey derives from it."""
+
+from __future__ import annotations
+
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
+
+from protocol.errors import BadSignature
+from protocol.secagg.prg import derive_key
+
+
+def public_key(private: bytes) -> bytes:
+    """Returns the public key, 32 bytes, of a 32-byte private key."""
+    return X25519PrivateKey.from_private_bytes(private).public_key().public_bytes_raw()
+
+
+def agree(private: bytes, public: bytes, *, purpose: str, context: bytes) -> bytes:
+    """Derives the 32-byte key that two clients share, for one purpose and context.
+
+    Raises:
+        BadSignature: `public` is a low-order point, which no honest client advertises.
+    """
+    try:
+        shared = X25519PrivateKey.from_private_bytes(private).exchange(
+            X25519PublicKey.from_public_bytes(public)
+        )
+    except ValueError as error:
+        raise BadSignature("a peer advertised a key of low order") from error
+    return derive_key(shared, purpose=purpose, context=context)

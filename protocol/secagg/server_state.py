@@ -1,0 +1,159 @@
+"""What the aggregator knows in each phase of a round: one frozen dataclass a phase."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from protocol.messages import AddressedShares, AdvertiseKeys, RosterEntry, ShareKeys, UnmaskingShares
+from protocol.secagg import roster as rosters
+from protocol.secagg.graph import GraphParameters
+from protocol.secagg.masking import Mask
+
+
+@dataclass(frozen=True)
+class ServerContext:
+    """The round's fixed parameters, from the signed plan and the fleet.
+
+    Attributes:
+        invited: device ids that may check in.
+    """
+
+    fleet: str
+    round_id: str
+    plan_hash: bytes
+    ca: bytes
+    invited: frozenset[str]
+    minimum_cohort: int
+    minimum_survivors: int
+
+
+@dataclass(frozen=True)
+class Member:
+    """One client of the roster."""
+
+    device_id: str
+    identity_key: bytes
+    entry: RosterEntry
+
+
+@dataclass(frozen=True)
+class Cohort:
+    """The closed roster and the graph that follows from it.
+
+    Attributes:
+        members: by roster index.
+        neighbours: by roster index.
+    """
+
+    roster_hash: bytes
+    root: bytes
+    graph: GraphParameters
+    members: tuple[Member, ...]
+    neighbours: tuple[tuple[int, ...], ...]
+    index: Mapping[str, int]
+
+    def quorum(self, index: int, present: frozenset[int]) -> bool:
+        """Whether the threshold of the closed neighbourhood of `index` is `present`."""
+        near = sum(peer in present for peer in self.neighbours[index])
+        return near + (index in present) >= self.graph.threshold
+
+
+@dataclass(frozen=True)
+class Advertising:
+    """Collects check-ins."""
+
+    context: ServerContext
+    entries: Mapping[str, tuple[AdvertiseKeys, bytes]]
+    left: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """Collects sealed shares."""
+
+    context: ServerContext
+    cohort: Cohort
+    received: Mapping[int, ShareKeys]
+    left: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True)
+class Collecting:
+    """Collects masked inputs; only clients of `sharers` have masks in common.
+
+    Attributes:
+        inbox: roster index -> the sealed shares for that client.
+    """
+
+    context: ServerContext
+    cohort: Cohort
+    sharers: Mapping[int, ShareKeys]
+    inbox: Mapping[int, tuple[AddressedShares, ...]]
+    survivors: frozenset[int] = frozenset()
+    left: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True)
+class Checking:
+    """Collects signatures on the survivor set."""
+
+    context: ServerContext
+    cohort: Cohort
+    sharers: Mapping[int, ShareKeys]
+    survivors: frozenset[int]
+    signatures: Mapping[int, bytes]
+    left: frozenset[int] = frozenset()
+
+    @property
+    def members(self) -> bytes:
+        """The survivor set as a bit map."""
+        return rosters.members_to_bytes(self.survivors, self.cohort.graph.size)
+
+    @property
+    def survivors_hash(self) -> bytes:
+        """What survivors sign."""
+        return rosters.survivors_hash(self.cohort.roster_hash, self.members)
+
+
+@dataclass(frozen=True)
+class Unmasking:
+    """Collects shares of the survivors' seeds and of the dropouts' mask keys."""
+
+    context: ServerContext
+    cohort: Cohort
+    sharers: Mapping[int, ShareKeys]
+    survivors: frozenset[int]
+    signatures: Mapping[int, bytes]
+    survivors_hash: bytes
+    answers: Mapping[int, UnmaskingShares]
+    left: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True)
+class Recovered:
+    """The round's masks are known.
+
+    Attributes:
+        survivors: whose inputs are in the sum.
+        masks: what to add to the sum of masked inputs to get the sum of inputs.
+        misbehaved: clients that sent shares which are not of the secret they belong to.
+    """
+
+    context: ServerContext
+    cohort: Cohort
+    survivors: frozenset[int]
+    masks: tuple[Mask, ...]
+    misbehaved: frozenset[int]
+
+
+@dataclass(frozen=True)
+class Failed:
+    """The round ended without a sum, for a stated reason."""
+
+    context: ServerContext
+    code: str
+    detail: str
+
+
+ServerState = Advertising | Sharing | Collecting | Checking | Unmasking | Recovered | Failed
