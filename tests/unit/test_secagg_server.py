@@ -1,0 +1,196 @@
+"""The aggregator's machine: wrong answers change nothing, liars are named, and an abort says why."""
+
+from __future__ import annotations
+
+import pytest
+
+from protocol.errors import BadSignature, IllegalEvent, MalformedMessage
+from protocol.messages import (
+    AdvertiseKeys,
+    ClientAbort,
+    ConsistencySignature,
+    PeerShare,
+    Refusal,
+    ShareKeys,
+    UnmaskingShares,
+)
+from protocol.secagg import client, server
+from protocol.secagg.server_state import Checking, Collecting, Failed, Recovered, Sharing, Unmasking
+from tests.secagg_round import NOW, ROUND_ID, Cohort, certificate, client_context, entropy, identity
+
+
+def collecting(size: int = 5) -> Cohort:
+    cohort = Cohort(size)
+    cohort.advertise()
+    cohort.exchange()
+    assert isinstance(cohort.server, Collecting)
+    return cohort
+
+
+def unmasking(size: int = 5, drop: frozenset[str] = frozenset()) -> Cohort:
+    cohort = collecting(size)
+    cohort.deliver()
+    cohort.upload(drop=drop)
+    cohort.exchange()
+    assert isinstance(cohort.server, Unmasking)
+    return cohort
+
+
+def unchanged(cohort: Cohort, device: str, message: server.ClientMessage, error: type[Exception]) -> None:
+    before = cohort.server
+    with pytest.raises(error):
+        cohort.receive(device, message)
+    assert cohort.server is before
+
+
+def test_check_in_of_a_stranger_or_under_a_wrong_name_is_refused() -> None:
+    cohort = Cohort(3)
+    own = cohort.clients["device-001"].answer
+    assert isinstance(own, AdvertiseKeys)
+    unchanged(cohort, "device-077", own, IllegalEvent)
+    unchanged(cohort, "device-000", own, BadSignature)
+    unchanged(cohort, "device-001", own.model_copy(update={"mask_key": entropy("k")}), BadSignature)
+    unchanged(cohort, "device-001", own.model_copy(update={"round_id": "e" * 32}), IllegalEvent)
+
+
+def test_a_second_check_in_with_other_keys_does_not_replace_the_first() -> None:
+    cohort = Cohort(3)
+    first = cohort.clients["device-001"].answer
+    cohort.receive("device-001", first)  # type: ignore[arg-type]
+    other = client.begin(
+        client_context("device-001"), certificate("device-001"), identity("device-001"), entropy("second")
+    ).answer
+    before = cohort.server
+    cohort.receive("device-001", other)
+    assert cohort.server is before
+
+
+def test_too_few_check_ins_fail_with_the_figures() -> None:
+    cohort = Cohort(3)
+    cohort.drop("device-000", "device-001")
+    cohort.advertise()
+    assert isinstance(cohort.server, Failed)
+    assert (cohort.server.code, cohort.server.detail) == (
+        "too-few-check-ins",
+        "1 devices checked in, 2 needed",
+    )
+
+
+def test_a_refusal_ends_the_wait_for_that_device() -> None:
+    cohort = Cohort(4)
+    cohort.receive("device-002", Refusal(round_id=ROUND_ID, code="minimum-cohort"))
+    assert "device-002" not in server.awaited(cohort.server)
+    late = cohort.clients["device-002"].answer
+    unchanged(cohort, "device-002", late, IllegalEvent)  # type: ignore[arg-type]
+
+
+def test_shares_for_others_than_the_neighbours_are_refused() -> None:
+    cohort = Cohort(4)
+    cohort.advertise()
+    assert isinstance(cohort.server, Sharing)
+    device = "device-001"
+    answer = cohort.give(device, cohort.event_for(device))
+    assert isinstance(answer, ShareKeys)
+    unchanged(cohort, device, answer.model_copy(update={"shares": answer.shares[1:]}), MalformedMessage)
+    unchanged(cohort, device, answer.model_copy(update={"roster_hash": entropy("r")}), MalformedMessage)
+    repeated = (*answer.shares[1:], answer.shares[1])
+    unchanged(cohort, device, answer.model_copy(update={"shares": repeated}), MalformedMessage)
+
+
+def test_a_masked_input_counts_once_and_only_from_a_sharer() -> None:
+    cohort = Cohort(5)
+    cohort.advertise()
+    cohort.drop("device-004")
+    cohort.exchange()
+    assert isinstance(cohort.server, Collecting)
+    once = server.handle(cohort.server, server.InputStored("device-001"))
+    assert isinstance(once, Collecting)
+    twice = server.handle(once, server.InputStored("device-001"))
+    assert isinstance(twice, Collecting)
+    assert twice.survivors == once.survivors == {1}
+    with pytest.raises(IllegalEvent):
+        server.handle(cohort.server, server.InputStored("device-004"))
+
+
+def test_an_input_in_another_phase_is_refused() -> None:
+    cohort = unmasking()
+    with pytest.raises(IllegalEvent):
+        server.handle(cohort.server, server.InputStored("device-001"))
+
+
+def test_signatures_on_another_set_or_by_another_are_refused() -> None:
+    cohort = collecting()
+    cohort.deliver()
+    cohort.upload(drop=frozenset({"device-004"}))
+    assert isinstance(cohort.server, Checking)
+    answer = cohort.give("device-001", cohort.event_for("device-001"))
+    assert isinstance(answer, ConsistencySignature)
+    unchanged(cohort, "device-002", answer, BadSignature)
+    unchanged(cohort, "device-004", answer, IllegalEvent)
+    unchanged(
+        cohort, "device-001", answer.model_copy(update={"survivors_hash": entropy("s")}), MalformedMessage
+    )
+
+
+def test_a_client_that_sends_wrong_shares_is_named_and_the_sum_is_right() -> None:
+    cohort = unmasking(size=7, drop=frozenset({"device-006"}))
+    liar = "device-002"
+    for device in sorted(cohort.alive):
+        answer = cohort.give(device, cohort.event_for(device))
+        assert isinstance(answer, UnmaskingShares)
+        if device == liar:
+            forged = tuple(
+                PeerShare(peer=s.peer, share=b"\x00" + entropy(s.peer)) for s in answer.seed_shares
+            )
+            answer = answer.model_copy(update={"seed_shares": forged})
+        cohort.receive(device, answer)
+    cohort.close()
+    end = cohort.server
+    assert isinstance(end, Recovered)
+    assert end.misbehaved == {2}
+    assert (cohort.unmasked(end) == cohort.sum_of(cohort.names(end.survivors))).all()
+
+
+@pytest.mark.parametrize("kind", ["both", "repeated", "stranger", "another set"])
+def test_malformed_unmasking_answers_are_refused(kind: str) -> None:
+    cohort = unmasking(drop=frozenset({"device-004"}))
+    device = "device-001"
+    answer = cohort.give(device, cohort.event_for(device))
+    assert isinstance(answer, UnmaskingShares)
+    changes: dict[str, dict[str, object]] = {
+        "both": {"key_shares": (*answer.key_shares, answer.seed_shares[0])},
+        "repeated": {"seed_shares": (*answer.seed_shares, answer.seed_shares[0])},
+        "stranger": {"seed_shares": (PeerShare(peer=40, share=bytes(33)), *answer.seed_shares)},
+        "another set": {"survivors_hash": entropy("s")},
+    }
+    unchanged(cohort, device, answer.model_copy(update=changes[kind]), MalformedMessage)
+
+
+def test_too_few_answers_fail_and_name_the_secret_that_is_missing() -> None:
+    cohort = unmasking()
+    cohort.drop("device-000", "device-001")
+    cohort.exchange()
+    assert isinstance(cohort.server, Failed)
+    assert cohort.server.code == "unmasking-failed"
+    assert "threshold 4" in cohort.server.detail
+
+
+def test_an_aborting_survivor_is_not_waited_for_and_the_round_completes() -> None:
+    cohort = unmasking(size=7)
+    cohort.receive("device-003", ClientAbort(round_id=ROUND_ID, code="test"))
+    assert "device-003" not in server.awaited(cohort.server)
+    cohort.drop("device-003")
+    cohort.exchange()
+    assert isinstance(cohort.server, Recovered)
+
+
+def test_after_the_end_nothing_is_accepted_or_asked() -> None:
+    cohort = Cohort(4)
+    end = cohort.run()
+    assert isinstance(end, Recovered)
+    assert server.request(end, "device-000") is None
+    assert not server.awaited(end)
+    unchanged(cohort, "device-000", ClientAbort(round_id=ROUND_ID, code="late"), IllegalEvent)
+    with pytest.raises(IllegalEvent):
+        server.handle(end, server.ClosePhase())
+    assert NOW > 0
