@@ -1,0 +1,188 @@
+"""The manifest of one model version: what a device must know before it loads a graph, and what it checks.
+
+A *version* of a model is the same graph with new weights: every round that publishes makes a new weights file
+and a manifest whose version is one higher. A manifest has exactly one byte representation (canonical JSON),
+so that a signature over the bytes is a signature over the meaning.
+
+Importable on the device: the standard library and pydantic only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, ValidationError, model_validator
+
+from protocol.fields import BlobRef, Schema, Slug
+
+MAX_MANIFEST_BYTES = 256 * 1024
+MAX_GRAPH_BYTES = 256 * 1024 * 1024
+MAX_PARAMETERS = 2**26
+FLOAT32_BYTES = 4
+TRAINABLE_SIGNATURES = frozenset({"train", "infer", "get_weights", "set_weights"})
+
+Dimension = Annotated[int, Field(ge=1, le=2**26)]
+Shape = Annotated[tuple[Dimension, ...], Field(max_length=8)]
+TensorName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,63}$")]
+ParameterName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_./-]{0,127}$")]
+Label = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[^\x00-\x1f\x7f]+$")]
+Finite = Annotated[float, Field(ge=-1e30, le=1e30)]
+Scale = Annotated[float, Field(ge=1e-12, le=1e30)]
+
+
+class InvalidManifest(ValueError):
+    """Bytes that are no valid manifest, or a change that a manifest does not allow."""
+
+
+class SignatureSpec(Schema):
+    """One entry point of the graph: its name, and the names of what goes in and what comes out."""
+
+    name: TensorName
+    inputs: Annotated[tuple[TensorName, ...], Field(max_length=16)]
+    outputs: Annotated[tuple[TensorName, ...], Field(min_length=1, max_length=16)]
+
+
+class InputSpec(Schema):
+    """One example as the device measures it, and the fixed scaling that the graph expects to be done before.
+
+    The graph sees `(x - mean) / std`, with one mean and one standard deviation for each entry of the last
+    axis (the channels), in the units of the raw input. They are constants of the model, never statistics of
+    anybody's data.
+    """
+
+    shape: Annotated[tuple[Dimension, ...], Field(min_length=1, max_length=4)]
+    dtype: Literal["float32"] = "float32"
+    mean: Annotated[tuple[Finite, ...], Field(min_length=1, max_length=4096)]
+    std: Annotated[tuple[Scale, ...], Field(min_length=1, max_length=4096)]
+
+    @model_validator(mode="after")
+    def _one_scale_per_channel(self) -> Self:
+        channels = self.shape[-1]
+        if len(self.mean) != channels or len(self.std) != channels:
+            raise ValueError(f"an input of shape {self.shape} needs {channels} means and standard deviations")
+        return self
+
+
+class ParameterSpec(Schema):
+    """Where one parameter of a layer lies in the flat weights vector; row-major, offset in elements."""
+
+    name: ParameterName
+    shape: Annotated[tuple[Dimension, ...], Field(min_length=1, max_length=6)]
+    offset: Annotated[int, Field(ge=0, lt=MAX_PARAMETERS)]
+
+    @property
+    def size(self) -> int:
+        """Number of float32 elements."""
+        return math.prod(self.shape)
+
+
+class ModelManifest(Schema):
+    """One version of one model: artefacts by digest, entry points, input, labels and parameter layout.
+
+    The weights file is one flat little-endian float32 vector of `parameter_count` elements, tiled exactly by
+    `parameters` in order.
+    """
+
+    schema_version: Literal[1] = 1
+    name: Slug
+    version: Annotated[int, Field(ge=1, le=2**31)]
+    graph: BlobRef
+    weights: BlobRef
+    signatures: Annotated[tuple[SignatureSpec, ...], Field(min_length=1, max_length=16)]
+    input: InputSpec
+    labels: Annotated[tuple[Label, ...], Field(min_length=2, max_length=1024)]
+    loss: Literal["sparse_categorical_crossentropy"]
+    train_batch_size: Annotated[int, Field(ge=1, le=4096)]
+    parameter_count: Annotated[int, Field(ge=1, le=MAX_PARAMETERS)]
+    parameters: Annotated[tuple[ParameterSpec, ...], Field(min_length=1, max_length=2048)]
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.graph.size > MAX_GRAPH_BYTES:
+            raise ValueError(f"a graph has at most {MAX_GRAPH_BYTES} bytes, this one {self.graph.size}")
+        if self.weights.size != FLOAT32_BYTES * self.parameter_count:
+            raise ValueError(
+                f"{self.parameter_count} float32 parameters do not fit {self.weights.size} bytes of weights"
+            )
+        names = [signature.name for signature in self.signatures]
+        if len(set(names)) != len(names) or not set(names) >= TRAINABLE_SIGNATURES:
+            raise ValueError(f"signatures are {names}, needed once each: {sorted(TRAINABLE_SIGNATURES)}")
+        if len(set(self.labels)) != len(self.labels):
+            raise ValueError("two labels have the same name")
+        self._check_layout()
+        return self
+
+    def _check_layout(self) -> None:
+        offset = 0
+        seen: set[str] = set()
+        for parameter in self.parameters:
+            if parameter.offset != offset:
+                raise ValueError(
+                    f"parameter {parameter.name} starts at {parameter.offset}, expected {offset}"
+                )
+            if parameter.name in seen:
+                raise ValueError(f"parameter {parameter.name} appears twice")
+            seen.add(parameter.name)
+            offset += parameter.size
+        if offset != self.parameter_count:
+            raise ValueError(f"the layout covers {offset} of {self.parameter_count} parameters")
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> ModelManifest:
+        """Parse canonical JSON bytes.
+
+        Raises:
+            InvalidManifest: too long, not JSON, a field missing, unknown or out of range, an inconsistent
+                layout, or bytes other than the canonical ones (which also refuses repeated keys).
+        """
+        if len(data) > MAX_MANIFEST_BYTES:
+            raise InvalidManifest(f"a manifest has at most {MAX_MANIFEST_BYTES} bytes, this one {len(data)}")
+        try:
+            manifest = cls.model_validate_json(data)
+        except ValidationError as error:
+            # The offending input is left out: it is as long as the sender likes.
+            problems = error.errors(include_url=False, include_input=False, include_context=False)
+            first = problems[0]
+            where = ".".join(str(part)[:64] for part in first["loc"][:8])
+            raise InvalidManifest(f"{where or 'manifest'}: {first['msg'][:200]}") from None
+        if manifest.to_bytes() != data:
+            raise InvalidManifest("the bytes are not the canonical form of their content")
+        return manifest
+
+    def to_bytes(self) -> bytes:
+        """The canonical JSON bytes: sorted keys, no white space, ASCII; what is hashed and signed."""
+        content = self.model_dump(mode="json")
+        return json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False).encode("ascii")
+
+    def sha256(self) -> str:
+        """Hex digest of the canonical bytes: the identity of this version."""
+        return hashlib.sha256(self.to_bytes()).hexdigest()
+
+    def next_version(self, weights: bytes) -> ModelManifest:
+        """The manifest of the version that follows this one: same graph, new weights.
+
+        Args:
+            weights: the new weights file, `4 * parameter_count` bytes (see `models.weights.encode_weights`).
+
+        Raises:
+            InvalidManifest: the weights have another length.
+        """
+        if len(weights) != self.weights.size:
+            raise InvalidManifest(f"new weights have {len(weights)} bytes, this model {self.weights.size}")
+        changes = {"version": self.version + 1, "weights": describe(weights)}
+        return ModelManifest.model_validate(dict(self) | changes)
+
+
+def describe(data: bytes) -> BlobRef:
+    """Digest and size of an artefact.
+
+    Raises:
+        InvalidManifest: the artefact is empty or larger than a blob may be.
+    """
+    try:
+        return BlobRef(sha256=hashlib.sha256(data).hexdigest(), size=len(data))
+    except ValidationError:
+        raise InvalidManifest(f"an artefact cannot have {len(data)} bytes") from None
