@@ -1,0 +1,1 @@
+"""Keras layers as builtin-only forward and backward forms. Needs TensorFlow: never imported on a device."""
