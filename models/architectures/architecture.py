@@ -1,0 +1,49 @@
+"""One of Covey's own models: how it is built, and what its manifest says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import tensorflow as tf
+
+from models.export import ExportedModel, export
+from models.manifest import InputSpec
+
+INITIAL_WEIGHTS_SEED = 7
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A Keras model with what the exporter needs to know.
+
+    Attributes:
+        name: slug.
+        build: makes the Keras model, with initial weights from TensorFlow's global seed.
+        labels: class names.
+        scaling: raw input and its constants.
+        train_batch_size: examples in one training step.
+    """
+
+    name: str
+    build: Callable[[], Any]
+    labels: tuple[str, ...]
+    scaling: InputSpec
+    train_batch_size: int = 32
+
+    def build_seeded(self) -> Any:
+        """The Keras model with the same initial weights every time."""
+        tf.keras.backend.clear_session()
+        tf.keras.utils.set_random_seed(INITIAL_WEIGHTS_SEED)
+        return self.build()
+
+    def export(self) -> ExportedModel:
+        """Version 1 of the model."""
+        return export(
+            self.build_seeded(),
+            name=self.name,
+            labels=self.labels,
+            scaling=self.scaling,
+            train_batch_size=self.train_batch_size,
+        )

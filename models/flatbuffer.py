@@ -1,0 +1,90 @@
+"""Edit and inspect the converted flatbuffer. Needs TensorFlow."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tensorflow.lite.python import schema_py_generated as schema
+from tensorflow.lite.tools import flatbuffer_utils
+
+OPERATOR_NAMES: dict[int, str] = {
+    code: name for name, code in vars(schema.BuiltinOperator).items() if isinstance(code, int)
+}
+
+
+class NonBuiltinOperator(ValueError):
+    """The converted graph uses an operator that the small runtimes do not have."""
+
+
+def finish(data: bytes) -> bytes:
+    """Check a converted graph and take out what the device does not need.
+
+    The initial values of the variables are taken out, since weights always come from a weights file: the
+    graph stays small whatever the number of parameters, and a version of the model is only its weights. So
+    `set_weights` must run before anything else; the device's trainer passes weights on every call.
+
+    Raises:
+        NonBuiltinOperator: an operator is custom or needs the Flex delegate.
+    """
+    model = flatbuffer_utils.convert_bytearray_to_object(bytearray(data))
+    operators_of(model)
+    _drop_initial_values(model)
+    _drop_debug_names(model)
+    return bytes(flatbuffer_utils.convert_object_to_bytearray(model))
+
+
+def operators(data: bytes) -> list[str]:
+    """Sorted names of the builtin operators that a graph uses.
+
+    Raises:
+        NonBuiltinOperator: an operator is custom or needs the Flex delegate.
+    """
+    return operators_of(flatbuffer_utils.convert_bytearray_to_object(bytearray(data)))
+
+
+def operators_of(model: Any) -> list[str]:
+    """As `operators`, for a parsed graph."""
+    names = set()
+    for code in model.operatorCodes:
+        name = OPERATOR_NAMES[_builtin_code(code)]
+        if code.customCode is not None or name == "CUSTOM":
+            raise NonBuiltinOperator(f"the graph needs the operator {_text(code.customCode)}")
+        names.add(name)
+    return sorted(names)
+
+
+def _builtin_code(code: Any) -> int:
+    """Old files keep the number in a byte, new ones in an int; a reader takes the larger."""
+    return max(int(code.builtinCode), int(code.deprecatedBuiltinCode))
+
+
+def _drop_initial_values(model: Any) -> None:
+    """Remove the calls that fill the variables once, and the subgraph that they call."""
+    called = set()
+    for graph in model.subgraphs:
+        kept = []
+        for operator in graph.operators:
+            if OPERATOR_NAMES[_builtin_code(model.operatorCodes[operator.opcodeIndex])] == "CALL_ONCE":
+                called.add(operator.builtinOptions.initSubgraphIndex)
+            else:
+                kept.append(operator)
+        graph.operators = kept
+    if called != {len(model.subgraphs) - 1}:
+        raise NonBuiltinOperator(
+            f"expected one subgraph of initial values at the end, found {sorted(called)}"
+        )
+    for tensor in model.subgraphs.pop().tensors:
+        model.buffers[tensor.buffer].data = None
+
+
+def _drop_debug_names(model: Any) -> None:
+    """Blank the names of inner tensors: nothing refers to them."""
+    for graph in model.subgraphs:
+        ends = {int(index) for index in (*graph.inputs, *graph.outputs)}
+        for index, tensor in enumerate(graph.tensors):
+            if index not in ends:
+                tensor.name = b""
+
+
+def _text(name: Any) -> str:
+    return name.decode("ascii", "replace") if isinstance(name, bytes) else str(name)
