@@ -1,0 +1,231 @@
+"""Local training by TensorFlow Lite, in either small runtime; the only module that touches an interpreter.
+
+`tflite-runtime` (Python up to 3.11) and `ai-edge-litert` (later ones) have the same `Interpreter`; TensorFlow
+is never imported.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_client.training import (
+    Evaluation,
+    Examples,
+    ExamplesRejected,
+    LocalUpdate,
+    ModelRejected,
+    NonFiniteUpdate,
+    TrainingConfig,
+    WeightsRejected,
+)
+from models.manifest import ModelManifest
+
+try:
+    from tflite_runtime.interpreter import Interpreter
+except ImportError:
+    from ai_edge_litert.interpreter import Interpreter
+
+FLATBUFFER_IDENTIFIER = b"TFL3"
+PREDICTION_BATCH = 256
+
+
+class TfliteTrainer:
+    """A `LocalTrainer` over one exported graph.
+
+    Not safe for use by several threads at once: the graph holds the weights in training.
+    """
+
+    def __init__(self, manifest: ModelManifest, graph: bytes, *, threads: int = 1) -> None:
+        """Check a model file against its manifest and load it.
+
+        Args:
+            manifest: the (verified) manifest of the model.
+            graph: bytes of the `.tflite` file.
+            threads: of the interpreter; small models are fastest with one.
+
+        Raises:
+            ModelRejected: size, digest, format, signatures or parameters are not what the manifest says.
+        """
+        _check_file(manifest, graph)
+        self._manifest = manifest
+        self._mean = np.asarray(manifest.input.mean, np.float32)
+        self._std = np.asarray(manifest.input.std, np.float32)
+        try:
+            # The interpreter keeps a pointer into these bytes.
+            self._graph = graph
+            self._interpreter = Interpreter(model_content=graph, num_threads=threads)
+            _check_signatures(manifest, self._interpreter.get_signature_list())
+            self._run: dict[str, Any] = {
+                signature.name: self._interpreter.get_signature_runner(signature.name)
+                for signature in manifest.signatures
+            }
+            _check_tensors(manifest, self._run)
+        except (ValueError, RuntimeError) as error:
+            raise ModelRejected(f"the runtime cannot load the model: {_first_line(error)}") from error
+
+    @property
+    def parameter_count(self) -> int:
+        """Length d of the weights vector."""
+        return self._manifest.parameter_count
+
+    def train(
+        self,
+        weights: NDArray[np.float32],
+        examples: Examples,
+        config: TrainingConfig,
+        generator: np.random.Generator,
+    ) -> LocalUpdate:
+        """Train on the device's examples from the global weights; see `LocalTrainer.train`."""
+        x = self._scaled(examples.x)
+        self._check_labels(examples.y)
+        before = self._evaluate(weights, x, examples.y)
+        step = self._run["train"]
+        rate, mu = np.array(config.learning_rate, np.float32), np.array(config.proximal_mu, np.float32)
+        self._set_weights(weights)
+        for _ in range(config.local_epochs):
+            order = generator.permutation(len(x))
+            for chosen, mask in _batches(order, self._manifest.train_batch_size):
+                loss = step(x=x[chosen], y=examples.y[chosen], mask=mask, lr=rate, mu=mu)["loss"]
+                if not np.isfinite(loss):
+                    raise NonFiniteUpdate(f"the loss became {float(loss)}")
+        trained = np.array(self._run["get_weights"]()["weights"], np.float32)
+        delta = trained - weights
+        if not np.isfinite(delta).all():
+            raise NonFiniteUpdate("a weight became infinite or not a number")
+        after = self._evaluate(trained, x, examples.y)
+        return LocalUpdate(
+            delta=delta,
+            example_count=len(examples),
+            loss_before=before.loss,
+            loss_after=after.loss,
+            accuracy=after.accuracy,
+        )
+
+    def predict(self, weights: NDArray[np.float32], x: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Class probabilities of raw inputs; see `LocalTrainer.predict`."""
+        return np.exp(_log_softmax(self._logits(weights, self._scaled(x)))).astype(np.float32)
+
+    def evaluate(self, weights: NDArray[np.float32], examples: Examples) -> Evaluation:
+        """Loss, accuracy and confusion on labelled examples; see `LocalTrainer.evaluate`."""
+        self._check_labels(examples.y)
+        return self._evaluate(weights, self._scaled(examples.x), examples.y)
+
+    def _evaluate(
+        self, weights: NDArray[np.float32], x: NDArray[np.float32], y: NDArray[np.int32]
+    ) -> Evaluation:
+        logits = self._logits(weights, x)
+        predicted = logits.argmax(axis=1)
+        classes = len(self._manifest.labels)
+        confusion = np.bincount(y * classes + predicted, minlength=classes * classes)
+        return Evaluation(
+            loss=float(-_log_softmax(logits)[np.arange(len(y)), y].mean()),
+            accuracy=float((predicted == y).mean()),
+            confusion=confusion.reshape(classes, classes).astype(np.int64),
+        )
+
+    def _logits(self, weights: NDArray[np.float32], x: NDArray[np.float32]) -> NDArray[np.float64]:
+        """Logits (n, classes) of scaled inputs, in batches that bound the memory."""
+        self._set_weights(weights)
+        infer = self._run["infer"]
+        parts = [infer(x=part)["logits"] for part in _slices(x, PREDICTION_BATCH)]
+        logits: NDArray[np.float64] = np.concatenate(parts).astype(np.float64)
+        return logits
+
+    def _set_weights(self, weights: NDArray[np.float32]) -> None:
+        if weights.dtype != np.float32 or weights.shape != (self.parameter_count,):
+            raise WeightsRejected(
+                f"weights are {weights.dtype} of shape {weights.shape}, "
+                f"the model has {self.parameter_count} float32 parameters"
+            )
+        if not np.isfinite(weights).all():
+            raise WeightsRejected("a weight is not finite")
+        self._run["set_weights"](weights=weights)
+
+    def _scaled(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Raw inputs in the model's scaling.
+
+        Raises:
+            ExamplesRejected: no inputs, another shape or dtype, or a value that is not finite.
+        """
+        if x.dtype != np.float32 or x.shape[1:] != self._manifest.input.shape or len(x) == 0:
+            raise ExamplesRejected(
+                f"inputs are {x.dtype} of shape {x.shape}, the model takes float32 (n, "
+                f"{', '.join(map(str, self._manifest.input.shape))}) with n at least 1"
+            )
+        scaled: NDArray[np.float32] = (x - self._mean) / self._std
+        if not np.isfinite(scaled).all():
+            raise ExamplesRejected("an input is not finite")
+        return scaled
+
+    def _check_labels(self, y: NDArray[np.int32]) -> None:
+        classes = len(self._manifest.labels)
+        if len(y) and not (int(y.min()) >= 0 and int(y.max()) < classes):
+            raise ExamplesRejected(f"a label is not one of the model's {classes} classes")
+
+
+def _batches(order: NDArray[np.int64], size: int) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
+    """Indices and weights of batches of one fixed size; the last is filled up with examples of weight 0."""
+    for start in range(0, len(order), size):
+        chosen = order[start : start + size]
+        mask = np.zeros(size, np.float32)
+        mask[: len(chosen)] = 1.0
+        yield np.resize(chosen, size), mask
+
+
+def _slices(x: NDArray[np.float32], size: int) -> Iterator[NDArray[np.float32]]:
+    for start in range(0, len(x), size):
+        yield x[start : start + size]
+
+
+def _log_softmax(logits: NDArray[np.float64]) -> NDArray[np.float64]:
+    shifted: NDArray[np.float64] = logits - logits.max(axis=1, keepdims=True)
+    shifted -= np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    return shifted
+
+
+def _check_file(manifest: ModelManifest, graph: bytes) -> None:
+    """What can be known about a model file without giving it to the runtime."""
+    if len(graph) != manifest.graph.size:
+        raise ModelRejected(f"the model file has {len(graph)} bytes, its manifest says {manifest.graph.size}")
+    if hashlib.sha256(graph).hexdigest() != manifest.graph.sha256:
+        raise ModelRejected("the model file has another digest than its manifest says")
+    if graph[4:8] != FLATBUFFER_IDENTIFIER:
+        raise ModelRejected("the model file is no TensorFlow Lite flatbuffer")
+
+
+def _check_signatures(manifest: ModelManifest, found: dict[str, dict[str, list[str]]]) -> None:
+    for signature in manifest.signatures:
+        if signature.name not in found:
+            raise ModelRejected(f"the model has no signature {signature.name}")
+        names = found[signature.name]
+        if set(names["inputs"]) != set(signature.inputs) or set(names["outputs"]) != set(signature.outputs):
+            raise ModelRejected(f"the signature {signature.name} has other tensors than its manifest says")
+
+
+def _check_tensors(manifest: ModelManifest, run: dict[str, Any]) -> None:
+    """Compare the shapes that the graph declares with those of the manifest, before anything runs."""
+    shape, batch = manifest.input.shape, manifest.train_batch_size
+    scalar: tuple[int, ...] = ()
+    expected = {
+        ("train", "x"): (batch, *shape),
+        ("train", "y"): (batch,),
+        ("train", "mask"): (batch,),
+        ("train", "lr"): scalar,
+        ("train", "mu"): scalar,
+        ("infer", "x"): (-1, *shape),
+        ("set_weights", "weights"): (manifest.parameter_count,),
+    }
+    for (name, tensor), wanted in expected.items():
+        details = run[name].get_input_details()
+        found = tuple(details[tensor]["shape_signature"].tolist()) if tensor in details else None
+        if found != wanted:
+            raise ModelRejected(f"{name}({tensor}) has shape {found}, its manifest says {wanted}")
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0][:200] if str(error) else type(error).__name__
