@@ -13,6 +13,7 @@ from pydantic import Field, ValidationError, model_validator
 from protocol.dp.parameters import PrivacyParameters
 from protocol.errors import MalformedMessage
 from protocol.fields import MAX_COHORT, PROTOCOL_VERSION, RoundId, Schema, Sha256, Slug, UnixTime
+from protocol.secagg.parameters import GraphAssumptions
 
 PLAN_KIND = "plan"
 MODEL_KIND = "model-manifest"
@@ -38,6 +39,9 @@ class CohortParameters(Schema):
     """The roster has at least this many, or the round aborts before anything is shared."""
     minimum_survivors: Annotated[int, Field(ge=2, le=MAX_COHORT)]
     """At least this many masked inputs are in the sum. The noise is sized for it."""
+
+    graph: GraphAssumptions = GraphAssumptions()
+    """What is assumed of the cohort; degree and threshold of the graph follow from it."""
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:

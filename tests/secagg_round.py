@@ -20,6 +20,7 @@ from protocol.messages import (
 from protocol.secagg import client, server
 from protocol.secagg.client_state import ClientState, Masking, RoundContext, dump_state, load_state
 from protocol.secagg.masking import apply_masks
+from protocol.secagg.parameters import GraphAssumptions
 from protocol.secagg.server_state import Failed, Recovered, ServerContext, ServerState
 from protocol.transfer import describe
 
@@ -62,6 +63,7 @@ def client_context(device_id: str, **changes: object) -> RoundContext:
         "minimum_cohort": 2,
         "maximum_cohort": 64,
         "minimum_survivors": 2,
+        "graph": GraphAssumptions(),
     }
     return RoundContext(**{**values, **changes})  # type: ignore[arg-type]
 
@@ -81,6 +83,7 @@ class Cohort:
     length: int = 50
     minimum_survivors: int = 2
     reboot: bool = True
+    graph: GraphAssumptions = field(default_factory=GraphAssumptions)
     clients: dict[str, ClientState] = field(default_factory=dict)
     inputs: dict[str, NDArray[np.uint32]] = field(default_factory=dict)
     alive: set[str] = field(default_factory=set)
@@ -90,13 +93,17 @@ class Cohort:
         devices = [f"device-{i:03d}" for i in range(self.size)]
         self.alive = set(devices)
         self.server: ServerState = server.begin(
-            ServerContext(FLEET, ROUND_ID, PLAN_HASH, CA, frozenset(devices), 2, self.minimum_survivors)
+            ServerContext(
+                FLEET, ROUND_ID, PLAN_HASH, CA, frozenset(devices), 2, self.minimum_survivors, self.graph
+            )
         )
         self.total = np.zeros(self.length, dtype=np.uint32)
         rng = np.random.default_rng(self.size)
         for device in devices:
             self.inputs[device] = rng.integers(0, 2**32, self.length, dtype=np.uint32)
-            context = client_context(device, minimum_survivors=self.minimum_survivors)
+            context = client_context(
+                device, minimum_survivors=self.minimum_survivors, maximum_cohort=self.size, graph=self.graph
+            )
             self.clients[device] = client.begin(
                 context, certificate(device), identity(device), entropy("begin", device)
             )

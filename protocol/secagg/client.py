@@ -61,9 +61,10 @@ from protocol.secagg.client_state import (
     SharesSent,
     Unmasked,
 )
-from protocol.secagg.graph import GraphParameters, neighbours, parameters
+from protocol.secagg.graph import neighbours
 from protocol.secagg.key_agreement import public_key
 from protocol.secagg.masking import seed_commitment
+from protocol.secagg.parameters import GraphParameters, parameters
 from protocol.secagg.prg import Keystream, derive_key
 from protocol.secagg.sealed_shares import seal, unseal
 from protocol.secagg.shamir import split
@@ -195,7 +196,7 @@ def _require(condition: bool, code: str, detail: str) -> None:
 def _share_keys(state: Advertised, event: RosterReceived) -> tuple[ClientState, Answer]:
     membership = verify_roster(state, event.message, event.now)
     seed = derive_key(event.entropy, purpose="self-mask-seed")
-    holders = sorted((*membership.peers, membership.index))
+    holders = membership.holders
     points = [holder + 1 for holder in holders]
     threshold = membership.graph.threshold
     key_shares, seed_shares = (
@@ -230,7 +231,7 @@ def _share_keys(state: Advertised, event: RosterReceived) -> tuple[ClientState, 
         seed_commitment=seed_commitment(seed, membership.roster_hash, membership.index),
         shares=sealed,
     )
-    secrets = OwnSecrets(seed, seed_shares[membership.index])
+    secrets = OwnSecrets(seed, seed_shares.get(membership.index))
     return SharesSent(state.context, state.keys, membership, secrets, answer), answer
 
 
@@ -252,10 +253,7 @@ def verify_roster(state: Advertised, roster: Roster, now: int) -> Membership:
         "roster-indices",
         "the roster repeats an index or goes beyond its size",
     )
-    try:
-        graph = parameters(roster.size)
-    except ValueError as error:
-        raise RoundViolation("cohort-size", str(error)) from error
+    graph = parameters(roster.size, context.graph)
     mine = [index for index, entry in entries.items() if _is_own(entry, state.answer)]
     _require(len(mine) == 1, "not-in-roster", "this client's own check-in is not in the roster once")
     index = mine[0]
@@ -381,7 +379,8 @@ def _unmask(state: SetSigned, event: UnmaskRequested) -> tuple[ClientState, Answ
         if peer != membership.index:
             key = Ed25519PublicKey.from_public_bytes(membership.peers[peer].identity_key)
             verify(key, rosters.SURVIVORS_KIND, name, signature)
-    seed_shares = [PeerShare(peer=membership.index, share=state.secrets.seed_share)]
+    own_share = state.secrets.seed_share
+    seed_shares = [] if own_share is None else [PeerShare(peer=membership.index, share=own_share)]
     key_shares = []
     for peer, sealed in state.delivered.items():
         try:

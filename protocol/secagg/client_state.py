@@ -13,8 +13,9 @@ from pydantic import ConfigDict, TypeAdapter
 
 from protocol.fields import BlobRef
 from protocol.messages import AdvertiseKeys, ClientAbort, ConsistencySignature, ShareKeys, UnmaskingShares
-from protocol.secagg.graph import GraphParameters
+from protocol.secagg.graph import quorum
 from protocol.secagg.masking import Mask, pairwise_mask, self_mask
+from protocol.secagg.parameters import GraphAssumptions, GraphParameters
 
 _STORABLE = ConfigDict(ser_json_bytes="base64", val_json_bytes="base64")
 
@@ -28,6 +29,7 @@ class RoundContext:
         minimum_cohort: the larger of the plan's and the device's own minimum.
         maximum_cohort: the plan's cohort size, for which the ring is wide enough.
         minimum_survivors: masked inputs that must be in the sum.
+        graph: the plan's assumptions, from which degree and threshold follow.
     """
 
     __pydantic_config__ = _STORABLE
@@ -39,6 +41,7 @@ class RoundContext:
     minimum_cohort: int
     maximum_cohort: int
     minimum_survivors: int
+    graph: GraphAssumptions
 
 
 @dataclass(frozen=True)
@@ -75,18 +78,22 @@ class Membership:
     peers: dict[int, Peer]
 
     def quorum(self, members: frozenset[int]) -> bool:
-        """Whether the threshold of this client's closed neighbourhood is in `members`."""
-        near = (self.peers.keys() | {self.index}) & members
-        return len(near) >= self.graph.threshold
+        """Whether the threshold of those who hold this client's shares is in `members`."""
+        return quorum(self.graph, self.index, self.peers, members)
+
+    @property
+    def holders(self) -> tuple[int, ...]:
+        """Who gets shares of this client's secrets, ascending."""
+        return tuple(sorted({*self.peers, self.index} if self.graph.complete else self.peers))
 
 
 @dataclass(frozen=True)
 class OwnSecrets:
-    """The self-mask seed, and the client's own share of it."""
+    """The self-mask seed, and the client's own share of it, which it holds on the complete graph only."""
 
     __pydantic_config__ = _STORABLE
     seed: bytes = field(repr=False)
-    seed_share: bytes = field(repr=False)
+    seed_share: bytes | None = field(repr=False)
 
 
 @dataclass(frozen=True)

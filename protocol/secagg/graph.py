@@ -5,48 +5,12 @@ Nobody chooses the graph: it follows from the roster hash, which covers every cl
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Collection, Container
 
 import numpy as np
 
+from protocol.secagg.parameters import GraphParameters
 from protocol.secagg.prg import Keystream, derive_key
-
-COMPLETE_UP_TO = 64
-
-
-@dataclass(frozen=True)
-class GraphParameters:
-    """Neighbours of each client, and shares that recover a secret.
-
-    Attributes:
-        size: clients in the graph.
-        degree: neighbours of each client; size - 1 for the complete graph, else even.
-        threshold: t, out of the degree + 1 holders of a secret (the neighbours and the client itself).
-    """
-
-    size: int
-    degree: int
-    threshold: int
-
-    @property
-    def complete(self) -> bool:
-        """Everyone is everyone's neighbour."""
-        return self.degree == self.size - 1
-
-
-def parameters(size: int) -> GraphParameters:
-    """Chooses degree and threshold for a cohort of `size` clients.
-
-    A complete graph takes t = floor(2n/3) + 1: with an actively malicious aggregator and fewer than n/3
-    colluding clients, no two survivor sets can both gather t consistent answers (Bonawitz et al. 2017,
-    ePrint 2017/281, Theorem 6.5).
-
-    Raises:
-        ValueError: fewer than 2 clients, or more than a complete graph carries.
-    """
-    if not 2 <= size <= COMPLETE_UP_TO:
-        raise ValueError(f"a complete graph has 2 to {COMPLETE_UP_TO} clients, not {size}")
-    return GraphParameters(size, size - 1, 2 * size // 3 + 1)
 
 
 def neighbours(graph: GraphParameters, roster_hash: bytes, index: int) -> tuple[int, ...]:
@@ -64,3 +28,16 @@ def neighbours(graph: GraphParameters, roster_hash: bytes, index: int) -> tuple[
     steps = np.arange(1, graph.degree // 2 + 1)
     around = np.concatenate((place + steps, place - steps)) % graph.size
     return tuple(int(i) for i in np.sort(circle[around]))
+
+
+def quorum(graph: GraphParameters, index: int, near: Collection[int], present: Container[int]) -> bool:
+    """Whether the threshold of those who hold shares of the client at `index` is `present`.
+
+    Args:
+        graph: degree and threshold.
+        index: whose shares.
+        near: its neighbours.
+        present: roster indices that are still there.
+    """
+    own = graph.complete and index in present
+    return sum(peer in present for peer in near) + own >= graph.threshold

@@ -42,9 +42,10 @@ from protocol.messages import (
     UnmaskRequest,
 )
 from protocol.secagg import roster as rosters
-from protocol.secagg.graph import neighbours, parameters
+from protocol.secagg.graph import neighbours
 from protocol.secagg.key_agreement import public_key
 from protocol.secagg.masking import Mask, pairwise_mask, seed_commitment, self_mask
+from protocol.secagg.parameters import parameters
 from protocol.secagg.server_state import (
     Advertising,
     Checking,
@@ -235,7 +236,7 @@ def _close_advertising(state: Advertising) -> ServerState:
         return Failed(
             context, "too-few-check-ins", f"{size} devices checked in, {context.minimum_cohort} needed"
         )
-    graph = parameters(size)
+    graph = parameters(size, context.graph)
     devices = sorted(state.entries)
     tree = rosters.merkle_tree([rosters.leaf_hash(state.entries[d][0]) for d in devices])
     members = []

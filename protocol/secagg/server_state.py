@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 from protocol.messages import AddressedShares, AdvertiseKeys, RosterEntry, ShareKeys, UnmaskingShares
 from protocol.secagg import roster as rosters
-from protocol.secagg.graph import GraphParameters
+from protocol.secagg.graph import quorum
 from protocol.secagg.masking import Mask
+from protocol.secagg.parameters import GraphAssumptions, GraphParameters
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class ServerContext:
     invited: frozenset[str]
     minimum_cohort: int
     minimum_survivors: int
+    graph: GraphAssumptions
 
 
 @dataclass(frozen=True)
@@ -54,9 +56,8 @@ class Cohort:
     index: Mapping[str, int]
 
     def quorum(self, index: int, present: frozenset[int]) -> bool:
-        """Whether the threshold of the closed neighbourhood of `index` is `present`."""
-        near = sum(peer in present for peer in self.neighbours[index])
-        return near + (index in present) >= self.graph.threshold
+        """Whether the threshold of those who hold shares of `index` is `present`."""
+        return quorum(self.graph, index, self.neighbours[index], present)
 
 
 @dataclass(frozen=True)

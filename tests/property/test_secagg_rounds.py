@@ -6,6 +6,7 @@ import numpy as np
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from protocol.secagg.parameters import GraphAssumptions
 from protocol.secagg.server_state import Failed, Recovered
 from tests.secagg_round import Cohort
 
@@ -44,6 +45,21 @@ def test_the_unmasked_sum_is_the_plain_sum_of_the_survivors(case: tuple[int, dic
     )
     np.testing.assert_array_equal(cohort.unmasked(end), cohort.sum_of(survivors))
     assert not end.misbehaved
+    assert not cohort.aborts
+
+
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.sets(st.integers(0, 69), max_size=7), st.sampled_from(["share", "deliver", "upload", "check"]))
+def test_a_regular_graph_gives_the_plain_sum_too(dropped: set[int], phase: str) -> None:
+    graph = GraphAssumptions(corrupt_fraction=0.05, adversary="semi-honest")
+    cohort = Cohort(70, length=20, reboot=False, graph=graph)
+    devices = {f"device-{index:03d}" for index in dropped}
+    end = cohort.run({phase: devices})
+    assert isinstance(end, Recovered), end
+    assert not end.cohort.graph.complete
+    survivors = cohort.names(end.survivors)
+    assert survivors == set(cohort.inputs) - (set() if phase == "check" else devices)
+    np.testing.assert_array_equal(cohort.unmasked(end), cohort.sum_of(survivors))
     assert not cohort.aborts
 
 

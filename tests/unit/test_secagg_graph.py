@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+from fractions import Fraction
+from math import comb
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from protocol.errors import MalformedMessage
-from protocol.secagg.graph import GraphParameters, neighbours, parameters
+from protocol.secagg.graph import neighbours
+from protocol.secagg.parameters import GraphAssumptions, GraphParameters, parameters
 from protocol.secagg.roster import (
     members_from_bytes,
     members_to_bytes,
@@ -22,11 +25,66 @@ from tests.secagg_round import entropy
 
 @pytest.mark.parametrize("size", [2, 3, 9, 10, 64])
 def test_a_small_cohort_gets_the_complete_graph_and_a_two_thirds_threshold(size: int) -> None:
-    graph = parameters(size)
+    graph = parameters(size, GraphAssumptions())
     assert graph.complete
     assert neighbours(graph, entropy("r"), 1) == tuple(i for i in range(size) if i != 1)
     # Two quorums overlap in more than a third: with fewer than a third corrupt, in an honest client.
     assert 2 * graph.threshold - size > size / 3
+
+
+@pytest.mark.parametrize(
+    ("size", "dropout", "adversary", "degree", "threshold"),
+    [
+        (100, 0.1, "semi-honest", 22, 11),
+        (1000, 0.1, "semi-honest", 48, 27),
+        (1000, 0.3, "semi-honest", 88, 36),
+        (100, 0.1, "malicious", 32, 22),
+        (1000, 0.1, "malicious", 96, 67),
+    ],
+)
+def test_parameters_reach_the_reference_values(
+    size: int, dropout: float, adversary: str, degree: int, threshold: int
+) -> None:
+    """Never a larger graph than the reference one: gamma = 0.1, sigma = 40, eta = 20.
+
+    Four of the five are met exactly. At n = 1000 and 10 % dropout the exact tails allow (46, 26), with
+    2^-40.9 for E1 and 2^-23.0 for E3.
+    """
+    assumptions = GraphAssumptions.model_validate(
+        {"corrupt_fraction": 0.1, "dropout_fraction": dropout, "adversary": adversary}
+    )
+    graph = parameters(size, assumptions)
+    expected = (46, 26) if (degree, threshold) == (48, 27) else (degree, threshold)
+    assert (graph.degree, graph.threshold) == expected
+
+
+def test_the_tails_are_hypergeometric() -> None:
+    """Against exact integer arithmetic: E1 and E3 hold for this graph, and for none smaller."""
+
+    def tail(size: int, marked: int, degree: int, count: int) -> Fraction:
+        ways = sum(
+            comb(marked, i) * comb(size - 1 - marked, degree - i)
+            for i in range(count, min(marked, degree) + 1)
+        )
+        return size * Fraction(ways, comb(size - 1, degree))
+
+    for size in (200, 1000, 5000):
+        graph = parameters(size, GraphAssumptions(adversary="semi-honest"))
+        marked = size // 10
+        assert tail(size, marked, graph.degree, graph.threshold) <= Fraction(1, 2**40)
+        assert tail(size, marked, graph.degree, graph.degree - graph.threshold + 1) <= Fraction(1, 2**20)
+        smaller = graph.degree - 2
+        assert not any(
+            tail(size, marked, smaller, t) <= Fraction(1, 2**40)
+            and tail(size, marked, smaller, smaller - t + 1) <= Fraction(1, 2**20)
+            for t in range(1, smaller + 1)
+        )
+
+
+def test_degree_grows_with_the_logarithm_of_the_cohort() -> None:
+    degrees = [parameters(size, GraphAssumptions()).degree for size in (100, 1_000, 10_000)]
+    assert degrees == sorted(degrees)
+    assert degrees[2] - degrees[1] < degrees[1] - degrees[0]
 
 
 def test_a_regular_graph_is_symmetric_and_follows_from_the_roster() -> None:
