@@ -1,0 +1,111 @@
+"""What a round spent: a record for the transcript, from which anybody can re-compute the ledger.
+
+An event says what happened and never what it costs; costing is the accountant's business
+(`aggregator.privacy`), as in `dp_accounting`.
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from protocol.dp.errors import TooFewSurvivors
+from protocol.dp.mechanism import noise_sampler
+from protocol.dp.parameters import PrivacyMode
+from protocol.dp.scaling import EncodingParameters
+
+
+class Mechanism(enum.StrEnum):
+    """The distribution whose divergence the accountant needs."""
+
+    NONE = "none"
+    SKELLAM = "skellam"
+    DISCRETE_GAUSSIAN = "discrete_gaussian"
+
+
+class NeighbouringRelation(enum.StrEnum):
+    """Which two inputs must look alike."""
+
+    ZERO_OUT = "zero_out"
+    """One device's vector is replaced by zeros while the device still takes part and adds its noise. Rosters
+    and survivor sets are public in secure aggregation, so participation itself is not hidden, and with
+    distributed noise a missing device would take its noise with it. The sensitivity is that of adding or
+    removing a device: one clipped vector (Kairouz et al. 2021b, arXiv 2103.00039, Definition 1.1)."""
+    ADD_OR_REMOVE = "add_or_remove"
+
+
+_Finite = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class DPEvent(BaseModel):
+    """One release of a noisy integer sum."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+
+    v: Literal[1] = 1
+    mechanism: Mechanism
+    mode: PrivacyMode
+    unit: Literal["device"] = "device"
+    neighbouring_relation: NeighbouringRelation = NeighbouringRelation.ZERO_OUT
+    noise_multiplier: _Finite
+    """z as planned; what was reached follows from the integers below."""
+    clip_norm: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    sensitivity_squared: Annotated[int, Field(ge=0)]
+    """Squared L2 norm that one client's integers cannot exceed, in squared quantization steps."""
+    variance_per_share: _Finite
+    """Variance of one noise share per coordinate: a client's (distributed) or the aggregator's (central)."""
+    dimension: Annotated[int, Field(ge=1)]
+    """Coordinates of the released vector, metric slots included."""
+    survivors: Annotated[int, Field(ge=1)]
+    minimum_survivors: Annotated[int, Field(ge=1)]
+    colluders: Annotated[int, Field(ge=0)] = 0
+    """Survivors whose noise is not counted, because they may tell it."""
+    sampler_distance: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Total-variation distance of one noise sample from the named distribution."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if (self.mode is PrivacyMode.NONE) != (self.mechanism is Mechanism.NONE):
+            raise ValueError(f"mode {self.mode} does not go with mechanism {self.mechanism}")
+        if self.mode is not PrivacyMode.NONE and not (self.variance_per_share and self.sensitivity_squared):
+            raise ValueError("a private event has a variance and a sensitivity")
+        if self.shares < 1:
+            raise ValueError("every survivor colludes: no noise is left")
+        return self
+
+    @property
+    def shares(self) -> int:
+        """How many independent noise shares count."""
+        return self.survivors - self.colluders if self.mode is PrivacyMode.DISTRIBUTED else 1
+
+    @property
+    def variance(self) -> float:
+        """Variance of the noise that counts, per coordinate of the sum."""
+        return self.shares * self.variance_per_share
+
+
+def event_for(params: EncodingParameters, survivors: int) -> DPEvent:
+    """Describes the release of a sum of `survivors` vectors encoded with `params`.
+
+    Raises:
+        TooFewSurvivors: such a sum must not be released.
+    """
+    if survivors < params.minimum_survivors:
+        raise TooFewSurvivors(f"{survivors} survivors, the noise was sized for {params.minimum_survivors}")
+    privacy = params.privacy
+    private = privacy.mode is not PrivacyMode.NONE
+    return DPEvent(
+        mechanism=Mechanism(privacy.noise.value) if private else Mechanism.NONE,
+        mode=privacy.mode,
+        noise_multiplier=privacy.noise_multiplier,
+        clip_norm=privacy.clip_norm,
+        sensitivity_squared=params.norm_bound_squared,
+        variance_per_share=params.local_variance + params.central_variance,
+        dimension=params.length,
+        survivors=survivors,
+        minimum_survivors=params.minimum_survivors,
+        colluders=privacy.colluders,
+        sampler_distance=noise_sampler(params).distance if private else 0.0,
+    )
