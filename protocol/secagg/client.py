@@ -173,13 +173,15 @@ def handle(state: ClientState, event: Event) -> tuple[ClientState, Answer]:
     if rule is None:
         raise IllegalEvent(f"{type(event).__name__} in phase {type(state).__name__}")
     try:
-        new_state, answer = rule(state, event)
-        return new_state, answer
+        new_state, answer = rule.apply(state, event)
     except RoundViolation as violation:
         return abort(state, violation)
     except (BadSignature, MalformedMessage) as error:
         code = "bad-signature" if isinstance(error, BadSignature) else "malformed"
         return abort(state, RoundViolation(code, str(error)))
+    if not isinstance(new_state, rule.leads_to):
+        raise AssertionError(f"{type(new_state).__name__} where {rule.leads_to.__name__} was due")
+    return new_state, answer
 
 
 def abort(state: ClientState, violation: RoundViolation) -> tuple[Aborted, ClientAbort]:
@@ -453,23 +455,31 @@ def _nothing(state: Unmasked, event: Event) -> tuple[ClientState, Answer]:
     return state, None
 
 
-TRANSITIONS: dict[tuple[type, type], Callable[[Any, Any], tuple[ClientState, Answer]]] = {
-    (Advertised, RosterReceived): _share_keys,
-    (SharesSent, RosterReceived): _same_roster,
-    (SharesSent, SharesReceived): _receive_shares,
-    (Masking, RosterReceived): _old_roster,
-    (Masking, SharesReceived): _same_delivery,
-    (Masking, InputMasked): _send_input,
-    (InputSent, RosterReceived): _old_roster,
-    (InputSent, SharesReceived): _same_delivery,
-    (InputSent, SurvivorsReceived): _sign_set,
-    (SetSigned, RosterReceived): _old_roster,
-    (SetSigned, SharesReceived): _same_delivery,
-    (SetSigned, SurvivorsReceived): _same_survivors,
-    (SetSigned, UnmaskRequested): _unmask,
-    (Unmasked, RosterReceived): _nothing,
-    (Unmasked, SharesReceived): _nothing,
-    (Unmasked, SurvivorsReceived): _nothing,
-    (Unmasked, UnmaskRequested): _same_unmasking,
+@dataclass(frozen=True)
+class Rule:
+    """One row of the machine: what a phase does with an event, and which phase follows unless it aborts."""
+
+    leads_to: type[ClientState]
+    apply: Callable[[Any, Any], tuple[ClientState, Answer]]
+
+
+TRANSITIONS: dict[tuple[type, type], Rule] = {
+    (Advertised, RosterReceived): Rule(SharesSent, _share_keys),
+    (SharesSent, RosterReceived): Rule(SharesSent, _same_roster),
+    (SharesSent, SharesReceived): Rule(Masking, _receive_shares),
+    (Masking, RosterReceived): Rule(Masking, _old_roster),
+    (Masking, SharesReceived): Rule(Masking, _same_delivery),
+    (Masking, InputMasked): Rule(InputSent, _send_input),
+    (InputSent, RosterReceived): Rule(InputSent, _old_roster),
+    (InputSent, SharesReceived): Rule(InputSent, _same_delivery),
+    (InputSent, SurvivorsReceived): Rule(SetSigned, _sign_set),
+    (SetSigned, RosterReceived): Rule(SetSigned, _old_roster),
+    (SetSigned, SharesReceived): Rule(SetSigned, _same_delivery),
+    (SetSigned, SurvivorsReceived): Rule(SetSigned, _same_survivors),
+    (SetSigned, UnmaskRequested): Rule(Unmasked, _unmask),
+    (Unmasked, RosterReceived): Rule(Unmasked, _nothing),
+    (Unmasked, SharesReceived): Rule(Unmasked, _nothing),
+    (Unmasked, SurvivorsReceived): Rule(Unmasked, _nothing),
+    (Unmasked, UnmaskRequested): Rule(Unmasked, _same_unmasking),
 }
 """The whole machine; the diagram in the documentation is drawn from it."""
