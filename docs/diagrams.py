@@ -15,7 +15,7 @@ _BLOCK = re.compile(r"(<!-- begin generated: .*? -->\n).*?(<!-- end generated --
 
 
 def client_diagram() -> str:
-    """The client's machine as a Mermaid state diagram; repeated events, which change nothing, are left out."""
+    """The client's machine as a Mermaid state diagram, without repeated events, which change nothing."""
     lines = ["```mermaid", "stateDiagram-v2", "    [*] --> Advertised"]
     for (state, event), rule in TRANSITIONS.items():
         if rule.leads_to is not state:
