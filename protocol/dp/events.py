@@ -12,8 +12,8 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from protocol.dp.errors import TooFewSurvivors
-from protocol.dp.mechanism import noise_sampler
-from protocol.dp.parameters import PrivacyMode
+from protocol.dp.parameters import NoiseDistribution, PrivacyMode
+from protocol.dp.sampling import discrete_gaussian_distance, skellam_distance
 from protocol.dp.scaling import EncodingParameters
 
 
@@ -96,16 +96,19 @@ def event_for(params: EncodingParameters, survivors: int) -> DPEvent:
         raise TooFewSurvivors(f"{survivors} survivors, the noise was sized for {params.minimum_survivors}")
     privacy = params.privacy
     private = privacy.mode is not PrivacyMode.NONE
+    variance = params.local_variance + params.central_variance  # at most one of them is not 0
+    skellam = privacy.noise is NoiseDistribution.SKELLAM
+    distance = skellam_distance if skellam else discrete_gaussian_distance
     return DPEvent(
         mechanism=Mechanism(privacy.noise.value) if private else Mechanism.NONE,
         mode=privacy.mode,
         noise_multiplier=privacy.noise_multiplier,
         clip_norm=privacy.clip_norm,
         sensitivity_squared=params.norm_bound_squared,
-        variance_per_share=params.local_variance + params.central_variance,
+        variance_per_share=variance,
         dimension=params.length,
         survivors=survivors,
         minimum_survivors=params.minimum_survivors,
         colluders=privacy.colluders,
-        sampler_distance=noise_sampler(params).distance if private else 0.0,
+        sampler_distance=distance(variance) if private else 0.0,
     )

@@ -103,6 +103,18 @@ class IntegerSampler:
         return int.from_bytes(self._rests[12 * threshold : 12 * threshold + 12], "big")
 
 
+def skellam_distance(variance: float) -> float:
+    """Returns the `distance` of a Skellam table without making it."""
+    _check_variance(variance)
+    return _distance(_skellam_reach(variance, _TAIL_BITS * math.log(2)))
+
+
+def discrete_gaussian_distance(sigma_squared: float) -> float:
+    """Returns a bound on the `distance` of a discrete Gaussian table without making it."""
+    _check_variance(sigma_squared)
+    return _distance(_discrete_gaussian_reach(sigma_squared))
+
+
 @lru_cache(maxsize=4)
 def skellam_sampler(variance: float) -> IntegerSampler:
     """Makes the sampler of the symmetric Skellam distribution: the difference of two Poisson(variance / 2).
@@ -140,8 +152,7 @@ def discrete_gaussian_sampler(sigma_squared: float) -> IntegerSampler:
         InvalidParameters: `sigma_squared` is not in (0, 2^32].
     """
     _check_variance(sigma_squared)
-    # exp(-t^2 / 2) below 2^-130 from t = 13.5 on; the margin covers the sum over the tail.
-    last = math.ceil(14 * math.sqrt(sigma_squared)) + 2
+    last = _discrete_gaussian_reach(sigma_squared)
     numerator, denominator = sigma_squared.as_integer_ratio()
     with decimal.localcontext(decimal.Context(prec=80)):
         step = (decimal.Decimal(-denominator) / decimal.Decimal(2 * numerator)).exp()
@@ -174,12 +185,22 @@ def _skellam_reach(variance: float, nats: float) -> int:
     return bisect.bisect_left(range(high), nats, key=exponent)
 
 
-def _sampler(weights: list[int], reach: int) -> IntegerSampler:
-    """Builds the tables of a symmetric distribution from its weights at 0, 1, 2, ...
+def _discrete_gaussian_reach(sigma_squared: float) -> int:
+    # exp(-t^2 / 2) is below 2^-131 from t = 13.5 on; the margin covers the sum over the tail.
+    return math.ceil(14 * math.sqrt(sigma_squared)) + 2
 
-    The distance: 2^-130 for the tails beyond `reach`, 2^-140 for the weights, and for rounding thresholds
-    down to multiples of 2^-128 at most 2^-128 for each of the 2 * reach + 1 probabilities, halved.
+
+def _distance(reach: int) -> float:
+    """Bounds the total-variation distance of a table over [-reach, reach].
+
+    2^-130 for the tails beyond, 2^-140 for the weights, and for rounding thresholds down to multiples of
+    2^-128 at most 2^-128 for each of the 2 * reach + 1 probabilities, halved.
     """
+    return (2 * reach + 3) * 2.0**-129
+
+
+def _sampler(weights: list[int], reach: int) -> IntegerSampler:
+    """Builds the tables of a symmetric distribution from its weights at 0, 1, 2, ..."""
     total = weights[0] + 2 * sum(weights[1:])
     reach = min(reach, len(weights) - 1)
     cumulative = sum(
@@ -196,4 +217,4 @@ def _sampler(weights: list[int], reach: int) -> IntegerSampler:
     edges = np.searchsorted(top[:-1], np.arange(1 << 16, dtype=np.uint32) << np.uint32(16), side="left")
     following = np.append(edges[1:], len(tops))
     guide = np.where(following - edges > 1, -1, edges).astype(np.int32)
-    return IntegerSampler(-reach, (2 * reach + 3) * 2.0**-129, top, bytes(rests), guide)
+    return IntegerSampler(-reach, _distance(reach), top, bytes(rests), guide)

@@ -8,7 +8,12 @@ import numpy as np
 import pytest
 
 from protocol.dp.errors import InvalidParameters
-from protocol.dp.sampling import discrete_gaussian_sampler, skellam_sampler
+from protocol.dp.sampling import (
+    discrete_gaussian_distance,
+    discrete_gaussian_sampler,
+    skellam_distance,
+    skellam_sampler,
+)
 from protocol.secagg.prg import Keystream, derive_key
 
 SAMPLERS = {"skellam": skellam_sampler, "discrete_gaussian": discrete_gaussian_sampler}
@@ -61,3 +66,9 @@ def test_frozen_samples() -> None:
     assert skellam == [1, 1, 0, 2, 1, -1, -1, 1, 0, 0, -2, 0, -1, -1, -1, -1, 1, 1, -1, -1, -2, 0, 1, -2]
     gaussian = discrete_gaussian_sampler(1.0).sample(bytes(32), 0, 24).tolist()
     assert gaussian == [1, 1, 0, 2, 1, -1, -1, 1, 0, 0, -2, 0, -1, -1, -1, -1, 1, 1, -1, -1, -2, 0, 1, -2]
+
+
+@pytest.mark.parametrize("variance", [1e-6, 0.05, 1.0, 900.0, 1e7])
+def test_the_distance_is_known_without_a_table(variance: float) -> None:
+    assert skellam_sampler(variance).distance == skellam_distance(variance)
+    assert discrete_gaussian_sampler(variance).distance <= discrete_gaussian_distance(variance) < 2**-100
