@@ -43,7 +43,7 @@ def load(name: str) -> BundledModel:
     """
     if name not in NAMES:
         raise KeyError(f"no bundled model {name!r}, only {', '.join(NAMES)}")
-    directory = files(__name__) / name
+    directory = files(f"{__name__}.{name}")
     manifest = ModelManifest.from_bytes((directory / "manifest.json").read_bytes())
     graph = (directory / "model.tflite").read_bytes()
     if describe(graph) != manifest.graph:

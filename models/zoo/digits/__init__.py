@@ -1,0 +1,1 @@
+"""Files of the digits model: `model.tflite`, `weights.bin` and `manifest.json`."""

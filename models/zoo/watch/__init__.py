@@ -1,0 +1,1 @@
+"""Files of the watch model: `model.tflite`, `weights.bin` and `manifest.json`."""
