@@ -73,7 +73,7 @@ class Examples:
             InvalidExamples: the file is no such file, or its content is not valid.
         """
         try:
-            with np.load(path, allow_pickle=False) as file:
+            with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
                 return cls(str(file["name"]), file["x"], file["y"])
         except (ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile) as error:
             raise InvalidExamples(f"{path.name} holds no examples: {error}") from error

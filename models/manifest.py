@@ -22,6 +22,7 @@ MAX_MANIFEST_BYTES = 256 * 1024
 MAX_GRAPH_BYTES = 256 * 1024 * 1024
 MAX_PARAMETERS = 2**26
 FLOAT32_BYTES = 4
+MAX_VERSION = 2**31
 TRAINABLE_SIGNATURES = frozenset({"train", "infer", "get_weights", "set_weights"})
 
 Dimension = Annotated[int, Field(ge=1, le=2**26)]
@@ -88,7 +89,7 @@ class ModelManifest(Schema):
 
     schema_version: Literal[1] = 1
     name: Slug
-    version: Annotated[int, Field(ge=1, le=2**31)]
+    version: Annotated[int, Field(ge=1, le=MAX_VERSION)]
     graph: BlobRef
     weights: BlobRef
     signatures: Annotated[tuple[SignatureSpec, ...], Field(min_length=1, max_length=16)]
@@ -168,8 +169,10 @@ class ModelManifest(Schema):
             weights: the new weights file, `4 * parameter_count` bytes (see `models.weights.encode_weights`).
 
         Raises:
-            InvalidManifest: the weights have another length.
+            InvalidManifest: the weights have another length, or no version number is left.
         """
+        if self.version >= MAX_VERSION:
+            raise InvalidManifest(f"version {self.version} is the last there can be")
         if len(weights) != self.weights.size:
             raise InvalidManifest(f"new weights have {len(weights)} bytes, this model {self.weights.size}")
         changes = {"version": self.version + 1, "weights": describe(weights)}
