@@ -1,0 +1,244 @@
+"""The exporter: what it refuses, what it writes, and that the bundled files are what Keras gives."""
+
+# ruff: noqa: E402  the import of TensorFlow comes first: it may skip the file
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+# It also keeps the warnings of the import itself, which is why it comes before the modules that import it.
+tf = pytest.importorskip("tensorflow")
+
+from edge_client.adapters.tflite import TfliteTrainer
+from edge_client.training import Examples, TrainingConfig
+from models import export as exporter
+from models import zoo
+from models.architectures import ARCHITECTURES
+from models.export import export
+from models.flatbuffer import operators
+from models.layers.lowering import UnsupportedLayer
+from models.manifest import InputSpec, ModelManifest
+from models.network import Network, UnsupportedModel
+from models.parity import TOLERANCE, ParityError, prove_parity
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+layers = tf.keras.layers
+
+
+def sequential(*parts: Any) -> Any:
+    tf.keras.backend.clear_session()
+    tf.keras.utils.set_random_seed(3)
+    return tf.keras.Sequential(list(parts))
+
+
+def scaling(*shape: int) -> InputSpec:
+    return InputSpec(shape=shape, mean=(0.0,) * shape[-1], std=(1.0,) * shape[-1])
+
+
+def exported(model: Any, *shape: int, classes: int = 4, batch: int = 8) -> exporter.ExportedModel:
+    labels = [f"class {index}" for index in range(classes)]
+    return export(model, name="try", labels=labels, scaling=scaling(*shape), train_batch_size=batch)
+
+
+MODELS = {
+    "dense": ((5,), lambda: [layers.Dense(6, activation="relu"), layers.Dense(4, use_bias=False)]),
+    "conv1d": (
+        (20, 3),
+        lambda: [
+            layers.Conv1D(5, 3, strides=2, padding="same", activation="relu"),
+            layers.MaxPooling1D(2),
+            layers.Conv1D(4, 2),
+            layers.ReLU(),
+            layers.GlobalAveragePooling1D(),
+            layers.Dense(4),
+        ],
+    ),
+    "conv2d": (
+        (9, 11, 2),
+        lambda: [
+            layers.Conv2D(5, (3, 2), strides=(2, 1), use_bias=False),
+            layers.Activation("relu"),
+            layers.AveragePooling2D((2, 3)),
+            layers.Conv2D(6, 2, padding="same", activation="relu"),
+            layers.Flatten(),
+            layers.Dense(4),
+        ],
+    ),
+    "rim": (
+        (7, 7, 1),
+        lambda: [
+            layers.Conv2D(3, 2, padding="same"),
+            layers.MaxPooling2D((2, 3)),
+            layers.Conv2D(4, 2, strides=2),
+            layers.GlobalMaxPooling2D(),
+            layers.Dense(4),
+        ],
+    ),
+    "reshaped": (
+        (12,),
+        lambda: [layers.Reshape((6, 2)), layers.Conv1D(4, 3), layers.GlobalMaxPooling1D()],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_exports_have_stock_gradients_and_small_builtin_graphs(name: str) -> None:
+    shape, parts = MODELS[name]
+    model = sequential(layers.Input(shape), *parts())
+    result = exported(model, *shape)
+    assert prove_parity(model, result.graph, result.manifest, seed=1) < TOLERANCE
+    assert not {operator for operator in operators(result.graph) if operator.startswith("FLEX")}
+    assert len(result.graph) <= 8192 * len(model.layers)
+
+
+def test_functional_models_export_as_sequential_ones_do() -> None:
+    inputs = tf.keras.Input((5,))
+    model = tf.keras.Model(inputs, layers.Dense(4)(layers.Dense(6, activation="relu")(inputs)))
+    assert exported(model, 5).manifest.parameter_count == 6 * 6 + 4 * 7
+
+
+def test_graph_does_not_grow_with_its_parameters() -> None:
+    small = exported(sequential(layers.Input((4,)), layers.Dense(8, activation="relu"), layers.Dense(4)), 4)
+    large = exported(
+        sequential(layers.Input((64,)), layers.Dense(900, activation="relu"), layers.Dense(4)), 64
+    )
+    assert large.manifest.weights.size > 240_000
+    assert len(large.graph) <= len(small.graph) + 64
+
+
+@pytest.mark.parametrize(
+    ("layer", "words"),
+    [
+        (lambda: layers.BatchNormalization(name="norm"), ["norm", "BatchNormalization", "supported are"]),
+        (lambda: layers.Conv1D(4, 3, dilation_rate=2, name="far"), ["far", "dilated"]),
+        (lambda: layers.Conv1D(4, 3, groups=2, name="split"), ["split", "2 groups"]),
+        (lambda: layers.Conv1D(4, 3, padding="causal", name="past"), ["past", "causal"]),
+        (lambda: layers.MaxPooling1D(3, strides=1, name="slide"), ["slide", "strides equal to pool_size"]),
+        (lambda: layers.MaxPooling1D(3, padding="same", name="pad"), ["pad", "valid"]),
+        (lambda: layers.Conv1D(4, 3, activation="gelu", name="smooth"), ["smooth", "gelu", "relu"]),
+        (lambda: layers.ReLU(max_value=6, name="capped"), ["capped", "plain ReLU"]),
+        (lambda: layers.Dense(4, name="wide"), ["wide", "Flatten"]),
+        (lambda: layers.Conv1D(4, 3, trainable=False, name="ice"), ["ice", "frozen"]),
+        (lambda: layers.GlobalMaxPooling1D(keepdims=True, name="kept"), ["kept", "keepdims=False"]),
+    ],
+)
+def test_refusals_name_layer_reason_and_alternative(layer: Any, words: list[str]) -> None:
+    model = sequential(layers.Input((12, 2)), layer(), layers.Flatten(), layers.Dense(4))
+    with pytest.raises(UnsupportedLayer) as refused:
+        Network(model)
+    for word in words:
+        assert word in str(refused.value)
+
+
+def test_softmax_at_the_end_is_refused_since_the_loss_has_it() -> None:
+    model = sequential(layers.Input((5,)), layers.Dense(4, activation="softmax"))
+    with pytest.raises(UnsupportedLayer, match="gives logits"):
+        Network(model)
+
+
+def test_a_subclass_of_a_known_layer_is_refused() -> None:
+    class Doubled(layers.Dense):  # type: ignore[misc]
+        def call(self, inputs: Any) -> Any:
+            return 2 * super().call(inputs)
+
+    with pytest.raises(UnsupportedLayer, match="Doubled"):
+        Network(sequential(layers.Input((5,)), Doubled(4)))
+
+
+def test_shared_layers_and_branches_are_refused() -> None:
+    inputs = tf.keras.Input((4,))
+    shared = layers.Dense(4, name="twice")
+    with pytest.raises(UnsupportedLayer, match="twice"):
+        Network(tf.keras.Model(inputs, shared(shared(inputs))))
+    with pytest.raises(UnsupportedLayer, match="Add"):
+        Network(tf.keras.Model(inputs, layers.Add()([layers.Dense(4)(inputs), inputs])))
+
+
+def test_models_that_are_no_classifiers_of_fixed_inputs_are_refused() -> None:
+    with pytest.raises(UnsupportedModel, match="fixed"):
+        Network(sequential(layers.Input((None, 2)), layers.GlobalAveragePooling1D(), layers.Dense(4)))
+    with pytest.raises(UnsupportedModel, match="logits"):
+        Network(sequential(layers.Input((6, 2)), layers.Conv1D(4, 3)))
+    with pytest.raises(UnsupportedModel, match="parameters"):
+        Network(sequential(layers.Input((6,)), layers.ReLU()))
+    with pytest.raises(ValueError, match="labels"):
+        exported(sequential(layers.Input((5,)), layers.Dense(4)), 5, classes=3)
+
+
+def test_parity_notices_a_graph_of_another_model() -> None:
+    result = exported(sequential(layers.Input((5,)), layers.Dense(6, activation="relu"), layers.Dense(4)), 5)
+    linear = sequential(layers.Input((5,)), layers.Dense(6), layers.Dense(4))
+    with pytest.raises(ParityError):
+        prove_parity(linear, result.graph, result.manifest)
+
+
+@pytest.fixture(scope="module", params=zoo.NAMES)
+def fresh(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, ...]:
+    """A model exported anew by the command line, its Keras form, and the files in the repository."""
+    name = str(request.param)
+    directory = tmp_path_factory.mktemp("export") / name
+    assert exporter.main([name, "--out", str(directory)]) == 0
+    return ARCHITECTURES[name].build_seeded(), directory, zoo.load(name)
+
+
+def examples_for(manifest: ModelManifest, count: int) -> Examples:
+    random = np.random.default_rng(4)
+    x = random.normal(size=(count, *manifest.input.shape)) * manifest.input.std + manifest.input.mean
+    y = random.integers(0, len(manifest.labels), count)
+    return Examples("random", x.astype(np.float32), y.astype(np.int32))
+
+
+def test_bundled_files_are_what_the_exporter_writes(fresh: tuple[Any, ...]) -> None:
+    _, directory, bundled = fresh
+    manifest = ModelManifest.from_bytes((directory / "manifest.json").read_bytes())
+    changes = {"graph": bundled.manifest.graph, "weights": bundled.manifest.weights}
+    assert ModelManifest.model_validate(dict(manifest) | changes) == bundled.manifest
+    weights = np.frombuffer((directory / "weights.bin").read_bytes(), "<f4")
+    np.testing.assert_allclose(weights, bundled.weights, atol=1e-7)
+    trainer = TfliteTrainer(manifest, (directory / "model.tflite").read_bytes())
+    checked_in = TfliteTrainer(bundled.manifest, bundled.graph)
+    examples, config = examples_for(manifest, 80), TrainingConfig(2, 0.05)
+    deltas = [
+        one.train(bundled.weights, examples, config, np.random.default_rng(0)).delta
+        for one in (trainer, checked_in)
+    ]
+    np.testing.assert_allclose(deltas[0], deltas[1], atol=1e-6)
+
+
+def test_bundled_graphs_train_as_keras_does(fresh: tuple[Any, ...]) -> None:
+    """Loss and weights after a few steps of stock Keras, from the same start in the same order."""
+    model, _, bundled = fresh
+    manifest = bundled.manifest
+    examples, rate = examples_for(manifest, 80), 0.05
+    trainer = TfliteTrainer(manifest, bundled.graph)
+    config = TrainingConfig(local_epochs=2, learning_rate=rate)
+    update = trainer.train(bundled.weights, examples, config, np.random.default_rng(9))
+
+    x = ((examples.x - manifest.input.mean) / manifest.input.std).astype(np.float32)
+    model.compile(
+        tf.keras.optimizers.SGD(rate), tf.keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    )
+    before = float(model.evaluate(x, examples.y, verbose=0))
+    random = np.random.default_rng(9)
+    for _ in range(config.local_epochs):
+        order = random.permutation(len(x))
+        for start in range(0, len(x), manifest.train_batch_size):
+            chosen = order[start : start + manifest.train_batch_size]
+            model.train_on_batch(x[chosen], examples.y[chosen])
+    weights: NDArray[np.float32] = np.concatenate([w.ravel() for w in model.get_weights()])
+    np.testing.assert_allclose(bundled.weights + update.delta, weights, atol=2e-6)
+    assert update.loss_before == pytest.approx(before, rel=1e-5)
+    assert update.loss_after == pytest.approx(float(model.evaluate(x, examples.y, verbose=0)), rel=1e-5)
+
+
+def test_files_tell_nothing_of_the_machine_that_made_them() -> None:
+    for name in zoo.NAMES:
+        directory = Path(str(zoo.__file__)).parent / name
+        graph = (directory / "model.tflite").read_bytes()
+        for word in (b"/tmp", b"/home", b"/work", b"/root", b"site-packages"):
+            assert word not in graph
