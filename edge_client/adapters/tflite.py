@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,7 +38,12 @@ class TfliteTrainer:
     """A `LocalTrainer` over one exported graph.
 
     Not safe for use by several threads at once: the graph holds the weights in training.
+
+    Attributes:
+        runtime: name of the package that runs the graph.
     """
+
+    runtime: ClassVar[str] = Interpreter.__module__.partition(".")[0]
 
     def __init__(self, manifest: ModelManifest, graph: bytes, *, threads: int = 1) -> None:
         """Check a model file against its manifest and load it.
