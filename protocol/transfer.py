@@ -24,7 +24,9 @@ def describe(data: bytes) -> BlobRef:
     return BlobRef(sha256=hashlib.sha256(data).hexdigest(), size=len(data))
 
 
-def chunks(blob: BlobRef, data: bytes, indices: Iterable[int]) -> Iterator[tuple[BlobChunk, memoryview]]:
+def chunks(
+    blob: BlobRef, data: bytes | memoryview, indices: Iterable[int]
+) -> Iterator[tuple[BlobChunk, memoryview]]:
     """Yields the chunks of `data` that were asked for; indices beyond its end are ignored.
 
     Raises:

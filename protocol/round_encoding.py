@@ -1,0 +1,41 @@
+"""How a round's updates are encoded, from its signed plan: one rule for the devices and the aggregator."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Final
+
+from protocol.dp.mechanism import EncodingParameters, derive_encoding
+from protocol.plan import Plan
+
+METRICS: Final[Mapping[str, str]] = MappingProxyType(
+    {
+        "examples": "examples trained on",
+        "loss_before": "mean loss on them under the base version",
+        "loss_after": "mean loss on them after local training",
+        "accuracy": "share of them that the local weights get right",
+    }
+)
+"""What a plan's metric slots may ask for; a device refuses a plan that asks for anything else."""
+
+
+def round_encoding(plan: Plan, plan_hash: bytes, dimension: int) -> EncodingParameters:
+    """Derives a round's encoding.
+
+    Args:
+        plan: the verified plan.
+        plan_hash: SHA-256 of its signed bytes; it seeds the rotation, so that nobody chooses the seed alone
+            and no two rounds share one.
+        dimension: parameters of the model that the plan names.
+
+    Raises:
+        InvalidParameters: the plan makes no round with a model of this size.
+    """
+    return derive_encoding(
+        plan.privacy,
+        dimension=dimension,
+        minimum_survivors=plan.cohort.minimum_survivors,
+        maximum_clients=plan.cohort.size,
+        rotation_seed=plan_hash,
+    )
