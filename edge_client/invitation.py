@@ -1,0 +1,195 @@
+"""The check-in desk: what becomes of an invitation, before this device shows any key.
+
+`consider` only judges. Whatever a plan asks for that this device, its policy or its models cannot give is
+refused here, with the reason, because a device that leaves later costs the whole cohort a dropout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from pydantic import TypeAdapter, ValidationError
+
+from edge_client import policy
+from edge_client.events import Fault
+from edge_client.models import Library
+from edge_client.participation import ActiveRound
+from edge_client.policy import History, Proposal
+from edge_client.profile import Profile
+from models.manifest import ModelManifest
+from protocol.dp.errors import PrivacyError
+from protocol.errors import BadSignature, MalformedMessage
+from protocol.fields import RoundId
+from protocol.identity import SignedDocument, verify_certificate
+from protocol.plan import PLAN_KIND, Plan
+from protocol.round_encoding import METRICS, round_encoding
+
+MAX_DETAIL = 300
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """Join this round; whatever round was active is over."""
+
+    plan: Plan
+    manifest: ModelManifest
+
+
+@dataclass(frozen=True)
+class Repeated:
+    """It is the active round's own invitation again."""
+
+
+@dataclass(frozen=True)
+class Contradicted:
+    """A second plan under the active round's id: somebody shows different plans to different devices."""
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """The base version is not known yet; the aggregator asks again."""
+
+    round_id: str
+    model: str
+    version: int
+
+
+@dataclass(frozen=True)
+class Refused:
+    """Not this round.
+
+    Attributes:
+        round_id: None when the plan is too broken to name one.
+        busy: another round is active, about which the aggregator may need an answer.
+    """
+
+    round_id: str | None
+    code: str
+    detail: str
+    busy: bool = False
+
+
+Verdict = Accepted | Repeated | Contradicted | Waiting | Refused
+
+_OBJECT: TypeAdapter[Mapping[str, object]] = TypeAdapter(Mapping[str, object])
+_ROUND_ID: TypeAdapter[str] = TypeAdapter(RoundId)
+
+
+@dataclass(frozen=True)
+class Desk:
+    """What the device knows when it judges an invitation."""
+
+    profile: Profile
+    library: Library
+    active: ActiveRound | None
+    used: frozenset[str]
+    history: History
+    unfit: Fault | None
+
+
+def consider(desk: Desk, document: SignedDocument, now: int) -> Verdict:
+    """Judges one invitation.
+
+    Args:
+        desk: what the device knows.
+        document: the signed plan, not verified yet.
+        now: current time, seconds since 1970.
+    """
+    try:
+        plan = Plan.from_bytes(document.open(PLAN_KIND, dict(desk.profile.plan_signers)))
+    except BadSignature as error:
+        return Refused(_claimed_round(document.payload), "bad-signature", str(error))
+    except MalformedMessage as error:
+        return Refused(_claimed_round(document.payload), "bad-plan", str(error))
+    active = desk.active
+    if active is not None and active.round_id == plan.round_id:
+        return Repeated() if active.document.payload == document.payload else Contradicted()
+    return (
+        _refuse_history(desk, plan)
+        or _refuse_policy(desk, plan, document.key_id, now)
+        or _refuse_device(desk, plan, now)
+        or _judge_version(desk, plan, document)
+    )
+
+
+def _claimed_round(payload: bytes) -> str | None:
+    """The round id in a plan that is not trusted: good for a refusal, and for nothing else."""
+    try:
+        return _ROUND_ID.validate_python(_OBJECT.validate_json(payload).get("round_id"))
+    except ValidationError:
+        return None
+
+
+def _refuse_history(desk: Desk, plan: Plan) -> Refused | None:
+    if plan.round_id in desk.used:
+        return Refused(plan.round_id, "round-reused", "this device was in a round of this id before")
+    return None
+
+
+def _refuse_policy(desk: Desk, plan: Plan, signer: str, now: int) -> Refused | None:
+    profile = desk.profile
+    refusal = policy.check(profile.policy, profile.fleet, Proposal(plan, signer), desk.history, now)
+    return Refused(plan.round_id, refusal.code, refusal.detail) if refusal else None
+
+
+def _refuse_device(desk: Desk, plan: Plan, now: int) -> Refused | None:
+    profile = desk.profile
+    if not profile.follows(plan.model):
+        return Refused(plan.round_id, "model-not-followed", f"this device does not follow {plan.model}")
+    try:
+        verify_certificate(profile.certificate, profile.ca, now=now)
+    except BadSignature as error:
+        return Refused(plan.round_id, "certificate-invalid", str(error))
+    if desk.unfit is not None:
+        return Refused(plan.round_id, desk.unfit.code, desk.unfit.detail)
+    active = desk.active
+    if active is not None and not _supersedes(plan, active.plan):
+        return Refused(plan.round_id, "busy", f"this device is in round {active.round_id}", busy=True)
+    return None
+
+
+def _supersedes(plan: Plan, active: Plan) -> bool:
+    """Whether `plan` shows that the active round is over: the same model went on to a later version.
+
+    Its end may have been lost on the way. Leaving is safe at any time, and what the device still owed there
+    nobody waits for.
+    """
+    return (
+        plan.model == active.model
+        and plan.base_version > active.base_version
+        and plan.issued_at >= active.issued_at
+    )
+
+
+def _judge_version(desk: Desk, plan: Plan, document: SignedDocument) -> Verdict:
+    round_id, shelf = plan.round_id, desk.library.shelf(plan.model)
+    if plan.manifest_sha256 in shelf.bad:
+        reason = shelf.bad[plan.manifest_sha256]
+        return Refused(
+            round_id, "model-unusable", f"the base version does not run here: {reason}"[:MAX_DETAIL]
+        )
+    version = desk.library.find(plan.model, plan.manifest_sha256)
+    if version is None:
+        if shelf.newest > plan.base_version:
+            return Refused(
+                round_id,
+                "stale-version",
+                f"the plan starts from version {plan.base_version}, this device is at {shelf.newest}",
+            )
+        return Waiting(round_id, plan.model, plan.base_version)
+    manifest = version.manifest
+    if manifest.version != plan.base_version:
+        return Refused(
+            round_id,
+            "bad-plan",
+            f"the plan's manifest is of version {manifest.version}, not {plan.base_version}",
+        )
+    unknown = [slot.name for slot in plan.privacy.metric_slots if slot.name not in METRICS]
+    if unknown:
+        return Refused(round_id, "unknown-metric", f"this device has no metric {unknown[0]}")
+    try:
+        round_encoding(plan, document.digest, manifest.parameter_count)
+    except PrivacyError as error:
+        return Refused(round_id, "bad-plan", str(error)[:MAX_DETAIL])
+    return Accepted(plan, manifest)

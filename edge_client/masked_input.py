@@ -1,0 +1,48 @@
+"""From an update to the bytes that leave the device: encoded, masked and bit-packed, slice by slice."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from edge_client.training import LocalUpdate
+from protocol import ring
+from protocol.dp.mechanism import EncodingParameters, encode
+from protocol.secagg.masking import Mask, masked_slices
+
+
+def metrics_of(update: LocalUpdate) -> dict[str, float]:
+    """The metrics that a plan may ask for (`protocol.round_encoding.METRICS`)."""
+    return {
+        "examples": float(update.example_count),
+        "loss_before": update.loss_before,
+        "loss_after": update.loss_after,
+        "accuracy": update.accuracy,
+    }
+
+
+def packed_slices(
+    update: LocalUpdate, encoding: EncodingParameters, masks: tuple[Mask, ...], noise_key: bytes
+) -> Iterator[bytes]:
+    """Yields the packed masked input in pieces; their concatenation is `ring.pack` of the whole vector.
+
+    Args:
+        update: from local training.
+        encoding: of the round.
+        masks: the client's own and its neighbours'.
+        noise_key: 32 secret bytes, for this input only.
+
+    Raises:
+        PrivacyError: the update is not finite, or not of the plan's shape; nothing was yielded.
+    """
+    available = metrics_of(update)
+    # A slot that this device has no metric for is refused with the plan; `encode` refuses what is missing.
+    wanted = {
+        slot.name: available[slot.name] for slot in encoding.privacy.metric_slots if slot.name in available
+    }
+    vector = encode(update.delta, wanted, encoding, noise_key)
+    mask = np.uint32(ring.modulus_mask(encoding.bits))
+    # Slices are multiples of `ring.GROUP`, so that each packs to whole bytes; the last may end anywhere.
+    for _, part in masked_slices(vector, masks):
+        yield ring.pack(np.bitwise_and(part, mask, out=part), encoding.bits)

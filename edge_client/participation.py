@@ -1,0 +1,356 @@
+"""One round as this device lives it, from its check-in to the erasure of its secrets.
+
+Around the protocol's own state machine (`protocol.secagg.client`) this adds what that one cannot know: when
+to train, when to mask, and that an upload is offered until its receipt comes.
+
+    Advertised --Roster--> SharesSent --ShareDelivery--> Masking --> InputSent --> SetSigned --> Unmasked
+                               |                            |           |
+                     training starts here     masked when trained   offered until the receipt
+
+Training and masking live in memory only: after a restart they begin anew, which nobody can see, because the
+first masked input that is durably stored is the only one that is ever offered.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+from edge_client.events import (
+    CloseRound,
+    Fault,
+    MaskInput,
+    Outputs,
+    RoundRecord,
+    SaveContribution,
+    SaveRound,
+    Send,
+    SendChunks,
+    Stamp,
+    Train,
+    note,
+    warning,
+)
+from edge_client.ledger import LedgerEntry
+from edge_client.models import Library
+from edge_client.profile import Profile
+from edge_client.training import LocalUpdate, TrainingConfig
+from models.manifest import ModelManifest
+from protocol.dp.events import event_for
+from protocol.dp.mechanism import EncodingParameters
+from protocol.errors import IllegalEvent, RoundViolation
+from protocol.fields import BlobRef
+from protocol.identity import SignedDocument
+from protocol.messages import (
+    BlobNeed,
+    FromDevice,
+    Roster,
+    ShareDelivery,
+    SurvivorSet,
+    UnmaskRequest,
+    UploadOffer,
+    UploadReceipt,
+)
+from protocol.plan import Plan
+from protocol.round_encoding import round_encoding
+from protocol.secagg import client as secagg
+from protocol.secagg.client_state import (
+    Aborted,
+    Advertised,
+    ClientState,
+    InputSent,
+    Masking,
+    RoundContext,
+    SetSigned,
+    SharesSent,
+    Unmasked,
+)
+from protocol.secagg.prg import derive_key
+
+OFFER_SECONDS = 1.0
+MAX_OFFER_SECONDS = 15.0
+
+RoundRequest = Roster | ShareDelivery | SurvivorSet | UnmaskRequest
+
+
+@dataclass(frozen=True)
+class Untrained:
+    """Nothing to mask yet; training starts when shares are sent and the base version is ready."""
+
+
+@dataclass(frozen=True)
+class TrainingNow:
+    """The worker trains."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The update waits for the masks."""
+
+    update: LocalUpdate = field(repr=False)
+
+
+@dataclass(frozen=True)
+class MaskingNow:
+    """The worker encodes, masks and writes."""
+
+
+Work = Untrained | TrainingNow | Trained | MaskingNow
+
+
+@dataclass(frozen=True)
+class ActiveRound:
+    """The round that this device is in.
+
+    Attributes:
+        document: the signed plan.
+        plan: its content, verified.
+        manifest: of the plan's base version.
+        client: the protocol state.
+        upload: the masked input, once it is durably stored.
+        uploaded: its receipt came.
+        work: training and masking, in this process.
+        offer_at: when to offer the upload next, on the steady clock.
+        patience: seconds between offers.
+    """
+
+    document: SignedDocument
+    plan: Plan
+    manifest: ModelManifest
+    client: ClientState
+    upload: BlobRef | None = None
+    uploaded: bool = False
+    work: Work = Untrained()
+    offer_at: float = 0.0
+    patience: float = OFFER_SECONDS
+
+    @property
+    def round_id(self) -> str:
+        """The round's id."""
+        return self.plan.round_id
+
+    @property
+    def encoding(self) -> EncodingParameters:
+        """How the update becomes a ring vector; a function of plan and manifest."""
+        return round_encoding(self.plan, self.document.digest, self.manifest.parameter_count)
+
+
+Step = tuple[ActiveRound | None, Outputs]
+"""The round afterwards, None when the device left it, and what to do."""
+
+
+def check_in(
+    profile: Profile, document: SignedDocument, plan: Plan, manifest: ModelManifest, stamp: Stamp
+) -> tuple[ActiveRound, Outputs]:
+    """Joins a round whose plan was verified and agreed to."""
+    context = RoundContext(
+        fleet=profile.fleet,
+        round_id=plan.round_id,
+        plan_hash=document.digest,
+        ca=profile.ca,
+        device_id=profile.device_id,
+        minimum_cohort=max(plan.cohort.minimum, profile.policy.minimum_cohort),
+        maximum_cohort=plan.cohort.size,
+        minimum_survivors=max(plan.cohort.minimum_survivors, profile.policy.minimum_survivors),
+        graph=plan.cohort.graph,
+    )
+    entropy = derive_key(stamp.entropy, purpose="edge/check-in")
+    client = secagg.begin(context, profile.certificate, profile.identity, entropy)
+    active = ActiveRound(document, plan, manifest, client)
+    return active, (
+        _save(active, stamp),
+        note("checked-in", round=plan.round_id, model=plan.model, base_version=plan.base_version),
+        Send(client.answer),
+    )
+
+
+def restore(record: RoundRecord) -> ActiveRound:
+    """The round that an earlier process left; `advance` and `tick` take it up."""
+    plan = Plan.from_bytes(record.document.payload)
+    return ActiveRound(record.document, plan, record.manifest, record.client, record.upload, record.uploaded)
+
+
+def answer_of(active: ActiveRound) -> FromDevice | None:
+    """What this device said last, to be said again; the receiver takes each answer once."""
+    client = active.client
+    if isinstance(client, Advertised | SharesSent | SetSigned | Unmasked | Aborted):
+        return client.answer
+    if isinstance(client, InputSent) and not active.uploaded:
+        return UploadOffer(round_id=active.round_id, blob=client.masked_input)
+    return None
+
+
+def request_received(
+    active: ActiveRound, profile: Profile, library: Library, message: RoundRequest, stamp: Stamp
+) -> Step:
+    """A request of the protocol came: answer, abort, or ignore what comes too early."""
+    event: secagg.Event
+    if isinstance(message, Roster):
+        entropy = derive_key(stamp.entropy, purpose="edge/share-keys")
+        event = secagg.RosterReceived(message, entropy, stamp.unix)
+    elif isinstance(message, ShareDelivery):
+        event = secagg.SharesReceived(message)
+    elif isinstance(message, SurvivorSet):
+        event = secagg.SurvivorsReceived(message, profile.identity)
+    else:
+        event = secagg.UnmaskRequested(message)
+    try:
+        client, answer = secagg.handle(active.client, event)
+    except IllegalEvent as error:
+        # Reordered, or repeated after a restart: the aggregator asks again when it is its turn.
+        return active, (note("message-too-early", round=active.round_id, detail=str(error)),)
+    if isinstance(client, Aborted):
+        return _leave(client, stamp)
+    outputs: Outputs = (Send(answer),) if answer is not None else ()
+    if client is active.client:
+        return active, outputs
+    before, active = type(active.client).__name__, replace(active, client=client)
+    moved = note("phase", round=active.round_id, before=before, now=type(client).__name__)
+    following, more = advance(active, library, stamp)
+    return following, (_save(active, stamp), moved, *outputs, *more)
+
+
+def advance(active: ActiveRound, library: Library, stamp: Stamp) -> Step:
+    """Starts whatever work can start now: training, or masking."""
+    if not isinstance(active.client, SharesSent | Masking):
+        return active, ()
+    if isinstance(active.work, Untrained):
+        model, digest = active.manifest.name, active.plan.manifest_sha256
+        if library.ready(model, digest):
+            return replace(active, work=TrainingNow()), (_train(active, stamp),)
+        if library.find(model, digest) is None:
+            reason = library.shelf(model).bad.get(digest, "it was replaced before it was here")
+            return abort(active, Fault("model-unusable", f"the base version does not run: {reason}"), stamp)
+        return active, ()
+    if isinstance(active.work, Trained) and isinstance(active.client, Masking):
+        masking = MaskInput(
+            active.round_id,
+            active.work.update,
+            active.encoding,
+            active.client.masks(),
+            derive_key(stamp.entropy, purpose="edge/noise"),
+        )
+        return replace(active, work=MaskingNow()), (masking,)
+    return active, ()
+
+
+def trained(active: ActiveRound, library: Library, update: LocalUpdate, stamp: Stamp) -> Step:
+    """Training gave an update."""
+    if not isinstance(active.work, TrainingNow):
+        return active, ()
+    finished = note(
+        "trained",
+        round=active.round_id,
+        examples=update.example_count,
+        loss_before=round(update.loss_before, 4),
+        loss_after=round(update.loss_after, 4),
+    )
+    following, outputs = advance(replace(active, work=Trained(update)), library, stamp)
+    return following, (finished, *outputs)
+
+
+def input_written(active: ActiveRound, blob: BlobRef, stamp: Stamp) -> Step:
+    """The masked input is on disk: commit to it, enter it into the ledger, and offer it."""
+    if not isinstance(active.client, Masking) or not isinstance(active.work, MaskingNow):
+        return active, ()
+    client, _ = secagg.handle(active.client, secagg.InputMasked(blob))
+    active = replace(
+        active,
+        client=client,
+        upload=blob,
+        work=Untrained(),
+        offer_at=stamp.steady + OFFER_SECONDS,
+        patience=OFFER_SECONDS,
+    )
+    plan = active.plan
+    entry = LedgerEntry(
+        round_id=plan.round_id,
+        at=stamp.unix,
+        fleet=plan.fleet,
+        model=plan.model,
+        base_version=plan.base_version,
+        plan_sha256=active.document.digest.hex(),
+        signer=active.document.key_id,
+        delta=plan.privacy.delta,
+        event=event_for(active.encoding, plan.cohort.minimum_survivors),
+    )
+    return active, (
+        _save(active, stamp),
+        SaveContribution(entry),
+        note("input-masked", round=plan.round_id, bytes=blob.size),
+        Send(UploadOffer(round_id=plan.round_id, blob=blob)),
+    )
+
+
+def chunks_needed(active: ActiveRound, need: BlobNeed, stamp: Stamp) -> Step:
+    """The aggregator pulls chunks of the masked input."""
+    if active.upload != need.blob:
+        return active, ()
+    # While it pulls it has the offer; offering again would only cost a message.
+    later = replace(active, offer_at=stamp.steady + 2 * OFFER_SECONDS, patience=OFFER_SECONDS)
+    return later, (SendChunks(active.round_id, need),)
+
+
+def receipt_received(active: ActiveRound, receipt: UploadReceipt, stamp: Stamp) -> Step:
+    """The masked input is durably stored at the aggregator, or will never be used."""
+    if active.upload != receipt.blob or active.uploaded:
+        return active, ()
+    if not receipt.accepted:
+        # Its masks may already count as those of a dropout, so that nothing is left to answer.
+        return close(active, f"upload refused: {receipt.code}", stamp)
+    active = replace(active, uploaded=True)
+    return active, (_save(active, stamp), note("uploaded", round=active.round_id))
+
+
+def tick(active: ActiveRound, stamp: Stamp, *, hurry: bool = False) -> Step:
+    """Ends an expired round; offers an upload again that nobody acknowledged."""
+    if stamp.unix >= active.plan.expires_at:
+        return close(active, "the plan expired", stamp)
+    if not isinstance(active.client, InputSent) or active.uploaded:
+        return active, ()
+    if not hurry and stamp.steady < active.offer_at:
+        return active, ()
+    patience = OFFER_SECONDS if hurry else min(1.5 * active.patience, MAX_OFFER_SECONDS)
+    offer = UploadOffer(round_id=active.round_id, blob=active.client.masked_input)
+    return replace(active, offer_at=stamp.steady + patience, patience=patience), (Send(offer),)
+
+
+def abort(active: ActiveRound, fault: Fault, stamp: Stamp) -> Step:
+    """Leaves the round because this device cannot go on, and says so."""
+    if isinstance(active.client, InputSent | SetSigned | Unmasked) and active.uploaded:
+        # What is uploaded is complete; only the answers are still owed, and they need no work.
+        return active, ()
+    client, _ = secagg.abort(active.client, RoundViolation(fault.code, fault.detail))
+    return _leave(client, stamp)
+
+
+def close(active: ActiveRound, outcome: str, stamp: Stamp) -> Step:
+    """Forgets everything about the round but its id and how it went."""
+    return None, (
+        CloseRound(active.round_id, outcome, stamp.unix),
+        note("round-closed", round=active.round_id, outcome=outcome),
+    )
+
+
+def _leave(client: Aborted, stamp: Stamp) -> Step:
+    round_id, answer = client.context.round_id, client.answer
+    return None, (
+        CloseRound(round_id, f"aborted: {answer.code}", stamp.unix),
+        warning("round-aborted", round=round_id, code=answer.code, detail=answer.detail),
+        Send(answer),
+    )
+
+
+def _save(active: ActiveRound, stamp: Stamp) -> SaveRound:
+    record = RoundRecord(active.document, active.manifest, active.client, active.upload, active.uploaded)
+    return SaveRound(record, stamp.unix)
+
+
+def _train(active: ActiveRound, stamp: Stamp) -> Train:
+    training = active.plan.training
+    config = TrainingConfig(
+        local_epochs=training.local_epochs,
+        learning_rate=training.learning_rate,
+        proximal_mu=training.proximal_mu,
+        seed=int.from_bytes(derive_key(stamp.entropy, purpose="edge/example-order")[:8], "little"),
+    )
+    return Train(active.round_id, active.manifest, config)

@@ -1,0 +1,293 @@
+"""The device: which models it has, which round it is in, and what it answers to whom.
+
+Pure: `handle(profile, state, event, stamp)` returns the next state and what to do, and touches nothing. The
+rooms behind it are `edge_client.models` (versions), `edge_client.invitation` (what it agrees to) and
+`edge_client.participation` (the active round); here stands who gets which event.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import assert_never
+
+from edge_client import models, participation
+from edge_client.events import (
+    Announce,
+    BlobFound,
+    ConditionsChanged,
+    Connected,
+    Event,
+    Fault,
+    InputWritten,
+    KeepBlobs,
+    MessageReceived,
+    Outputs,
+    RoundRecord,
+    SaveContribution,
+    Send,
+    Stamp,
+    Started,
+    Ticked,
+    TrainingFinished,
+    VersionTested,
+    WorkFailed,
+    note,
+    warning,
+)
+from edge_client.invitation import (
+    MAX_DETAIL,
+    Accepted,
+    Contradicted,
+    Desk,
+    Refused,
+    Repeated,
+    Waiting,
+    consider,
+)
+from edge_client.models import Library, StoredVersion
+from edge_client.participation import ActiveRound, RoundRequest, Step
+from edge_client.policy import History
+from edge_client.profile import Profile
+from models.manifest import InvalidManifest
+from protocol.errors import BadSignature
+from protocol.messages import (
+    BlobChunk,
+    BlobNeed,
+    ClientAbort,
+    Invitation,
+    ModelAnnouncement,
+    Refusal,
+    Roster,
+    RoundEnd,
+    ShareDelivery,
+    SurvivorSet,
+    UnmaskRequest,
+    UploadReceipt,
+)
+from protocol.secagg.client_state import Advertised
+
+
+@dataclass(frozen=True)
+class SessionState:
+    """All that the device's core knows.
+
+    Attributes:
+        library: its models.
+        active: the round it is in.
+        used: ids of every round it ever joined; none is joined twice.
+        history: what it contributed in the last day.
+        unfit: why it cannot take part in rounds right now.
+    """
+
+    library: Library = field(default_factory=Library)
+    active: ActiveRound | None = None
+    used: frozenset[str] = frozenset()
+    history: History = field(default_factory=History)
+    unfit: Fault | None = None
+
+    @property
+    def busy(self) -> bool:
+        """Whether something is under way that time moves on."""
+        return self.active is not None or any(shelf.candidate for shelf in self.library.shelves.values())
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What an earlier process left on disk."""
+
+    versions: tuple[StoredVersion, ...] = ()
+    active: RoundRecord | None = None
+    used: frozenset[str] = frozenset()
+    contributed_at: tuple[int, ...] = ()
+
+
+Result = tuple[SessionState, Outputs]
+
+
+def restore(memory: Memory) -> SessionState:
+    """The state that follows from what is on disk; the event `Started` takes it up."""
+    return SessionState(
+        library=models.restore(memory.versions),
+        active=participation.restore(memory.active) if memory.active else None,
+        used=memory.used,
+        history=History(memory.contributed_at),
+    )
+
+
+def handle(profile: Profile, state: SessionState, event: Event, stamp: Stamp) -> Result:
+    """Applies one event; returns the new state and what to do, in order."""
+    if isinstance(event, MessageReceived):
+        return _message(profile, state, event, stamp)
+    if isinstance(event, ConditionsChanged):
+        return replace(state, unfit=event.fault), ()
+    if isinstance(event, Started):
+        state, working = _advance(state, stamp)
+        return state, (_keep(state), *models.resume(state.library), *working)
+    if isinstance(event, Connected):
+        return _connected(state, stamp)
+    if isinstance(event, Ticked):
+        return _ticked(state, stamp)
+    if isinstance(event, BlobFound):
+        library, outputs = models.blob_found(state.library, event, stamp)
+        return replace(state, library=library), outputs
+    if isinstance(event, VersionTested):
+        return _tested(state, event, stamp)
+    if isinstance(event, TrainingFinished | InputWritten | WorkFailed):
+        return _worked(state, event, stamp)
+    assert_never(event)
+
+
+# --- messages --------------------------------------------------------------------------------------------
+
+
+def _message(profile: Profile, state: SessionState, event: MessageReceived, stamp: Stamp) -> Result:
+    message = event.message
+    if isinstance(message, Invitation):
+        return _invited(profile, state, message, stamp)
+    if isinstance(message, ModelAnnouncement):
+        return _announced(profile, state, message, stamp)
+    if isinstance(message, BlobChunk):
+        library, outputs = models.chunk_received(state.library, message, event.body, stamp)
+        return replace(state, library=library), outputs
+    if isinstance(message, BlobNeed):
+        if state.active is None:
+            return state, ()
+        return _adopt(state, participation.chunks_needed(state.active, message, stamp))
+    if state.active is None or message.round_id != state.active.round_id:
+        return _other_round(state, message)
+    if isinstance(message, UploadReceipt):
+        return _adopt(state, participation.receipt_received(state.active, message, stamp))
+    if isinstance(message, RoundEnd):
+        outcome = "completed" if message.completed else f"ended: {message.reason or 'no reason given'}"
+        return _adopt(state, participation.close(state.active, outcome, stamp))
+    step = participation.request_received(state.active, profile, state.library, message, stamp)
+    return _adopt(state, step)
+
+
+def _other_round(state: SessionState, message: RoundRequest | UploadReceipt | RoundEnd) -> Result:
+    """A message of a round that this device is not in: only a request deserves an answer."""
+    if not isinstance(message, Roster | ShareDelivery | SurvivorSet | UnmaskRequest):
+        return state, ()
+    detail = "this device left the round" if message.round_id in state.used else "it never joined the round"
+    answer = ClientAbort(round_id=message.round_id, code="not-in-round", detail=detail)
+    return state, (note("request-of-other-round", round=message.round_id, detail=detail), Send(answer))
+
+
+def _invited(profile: Profile, state: SessionState, message: Invitation, stamp: Stamp) -> Result:
+    desk = Desk(profile, state.library, state.active, state.used, state.history, state.unfit)
+    verdict = consider(desk, message.plan, stamp.unix)
+    if isinstance(verdict, Accepted):
+        ended: Outputs = ()
+        if state.active is not None:
+            state, ended = _adopt(state, participation.close(state.active, "superseded", stamp))
+        active, outputs = participation.check_in(profile, message.plan, verdict.plan, verdict.manifest, stamp)
+        state = replace(state, active=active, used=state.used | {active.round_id})
+        return state, (*ended, *outputs)
+    if isinstance(verdict, Repeated | Contradicted) and state.active is not None:
+        return _invited_again(state, state.active, verdict, stamp)
+    if isinstance(verdict, Waiting):
+        waiting = note(
+            "waiting-for-version", round=verdict.round_id, model=verdict.model, version=verdict.version
+        )
+        return state, (waiting,)
+    if isinstance(verdict, Refused):
+        return _refuse(state, verdict)
+    return state, ()
+
+
+def _invited_again(
+    state: SessionState, active: ActiveRound, verdict: Repeated | Contradicted, stamp: Stamp
+) -> Result:
+    if isinstance(verdict, Contradicted):
+        fault = Fault("plan-changed", "a second, different plan under the id of this round")
+        return _adopt(state, participation.abort(active, fault, stamp))
+    # Later phases have their own requests; their answers are not to be given for this one.
+    return state, (Send(active.client.answer),) if isinstance(active.client, Advertised) else ()
+
+
+def _refuse(state: SessionState, refused: Refused) -> Result:
+    refusal = warning("plan-refused", round=refused.round_id, code=refused.code, detail=refused.detail)
+    if refused.round_id is None:
+        return state, (refusal,)
+    answer = Refusal(round_id=refused.round_id, code=refused.code, detail=refused.detail[:MAX_DETAIL])
+    again = participation.answer_of(state.active) if refused.busy and state.active else None
+    # If the aggregator has forgotten the active round, its answer to this ends it here.
+    return state, (refusal, Send(answer), *((Send(again),) if again else ()))
+
+
+def _announced(profile: Profile, state: SessionState, message: ModelAnnouncement, stamp: Stamp) -> Result:
+    try:
+        version = models.open_manifest(message.manifest, profile.model_signers)
+    except (BadSignature, InvalidManifest) as error:
+        return state, (warning("announcement-refused", reason=str(error)),)
+    if not profile.follows(version.manifest.name):
+        return state, ()
+    library, outputs = models.announced(state.library, version, stamp)
+    state, working = _advance(replace(state, library=library), stamp)
+    return state, (*outputs, *working)
+
+
+# --- time, and this device's own work ----------------------------------------------------------------------
+
+
+def _connected(state: SessionState, stamp: Stamp) -> Result:
+    library, fetching = models.ticked(state.library, stamp, hurry=True)
+    state = replace(state, library=library)
+    # Said again in case it was lost: the aggregator takes each answer once, and ends what it has ended.
+    answer = participation.answer_of(state.active) if state.active else None
+    said: Outputs = (Send(answer),) if answer else ()
+    return state, (Announce(library.serving()), *fetching, *said)
+
+
+def _ticked(state: SessionState, stamp: Stamp) -> Result:
+    library, fetching = models.ticked(state.library, stamp)
+    state = replace(state, library=library)
+    if state.active is None:
+        return state, fetching
+    state, offering = _adopt(state, participation.tick(state.active, stamp))
+    return state, (*fetching, *offering)
+
+
+def _tested(state: SessionState, event: VersionTested, stamp: Stamp) -> Result:
+    library, outputs = models.tested(state.library, event, stamp)
+    if library is state.library:
+        return state, ()
+    state, working = _advance(replace(state, library=library), stamp)
+    return state, (*outputs, _keep(state), *working)
+
+
+def _worked(state: SessionState, event: TrainingFinished | InputWritten | WorkFailed, stamp: Stamp) -> Result:
+    active = state.active
+    if active is None or active.round_id != event.round_id:
+        # The round ended while the worker was busy with it.
+        return state, ()
+    if isinstance(event, TrainingFinished):
+        return _adopt(state, participation.trained(active, state.library, event.update, stamp))
+    if isinstance(event, InputWritten):
+        return _adopt(state, participation.input_written(active, event.blob, stamp))
+    return _adopt(state, participation.abort(active, event.fault, stamp))
+
+
+def _advance(state: SessionState, stamp: Stamp) -> Result:
+    if state.active is None:
+        return state, ()
+    return _adopt(state, participation.advance(state.active, state.library, stamp))
+
+
+def _adopt(state: SessionState, step: Step) -> Result:
+    """Takes over what a round became; when it is over, its base version may be, too."""
+    active, outputs = step
+    history = state.history
+    for output in outputs:
+        if isinstance(output, SaveContribution):
+            history = history.with_contribution(output.entry.at)
+    ended = state.active is not None and active is None
+    state = replace(state, active=active, history=history)
+    return state, (*outputs, _keep(state)) if ended else outputs
+
+
+def _keep(state: SessionState) -> KeepBlobs:
+    """The files that are still needed: those of the library, and of the version that the round trains."""
+    manifest = state.active.manifest if state.active else None
+    training = {manifest.graph.sha256, manifest.weights.sha256} if manifest else frozenset()
+    return KeepBlobs(state.library.blobs() | training)

@@ -1,0 +1,226 @@
+"""Versions on a device: fetched in chunks, verified, tested, switched, and never rolled back by a replay."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+from edge_client.events import Connected, Fault, VersionTested
+from protocol.codec import chunk_count
+from protocol.identity import SignedDocument
+from protocol.messages import WINDOW, BlobNeed, ModelAnnouncement
+from protocol.plan import MODEL_KIND
+from tests.edge_fleet import (
+    GRAPH,
+    OPERATOR,
+    STRANGER,
+    FakeDevice,
+    announcement,
+    invitation,
+    manifest,
+    plan,
+    serve,
+    weights,
+)
+
+
+def files(version: int, graph: bytes = GRAPH) -> dict[str, bytes]:
+    model = manifest(version, graph=graph)
+    return {model.graph.sha256: graph, model.weights.sha256: weights(version)}
+
+
+def serving(device: FakeDevice) -> dict[str, int]:
+    return device.state.library.serving()
+
+
+def needs(device: FakeDevice) -> list[BlobNeed]:
+    return [message for message in device.take() if isinstance(message, BlobNeed)]
+
+
+def test_a_version_is_fetched_tested_and_announced() -> None:
+    device = FakeDevice()
+    device.install()
+    assert serving(device) == {"watch": 1} and device.statuses == [{"watch": 1}]
+
+
+def test_the_graph_is_fetched_once_for_all_versions() -> None:
+    device = FakeDevice()
+    device.install()
+    device.take()
+    device.receive(announcement(manifest(2)))
+    (need,) = needs(device)
+    assert need.blob == manifest(2).weights
+    device.outbox.append(need)
+    serve(device, files(2))
+    device.work()
+    assert serving(device) == {"watch": 2}
+
+
+def test_never_more_than_a_window_is_asked_for() -> None:
+    graph = bytes(range(256)) * 256 * 9  # nine chunks
+    device = FakeDevice()
+    device.receive(announcement(manifest(graph=graph)))
+    (need,) = needs(device)
+    assert need.indices == tuple(range(WINDOW))
+    device.outbox.append(need)
+    assert serve(device, files(1, graph)) == chunk_count(len(graph)) + 1
+    device.work()
+    assert serving(device) == {"watch": 1}
+
+
+def test_lost_chunks_are_asked_for_again_with_growing_patience() -> None:
+    device = FakeDevice()
+    device.receive(announcement(manifest()))
+    serve(device, files(1), lose={1})
+    asked = []
+    for _ in range(400):
+        device.tick(0.5)
+        if found := needs(device):
+            asked.append((device.steady, found[0].indices))
+    assert {indices for _, indices in asked} == {(1,)}
+    gaps = [b - a for (a, _), (b, _) in pairwise(asked)]
+    assert gaps == sorted(gaps) and gaps[-1] == 60.0
+    device.give(Connected())
+    device.take()
+    device.give(Connected())  # hurries: asked at once
+    serve(device, files(1))
+    device.work()
+    assert serving(device) == {"watch": 1}
+
+
+def test_a_download_goes_on_after_a_restart() -> None:
+    device = FakeDevice()
+    device.receive(announcement(manifest()))
+    serve(device, files(1), lose={1})
+    device.reboot()
+    asked = needs(device)
+    assert {need.indices for need in asked} == {(1,)}
+    need = asked[-1]
+    device.outbox.append(need)
+    serve(device, files(1))
+    device.work()
+    assert serving(device) == {"watch": 1}
+
+
+def test_duplicate_and_foreign_chunks_change_nothing() -> None:
+    device = FakeDevice()
+    device.receive(announcement(manifest()))
+    (need,) = needs(device)
+    for _ in range(2):
+        device.outbox.append(need)
+        serve(device, files(1))
+    device.work()
+    assert serving(device) == {"watch": 1}
+    device.outbox.append(need)
+    serve(device, files(1))
+    assert device.disk.partial == {}
+
+
+def test_a_corrupt_download_is_fetched_anew_and_the_version_is_not_blamed() -> None:
+    device = FakeDevice()
+    device.receive(announcement(manifest()))
+    wrong = GRAPH[:-1] + b"!"
+    serve(device, {manifest().graph.sha256: wrong})
+    assert "download-corrupt" in device.note_events() and not device.state.library.shelf("watch").bad
+    device.tick(1.0)
+    assert needs(device) == []
+    device.tick(10.0)
+    (need,) = needs(device)
+    device.outbox.append(need)
+    serve(device, files(1))
+    device.work()
+    assert serving(device) == {"watch": 1}
+
+
+def test_a_bad_version_is_remembered_and_the_last_good_one_stays() -> None:
+    device = FakeDevice()
+    device.install()
+    device.take()
+    device.receive(announcement(manifest(2)))
+    serve(device, files(2))
+    device.give(VersionTested(manifest(2).sha256(), Fault("model-unusable", "a prediction is not finite")))
+    assert serving(device) == {"watch": 1}
+    for _ in range(2):
+        device.jobs.clear()
+        device.reboot()
+        device.take()
+        device.receive(announcement(manifest(2)))
+        assert needs(device) == [] and device.jobs == []
+    assert "not finite" in device.state.library.shelf("watch").bad[manifest(2).sha256()]
+    device.install(manifest(3))
+    assert serving(device) == {"watch": 3}
+
+
+def test_a_test_that_the_device_prevented_is_repeated() -> None:
+    device = FakeDevice()
+    device.receive(announcement(manifest()))
+    serve(device, files(1))
+    device.jobs.clear()
+    device.give(VersionTested(manifest().sha256(), Fault("disk-full", "no space", transient=True)))
+    assert serving(device) == {} and device.jobs == []
+    device.tick(61.0)
+    device.work()
+    assert serving(device) == {"watch": 1}
+
+
+def test_a_replayed_older_announcement_changes_nothing() -> None:
+    device = FakeDevice()
+    device.install()
+    device.install(manifest(2))
+    device.take()
+    device.receive(announcement(manifest(1, graph=b"another graph")))
+    assert needs(device) == [] and "announcement-not-newer" in device.note_events()
+    assert serving(device) == {"watch": 2}
+
+
+def test_announcements_of_strangers_and_garbage_are_refused() -> None:
+    device = FakeDevice()
+    model = manifest()
+    hostile = [
+        announcement(model, STRANGER),
+        ModelAnnouncement(manifest=SignedDocument.create(OPERATOR, "plan", model.to_bytes())),
+        ModelAnnouncement(manifest=SignedDocument.create(OPERATOR, MODEL_KIND, b"{}")),
+        ModelAnnouncement(manifest=SignedDocument.create(OPERATOR, MODEL_KIND, model.to_bytes() + b" ")),
+        ModelAnnouncement(
+            manifest=SignedDocument.create(
+                OPERATOR, MODEL_KIND, model.to_bytes().replace(b'"watch"', b'"../../etc"')
+            )
+        ),
+        ModelAnnouncement(
+            manifest=SignedDocument.create(
+                OPERATOR,
+                MODEL_KIND,
+                model.to_bytes().replace(b'"parameter_count":10', b'"parameter_count":999999999999'),
+            )
+        ),
+    ]
+    for message in hostile:
+        device.receive(message)
+    assert device.take() == [] and device.disk.versions == {}
+    assert device.note_events().count("announcement-refused") == len(hostile)
+
+
+def test_old_files_are_deleted_but_not_those_of_the_active_round() -> None:
+    device = FakeDevice()
+    device.install()
+    device.take()
+    device.receive(invitation(plan()))
+    for version in (2, 3, 4):
+        device.install(manifest(version))
+    assert manifest(1).weights.sha256 in device.disk.blobs
+    assert manifest(2).weights.sha256 not in device.disk.blobs
+    device.unix += 4000
+    device.tick()
+    assert manifest(1).weights.sha256 not in device.disk.blobs
+    assert {manifest(3).sha256(), manifest(4).sha256()} == device.disk.versions.keys()
+    device.reboot()
+    assert serving(device) == {"watch": 4}
+
+
+def test_a_newer_version_replaces_one_that_is_still_on_its_way() -> None:
+    device = FakeDevice()
+    device.receive(announcement(manifest(1)))
+    device.take()
+    device.receive(announcement(manifest(2)))
+    serve(device, files(2))
+    device.work()
+    assert serving(device) == {"watch": 2} and manifest(1).sha256() not in device.disk.versions
