@@ -1,0 +1,165 @@
+"""What the repository holds: one frozen dataclass a kind of record."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from protocol.fields import BlobRef
+
+CampaignStatus = Literal["waiting", "running", "finished", "failed", "cancelled"]
+RoundStatus = Literal["running", "completed", "aborted"]
+
+
+@dataclass(frozen=True)
+class Device:
+    """An enrolled device, and what it last said of itself.
+
+    Attributes:
+        certificate: DER, as issued by the fleet CA.
+        excluded: why this device is not selected; None when it may be.
+        online: as of `last_seen`.
+        models: model name -> version it answers predictions with.
+        last_seen: seconds since 1970; None before the first birth.
+    """
+
+    device_id: str
+    certificate: bytes
+    enrolled_at: float
+    excluded: str | None = None
+    online: bool = False
+    client_version: str = ""
+    runtime: str = ""
+    models: Mapping[str, int] = field(default_factory=dict)
+    last_seen: float | None = None
+
+
+@dataclass(frozen=True)
+class Version:
+    """One published version of a model.
+
+    Attributes:
+        document: JSON of the SignedDocument around the manifest.
+        round_id: the round that made it; None when an operator published it.
+    """
+
+    model: str
+    version: int
+    manifest_sha256: str
+    document: bytes
+    created_at: float
+    round_id: str | None = None
+
+
+@dataclass(frozen=True)
+class Campaign:
+    """A request for rounds, one after the other.
+
+    Attributes:
+        settings: JSON of `aggregator.rounds.planning.CampaignSettings`.
+        rounds: how many rounds are to be run, completed or not.
+        started: how many rounds have begun.
+        note: why it failed, or what it waits for.
+    """
+
+    campaign_id: str
+    model: str
+    rounds: int
+    settings: bytes
+    created_at: float
+    status: CampaignStatus = "waiting"
+    started: int = 0
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Round:
+    """One round of a campaign.
+
+    Attributes:
+        number: 1, 2, ... within the campaign.
+        plan: JSON of the SignedDocument around the plan.
+        selection_seed: what the cohort was drawn with, for later checks.
+        code: empty unless aborted: the short reason.
+        version: the version that it published.
+        report: JSON of `aggregator.rounds.report.RoundReport`.
+    """
+
+    round_id: str
+    campaign_id: str
+    number: int
+    model: str
+    base_version: int
+    plan: bytes
+    selection_seed: bytes
+    invited: tuple[str, ...]
+    started_at: float
+    ended_at: float | None = None
+    status: RoundStatus = "running"
+    code: str = ""
+    detail: str = ""
+    version: int | None = None
+    report: bytes = b"{}"
+
+
+@dataclass(frozen=True)
+class LogEntry:
+    """One event that a running round has taken in; replaying them in order restores its state.
+
+    Attributes:
+        at: seconds since 1970.
+        kind: `received` (a device's message), `stored` (its masked input is in the sum), `closed` (a phase).
+        device_id: empty for `closed`.
+        frame: the message of `received`, as `protocol.codec` frames it.
+    """
+
+    at: float
+    kind: Literal["received", "stored", "closed"]
+    device_id: str = ""
+    frame: bytes = b""
+
+
+@dataclass(frozen=True)
+class Upload:
+    """A masked input on its way: what is being received, and which chunks are stored."""
+
+    round_id: str
+    device_id: str
+    blob: BlobRef
+    stored: frozenset[int]
+
+
+@dataclass(frozen=True)
+class LedgerEntry:
+    """What one round cost in privacy.
+
+    Attributes:
+        event: JSON of the DP event; an accountant says what it costs.
+    """
+
+    round_id: str
+    model: str
+    at: float
+    event: bytes
+
+
+@dataclass(frozen=True)
+class RoundEnding:
+    """Everything that becomes true when a round ends, in one transaction.
+
+    Attributes:
+        version: the new version; None unless the round completed.
+        ledger: the DP event; None when nothing was ever unmasked.
+        transcript: the records of the round's transcript, hash-chained.
+    """
+
+    round_id: str
+    status: Literal["completed", "aborted"]
+    ended_at: float
+    code: str
+    detail: str
+    report: bytes
+    version: Version | None
+    ledger: LedgerEntry | None
+    transcript: tuple[bytes, ...]

@@ -1,0 +1,287 @@
+"""The one storage interface of the aggregator, and what every implementation promises.
+
+Everything happens in a transaction: `read()` sees one consistent state, `write()` is atomic, durable once the
+block is left, and serialised against every other writer of the same database, in this process or another.
+Leaving a `write()` block by an exception changes nothing. Durable means that a receipt may be sent: what was
+written survives SIGKILL and a power cut.
+
+Implementations hold no rules. What they do refuse, because no caller can check it without a race: a second
+record under the same key (`Conflict`), and changes to what is not there (`NotFound`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from typing import Protocol
+
+from aggregator.records import (
+    Campaign,
+    CampaignStatus,
+    Device,
+    LedgerEntry,
+    LogEntry,
+    Round,
+    RoundEnding,
+    RoundStatus,
+    Upload,
+    Version,
+)
+from protocol.fields import BlobRef
+from protocol.messages import DeviceStatus
+
+
+class RepositoryError(Exception):
+    """Something is wrong with the storage, or with what was asked of it."""
+
+
+class UnknownSchema(RepositoryError):
+    """The database was made by another version of Covey; nothing was changed."""
+
+
+class StorageUnavailable(RepositoryError):
+    """The database cannot be read or written now: disk full, read-only, locked, gone. Nothing was changed."""
+
+
+class Conflict(RepositoryError):
+    """A record with this key is already there."""
+
+
+class NotFound(RepositoryError):
+    """There is no such record."""
+
+
+class Reader(Protocol):
+    """One consistent view of the database."""
+
+    # --- fleet
+    def device(self, device_id: str) -> Device | None:
+        """One enrolled device."""
+        ...
+
+    def devices(self) -> tuple[Device, ...]:
+        """Every enrolled device, by id."""
+        ...
+
+    # --- versions
+    def version(self, model: str, version: int) -> Version | None:
+        """One version of a model."""
+        ...
+
+    def newest_version(self, model: str) -> Version | None:
+        """The version with the highest number."""
+        ...
+
+    def newest_versions(self) -> tuple[Version, ...]:
+        """The newest version of every model, by model."""
+        ...
+
+    def versions(self, model: str | None = None) -> tuple[Version, ...]:
+        """All versions, of one model or of all, by model and number."""
+        ...
+
+    # --- campaigns and rounds
+    def campaign(self, campaign_id: str) -> Campaign | None:
+        """One campaign."""
+        ...
+
+    def campaigns(self, *statuses: CampaignStatus) -> tuple[Campaign, ...]:
+        """Campaigns in one of the statuses (all when none is named), oldest first."""
+        ...
+
+    def round(self, round_id: str) -> Round | None:
+        """One round."""
+        ...
+
+    def rounds(
+        self, *, campaign_id: str | None = None, status: RoundStatus | None = None, last: int | None = None
+    ) -> tuple[Round, ...]:
+        """Rounds, oldest first; with `last`, only that many of the newest."""
+        ...
+
+    # --- the round that is running
+    def log(self, round_id: str) -> tuple[LogEntry, ...]:
+        """The events of a running round in the order of `append_log`; empty once the round has ended."""
+        ...
+
+    def inputs(self, round_id: str) -> dict[str, str]:
+        """Device id -> SHA-256 of its masked input, for each that is in the sum of a running round."""
+        ...
+
+    def uploads(self, round_id: str) -> tuple[Upload, ...]:
+        """Uploads under way."""
+        ...
+
+    def chunks(self, round_id: str, device_id: str) -> Iterator[bytes]:
+        """The stored chunks of an upload, by index, one in memory at a time."""
+        ...
+
+    def sum_slice(self, round_id: str, start: int) -> bytes | None:
+        """The slice of the partial sum that begins at element `start`; None when nothing was added yet."""
+        ...
+
+    # --- what stays
+    def ledger(self, model: str | None = None) -> tuple[LedgerEntry, ...]:
+        """What rounds cost in privacy, oldest first."""
+        ...
+
+    def transcript(self, round_id: str) -> tuple[bytes, ...]:
+        """The transcript records of a round that has ended."""
+        ...
+
+    def transcript_head(self) -> bytes | None:
+        """The newest transcript record of all rounds."""
+        ...
+
+
+class Writer(Reader, Protocol):
+    """A transaction that may change things; it sees its own changes."""
+
+    # --- fleet
+    def add_device(self, device: Device) -> None:
+        """Enrols a device.
+
+        Raises:
+            Conflict: a device with this id is enrolled.
+        """
+        ...
+
+    def replace_certificate(self, device_id: str, certificate: bytes) -> None:
+        """Records a new certificate of an enrolled device.
+
+        Raises:
+            NotFound: no such device.
+        """
+        ...
+
+    def set_exclusion(self, device_id: str, reason: str | None) -> None:
+        """Excludes a device from selection, or takes it back in with None.
+
+        Raises:
+            NotFound: no such device.
+        """
+        ...
+
+    def note_status(self, device_id: str, status: DeviceStatus, at: float) -> None:
+        """Records a birth or a will; a device that is not enrolled is ignored."""
+        ...
+
+    # --- versions
+    def add_version(self, version: Version) -> None:
+        """Adds a published version.
+
+        Raises:
+            Conflict: the model has this version, or this round has published one.
+        """
+        ...
+
+    # --- campaigns and rounds
+    def add_campaign(self, campaign: Campaign) -> None:
+        """Adds a request for rounds.
+
+        Raises:
+            Conflict: the id is taken.
+        """
+        ...
+
+    def update_campaign(self, campaign_id: str, status: CampaignStatus, note: str = "") -> None:
+        """Changes status and note of a campaign.
+
+        Raises:
+            NotFound: no such campaign.
+        """
+        ...
+
+    def begin_round(self, round_: Round) -> None:
+        """Adds a running round and counts it in its campaign, whose status becomes `running`.
+
+        Raises:
+            Conflict: the round id was used before, by any campaign.
+            NotFound: no such campaign.
+        """
+        ...
+
+    def append_log(self, round_id: str, entry: LogEntry) -> None:
+        """Appends one event to the log of a running round.
+
+        Raises:
+            NotFound: no such round is running.
+        """
+        ...
+
+    def save_report(self, round_id: str, report: bytes) -> None:
+        """Replaces the report of a round.
+
+        Raises:
+            NotFound: no such round.
+        """
+        ...
+
+    def end_round(self, ending: RoundEnding) -> None:
+        """Ends a running round: its status, version, ledger entry and transcript become true at once.
+
+        The round's log, uploads, chunks, partial sum and list of inputs are erased.
+
+        Raises:
+            NotFound: no such round is running, as when it has ended before; nothing changed.
+            Conflict: the version is there already; nothing changed.
+        """
+        ...
+
+    # --- masked inputs
+    def open_upload(self, round_id: str, device_id: str, blob: BlobRef) -> None:
+        """Notes that a device uploads `blob`; an upload of another blob of that device is forgotten.
+
+        Raises:
+            NotFound: no such round is running.
+        """
+        ...
+
+    def store_chunk(self, round_id: str, device_id: str, index: int, data: bytes) -> None:
+        """Stores one chunk of the open upload; a repeated one changes nothing.
+
+        Raises:
+            NotFound: the device has no upload open in this round.
+        """
+        ...
+
+    def drop_upload(self, round_id: str, device_id: str) -> None:
+        """Forgets an upload and its chunks; nothing happens when there is none."""
+        ...
+
+    def drop_uploads(self, round_id: str) -> None:
+        """Forgets every upload of a round that is under way, and its chunks."""
+        ...
+
+    def put_sum_slice(self, round_id: str, start: int, data: bytes) -> None:
+        """Replaces the slice of the partial sum that begins at element `start`."""
+        ...
+
+    def note_input(self, round_id: str, device_id: str, sha256: str) -> None:
+        """Enters a masked input that was added to the partial sum into the exactly-once ledger.
+
+        Raises:
+            Conflict: an input of this device is in the sum; the caller leaves the transaction by this
+                exception, so that nothing is added twice.
+        """
+        ...
+
+
+class Repository(Protocol):
+    """The database."""
+
+    def read(self) -> AbstractContextManager[Reader]:
+        """Opens a consistent view; it never waits for a writer."""
+        ...
+
+    def write(self) -> AbstractContextManager[Writer]:
+        """Opens the one write transaction; waits for another writer, but not for ever.
+
+        Raises:
+            StorageUnavailable: on entry, inside or on leaving; nothing was changed.
+        """
+        ...
+
+    def close(self) -> None:
+        """Releases connections and files."""
+        ...

@@ -1,0 +1,376 @@
+"""What `aggregator.repository` promises, shown for every implementation of it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from aggregator.adapters.sql import SqlRepository
+from aggregator.records import (
+    Campaign,
+    Device,
+    LedgerEntry,
+    LogEntry,
+    Round,
+    RoundEnding,
+    Upload,
+    Version,
+)
+from aggregator.repository import Conflict, NotFound, Repository
+from protocol.messages import DeviceStatus
+from protocol.transfer import describe
+
+DEVICE = Device("barn-1", b"certificate", 1.0)
+CAMPAIGN = Campaign("c" * 32, "watch", 3, b"{}", 2.0)
+ROUND = Round("a" * 32, "c" * 32, 1, "watch", 1, b"plan", b"seed", ("barn-1", "barn-2"), 3.0)
+VERSION = Version("watch", 2, "d" * 64, b"document", 4.0, ROUND.round_id)
+BLOB = describe(b"x" * 100)
+ENDING = RoundEnding(
+    round_id=ROUND.round_id,
+    status="completed",
+    ended_at=9.0,
+    code="",
+    detail="",
+    report=b'{"n":1}',
+    version=VERSION,
+    ledger=LedgerEntry(ROUND.round_id, "watch", 9.0, b"event"),
+    transcript=(b"one", b"two"),
+)
+
+Opener = Callable[[], Repository]
+
+
+@pytest.fixture(params=["sqlite"])
+def opener(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Opener]:
+    """Opens the same database again and again, as separate processes would."""
+    opened: list[SqlRepository] = []
+
+    def open_it() -> Repository:
+        opened.append(SqlRepository.in_file(tmp_path / "aggregator.db"))
+        return opened[-1]
+
+    yield open_it
+    for repository in opened:
+        repository.close()
+
+
+@pytest.fixture
+def repository(opener: Opener) -> Repository:
+    return opener()
+
+
+@pytest.fixture
+def running(repository: Repository) -> Repository:
+    """A repository with one running round."""
+    with repository.write() as writer:
+        writer.add_campaign(CAMPAIGN)
+        writer.begin_round(ROUND)
+    return repository
+
+
+def test_an_empty_repository_knows_nothing(repository: Repository) -> None:
+    with repository.read() as reader:
+        assert reader.device("barn-1") is None
+        assert reader.devices() == ()
+        assert reader.newest_version("watch") is None
+        assert reader.version("watch", 1) is None
+        assert reader.versions() == reader.newest_versions() == ()
+        assert reader.campaign("c" * 32) is None
+        assert reader.campaigns() == ()
+        assert reader.round("a" * 32) is None
+        assert reader.rounds() == ()
+        assert reader.log("a" * 32) == ()
+        assert reader.inputs("a" * 32) == {}
+        assert reader.uploads("a" * 32) == ()
+        assert list(reader.chunks("a" * 32, "barn-1")) == []
+        assert reader.sum_slice("a" * 32, 0) is None
+        assert reader.ledger() == ()
+        assert reader.transcript("a" * 32) == ()
+        assert reader.transcript_head() is None
+
+
+def test_an_exception_leaves_everything_as_it_was(repository: Repository) -> None:
+    with pytest.raises(RuntimeError), repository.write() as writer:
+        writer.add_device(DEVICE)
+        assert writer.device("barn-1") == DEVICE
+        raise RuntimeError
+    with repository.read() as reader:
+        assert reader.device("barn-1") is None
+
+
+def test_what_is_written_is_there_for_others(opener: Opener) -> None:
+    first, second = opener(), opener()
+    with first.write() as writer:
+        writer.add_device(DEVICE)
+    with second.read() as reader:
+        assert reader.device("barn-1") == DEVICE
+
+
+def test_a_reader_sees_one_state_while_a_writer_commits(opener: Opener) -> None:
+    first, second = opener(), opener()
+    with first.read() as reader:
+        assert reader.devices() == ()
+        with second.write() as writer:
+            writer.add_device(DEVICE)
+        assert reader.devices() == ()
+    with first.read() as reader:
+        assert reader.devices() == (DEVICE,)
+
+
+def test_writers_take_turns(opener: Opener) -> None:
+    first, second = opener(), opener()
+    with first.write() as writer:
+        writer.add_campaign(CAMPAIGN)
+
+    def count(repository: Repository) -> None:
+        for _ in range(20):
+            with repository.write() as writer:
+                campaign = writer.campaign(CAMPAIGN.campaign_id)
+                assert campaign is not None
+                number = int(campaign.note or 0)
+                writer.update_campaign(CAMPAIGN.campaign_id, "waiting", str(number + 1))
+
+    threads = [threading.Thread(target=count, args=(each,)) for each in (first, second)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    with first.read() as reader:
+        campaign = reader.campaign(CAMPAIGN.campaign_id)
+    assert campaign is not None
+    assert campaign.note == "40"
+
+
+def test_devices(repository: Repository) -> None:
+    other = Device("attic-1", b"other", 1.0)
+    with repository.write() as writer:
+        writer.add_device(DEVICE)
+        writer.add_device(other)
+        writer.replace_certificate("barn-1", b"renewed")
+        writer.set_exclusion("barn-1", "noisy")
+        born = DeviceStatus(
+            session=bytes(32), online=True, client_version="1.0", runtime="lite", models={"watch": 3}
+        )
+        writer.note_status("barn-1", born, 5.0)
+        writer.note_status("nobody", born, 5.0)
+    seen = replace(
+        DEVICE,
+        certificate=b"renewed",
+        excluded="noisy",
+        online=True,
+        client_version="1.0",
+        runtime="lite",
+        models={"watch": 3},
+        last_seen=5.0,
+    )
+    with repository.read() as reader:
+        assert reader.devices() == (other, seen)
+    gone = DeviceStatus(session=bytes(32), online=False, models={})
+    with repository.write() as writer:
+        writer.note_status("barn-1", gone, 6.0)
+        writer.set_exclusion("barn-1", None)
+    with repository.read() as reader:
+        assert reader.device("barn-1") == replace(seen, online=False, excluded=None, last_seen=6.0)
+
+
+def test_a_device_is_enrolled_once(repository: Repository) -> None:
+    with repository.write() as writer:
+        writer.add_device(DEVICE)
+    with pytest.raises(Conflict), repository.write() as writer:
+        writer.add_device(DEVICE)
+    with pytest.raises(NotFound), repository.write() as writer:
+        writer.replace_certificate("nobody", b"")
+    with pytest.raises(NotFound), repository.write() as writer:
+        writer.set_exclusion("nobody", "x")
+
+
+def test_versions(repository: Repository) -> None:
+    first, other = replace(VERSION, version=1, round_id=None), replace(VERSION, model="digits", round_id=None)
+    with repository.write() as writer:
+        writer.add_version(VERSION)
+        writer.add_version(first)
+        writer.add_version(other)
+    with repository.read() as reader:
+        assert reader.versions("watch") == (first, VERSION)
+        assert reader.versions() == (other, first, VERSION)
+        assert reader.newest_version("watch") == VERSION
+        assert reader.newest_versions() == (other, VERSION)
+        assert reader.version("watch", 1) == first
+    with pytest.raises(Conflict), repository.write() as writer:
+        writer.add_version(replace(first, manifest_sha256="e" * 64))
+    with pytest.raises(Conflict), repository.write() as writer:
+        writer.add_version(replace(VERSION, version=3))  # one round publishes once
+
+
+def test_campaigns_and_rounds(running: Repository) -> None:
+    later = Campaign("e" * 32, "watch", 1, b"{}", 2.5)
+    with running.write() as writer:
+        writer.add_campaign(later)
+    with running.read() as reader:
+        campaign = reader.campaign(CAMPAIGN.campaign_id)
+        assert campaign == replace(CAMPAIGN, status="running", started=1)
+        assert reader.campaigns() == (campaign, later)
+        assert reader.campaigns("waiting") == (later,)
+        assert reader.campaigns("running", "waiting") == (campaign, later)
+        assert reader.round(ROUND.round_id) == ROUND
+        assert reader.rounds(status="running") == (ROUND,)
+        assert reader.rounds(campaign_id=later.campaign_id) == ()
+    second = replace(ROUND, round_id="b" * 32, number=2)
+    with running.write() as writer:
+        writer.begin_round(second)
+        writer.update_campaign(CAMPAIGN.campaign_id, "failed", "no reason")
+        writer.save_report(second.round_id, b"{1}")
+    with running.read() as reader:
+        assert reader.rounds() == (ROUND, replace(second, report=b"{1}"))
+        assert reader.rounds(last=1) == (replace(second, report=b"{1}"),)
+        assert reader.campaign(CAMPAIGN.campaign_id) == replace(
+            CAMPAIGN, status="failed", started=2, note="no reason"
+        )
+
+
+def test_round_ids_and_numbers_are_never_used_twice(running: Repository) -> None:
+    with pytest.raises(Conflict), running.write() as writer:
+        writer.begin_round(replace(ROUND, number=2))
+    with pytest.raises(Conflict), running.write() as writer:
+        writer.begin_round(replace(ROUND, round_id="b" * 32))
+    with pytest.raises(Conflict), running.write() as writer:
+        writer.add_campaign(CAMPAIGN)
+    with pytest.raises(NotFound), running.write() as writer:
+        writer.begin_round(replace(ROUND, round_id="b" * 32, campaign_id="f" * 32))
+    with running.read() as reader:
+        campaign = reader.campaign(CAMPAIGN.campaign_id)
+    assert campaign is not None
+    assert campaign.started == 1
+
+
+def test_the_log_keeps_its_order(running: Repository) -> None:
+    entries = [LogEntry(float(9 - i), "received", f"barn-{i}", bytes([i])) for i in range(5)]
+    entries.append(LogEntry(1.0, "closed"))
+    with running.write() as writer:
+        for entry in entries:
+            writer.append_log(ROUND.round_id, entry)
+    with running.read() as reader:
+        assert reader.log(ROUND.round_id) == tuple(entries)
+    with pytest.raises(NotFound), running.write() as writer:
+        writer.append_log("b" * 32, entries[0])
+
+
+def test_uploads_resume_with_the_chunks_that_are_stored(running: Repository) -> None:
+    with running.write() as writer:
+        writer.open_upload(ROUND.round_id, "barn-1", BLOB)
+        writer.store_chunk(ROUND.round_id, "barn-1", 2, b"two")
+        writer.store_chunk(ROUND.round_id, "barn-1", 0, b"zero")
+        writer.store_chunk(ROUND.round_id, "barn-1", 2, b"again")
+        writer.open_upload(ROUND.round_id, "barn-2", BLOB)
+    with running.read() as reader:
+        assert reader.uploads(ROUND.round_id) == (
+            Upload(ROUND.round_id, "barn-1", BLOB, frozenset({0, 2})),
+            Upload(ROUND.round_id, "barn-2", BLOB, frozenset()),
+        )
+        assert list(reader.chunks(ROUND.round_id, "barn-1")) == [b"zero", b"two"]
+    with running.write() as writer:
+        writer.open_upload(ROUND.round_id, "barn-1", describe(b"another"))
+        assert list(writer.chunks(ROUND.round_id, "barn-1")) == []
+        writer.drop_upload(ROUND.round_id, "barn-1")
+        writer.drop_upload(ROUND.round_id, "barn-1")
+        assert [upload.device_id for upload in writer.uploads(ROUND.round_id)] == ["barn-2"]
+        writer.drop_uploads(ROUND.round_id)
+        assert writer.uploads(ROUND.round_id) == ()
+
+
+def test_chunks_need_an_upload_and_uploads_a_round(running: Repository) -> None:
+    with pytest.raises(NotFound), running.write() as writer:
+        writer.store_chunk(ROUND.round_id, "barn-1", 0, b"x")
+    with pytest.raises(NotFound), running.write() as writer:
+        writer.open_upload("b" * 32, "barn-1", BLOB)
+
+
+def test_an_input_is_noted_once_and_with_what_came_with_it(running: Repository) -> None:
+    with running.write() as writer:
+        writer.put_sum_slice(ROUND.round_id, 0, b"first")
+        writer.note_input(ROUND.round_id, "barn-1", "1" * 64)
+    with pytest.raises(Conflict), running.write() as writer:
+        writer.put_sum_slice(ROUND.round_id, 0, b"twice")
+        writer.note_input(ROUND.round_id, "barn-1", "1" * 64)
+    with running.write() as writer:
+        assert writer.sum_slice(ROUND.round_id, 0) == b"first"
+        writer.put_sum_slice(ROUND.round_id, 0, b"second")
+        writer.put_sum_slice(ROUND.round_id, 8, b"eighth")
+        writer.note_input(ROUND.round_id, "barn-2", "2" * 64)
+    with running.read() as reader:
+        assert reader.inputs(ROUND.round_id) == {"barn-1": "1" * 64, "barn-2": "2" * 64}
+        assert reader.sum_slice(ROUND.round_id, 0) == b"second"
+        assert reader.sum_slice(ROUND.round_id, 8) == b"eighth"
+
+
+def test_the_end_of_a_round_is_one_step(running: Repository) -> None:
+    with running.write() as writer:
+        writer.append_log(ROUND.round_id, LogEntry(1.0, "closed"))
+        writer.open_upload(ROUND.round_id, "barn-1", BLOB)
+        writer.store_chunk(ROUND.round_id, "barn-1", 0, b"x")
+        writer.put_sum_slice(ROUND.round_id, 0, b"sum")
+        writer.note_input(ROUND.round_id, "barn-2", "2" * 64)
+    with running.write() as writer:
+        writer.end_round(ENDING)
+    with running.read() as reader:
+        assert reader.round(ROUND.round_id) == replace(
+            ROUND, status="completed", ended_at=9.0, report=b'{"n":1}', version=2
+        )
+        assert reader.newest_version("watch") == VERSION
+        assert reader.ledger() == reader.ledger("watch") == (ENDING.ledger,)
+        assert reader.ledger("digits") == ()
+        assert reader.transcript(ROUND.round_id) == (b"one", b"two")
+        assert reader.transcript_head() == b"two"
+        assert reader.rounds(status="running") == ()
+        # Nothing of the round's secrets is left.
+        assert reader.log(ROUND.round_id) == ()
+        assert reader.uploads(ROUND.round_id) == ()
+        assert list(reader.chunks(ROUND.round_id, "barn-1")) == []
+        assert reader.sum_slice(ROUND.round_id, 0) is None
+        assert reader.inputs(ROUND.round_id) == {}
+
+
+def test_a_round_ends_once(running: Repository) -> None:
+    with running.write() as writer:
+        writer.end_round(ENDING)
+    again = replace(ENDING, version=replace(VERSION, version=3, manifest_sha256="f" * 64))
+    with pytest.raises(NotFound), running.write() as writer:
+        writer.end_round(again)
+    with pytest.raises(NotFound), running.write() as writer:
+        writer.open_upload(ROUND.round_id, "barn-1", BLOB)
+    with running.read() as reader:
+        assert reader.versions() == (VERSION,)
+        assert len(reader.ledger()) == 1
+
+
+def test_an_ending_that_conflicts_changes_nothing(running: Repository) -> None:
+    with running.write() as writer:
+        writer.add_version(replace(VERSION, round_id=None))
+    with pytest.raises(Conflict), running.write() as writer:
+        writer.end_round(ENDING)
+    with running.read() as reader:
+        assert reader.rounds(status="running") == (ROUND,)
+        assert reader.ledger() == ()
+        assert reader.transcript(ROUND.round_id) == ()
+
+
+def test_an_aborted_round_leaves_no_version(running: Repository) -> None:
+    with running.write() as writer:
+        writer.end_round(
+            replace(ENDING, status="aborted", code="too-few", detail="1 of 3", version=None, ledger=None)
+        )
+    with running.read() as reader:
+        ended = reader.round(ROUND.round_id)
+        assert ended is not None
+        assert (ended.status, ended.code, ended.detail, ended.version) == (
+            "aborted",
+            "too-few",
+            "1 of 3",
+            None,
+        )
+        assert reader.versions() == ()
+        assert reader.ledger() == ()

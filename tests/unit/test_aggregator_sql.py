@@ -1,0 +1,87 @@
+"""What only the SQL repository can show: foreign databases, trouble with the file, durability settings."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from aggregator.adapters.sql import SqlRepository
+from aggregator.records import Device
+from aggregator.repository import StorageUnavailable, UnknownSchema
+
+
+def test_a_database_of_another_schema_version_is_refused_and_kept(tmp_path: Path) -> None:
+    path = tmp_path / "aggregator.db"
+    SqlRepository.in_file(path).close()
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute("UPDATE meta SET value = '999'")
+        connection.commit()
+    with pytest.raises(UnknownSchema, match="schema version 999"):
+        SqlRepository.in_file(path)
+    with closing(sqlite3.connect(path)) as connection:
+        assert connection.execute("SELECT value FROM meta").fetchall() == [("999",)]
+
+
+def test_a_database_of_something_else_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "aggregator.db"
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute("CREATE TABLE recipes (name TEXT)")
+        connection.commit()
+    with pytest.raises(UnknownSchema, match="schema version none"):
+        SqlRepository.in_file(path)
+
+
+def test_a_file_that_is_no_database_is_unavailable(tmp_path: Path) -> None:
+    path = tmp_path / "aggregator.db"
+    path.write_bytes(b"this is no database" * 1000)
+    with pytest.raises(StorageUnavailable, match="not a database"):
+        SqlRepository.in_file(path)
+
+
+def test_a_missing_directory_is_unavailable(tmp_path: Path) -> None:
+    with pytest.raises(StorageUnavailable, match="unable to open"):
+        SqlRepository.in_file(tmp_path / "nowhere" / "aggregator.db")
+
+
+def test_a_full_disk_is_unavailable_and_changes_nothing(tmp_path: Path) -> None:
+    repository = SqlRepository.in_file(tmp_path / "aggregator.db")
+    try:
+        with repository.write() as writer:
+            pages = writer._connection.exec_driver_sql("PRAGMA page_count").scalar_one()  # type: ignore[attr-defined]
+            writer._connection.exec_driver_sql(f"PRAGMA max_page_count = {pages + 1}")  # type: ignore[attr-defined]
+        with pytest.raises(StorageUnavailable, match="full"), repository.write() as writer:
+            writer.add_device(Device("barn-1", os.urandom(1_000_000), 1.0))
+        with repository.read() as reader:
+            assert reader.devices() == ()
+    finally:
+        repository.close()
+
+
+def test_errors_do_not_quote_what_was_stored(tmp_path: Path) -> None:
+    repository = SqlRepository.in_file(tmp_path / "aggregator.db")
+    try:
+        with repository.write() as writer:
+            writer.add_device(Device("barn-1", b"secret", 1.0))
+        with pytest.raises(Exception, match="UNIQUE") as caught, repository.write() as writer:
+            writer.add_device(Device("barn-1", b"secret", 1.0))
+        assert "secret" not in str(caught.value)
+    finally:
+        repository.close()
+
+
+def test_commits_are_synced_and_deletions_overwritten(tmp_path: Path) -> None:
+    repository = SqlRepository.in_file(tmp_path / "aggregator.db")
+    try:
+        with repository.read() as reader:
+            connection = reader._connection  # type: ignore[attr-defined]
+            settings = {
+                name: connection.exec_driver_sql(f"PRAGMA {name}").scalar_one()
+                for name in ("journal_mode", "synchronous", "secure_delete", "foreign_keys")
+            }
+        assert settings == {"journal_mode": "wal", "synchronous": 2, "secure_delete": 1, "foreign_keys": 1}
+    finally:
+        repository.close()
