@@ -14,6 +14,7 @@ from pydantic import ConfigDict, TypeAdapter
 from protocol.fields import BlobRef
 from protocol.messages import AdvertiseKeys, ClientAbort, ConsistencySignature, ShareKeys, UnmaskingShares
 from protocol.secagg.graph import quorum
+from protocol.secagg.key_agreement import load_private
 from protocol.secagg.masking import Mask, pairwise_mask, self_mask
 from protocol.secagg.parameters import GraphAssumptions, GraphParameters
 
@@ -137,12 +138,11 @@ class Masking:
     def masks(self) -> tuple[Mask, ...]:
         """The self-mask and one pairwise mask for each neighbour that shared its keys."""
         own, roster_hash = self.membership.index, self.membership.roster_hash
+        private = load_private(self.keys.mask_private)
         return (
             self_mask(self.secrets.seed, roster_hash, own),
             *(
-                pairwise_mask(
-                    self.keys.mask_private, self.membership.peers[peer].mask_key, roster_hash, own, peer
-                )
+                pairwise_mask(private, self.membership.peers[peer].mask_key, roster_hash, own, peer)
                 for peer in sorted(self.delivered)
             ),
         )

@@ -6,7 +6,7 @@ from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 
 from protocol.errors import BadSignature
-from protocol.secagg.key_agreement import agree
+from protocol.secagg.key_agreement import PrivateKey, agree
 from protocol.secagg.shamir import SHARE_BYTES
 
 # A key is fresh in every round and differs by direction, and it seals one message: the nonce can be constant.
@@ -18,7 +18,12 @@ def _route(roster_hash: bytes, sender: int, receiver: int) -> bytes:
 
 
 def seal(
-    private: bytes, public: bytes, roster_hash: bytes, sender: int, receiver: int, shares: tuple[bytes, bytes]
+    private: PrivateKey,
+    public: bytes,
+    roster_hash: bytes,
+    sender: int,
+    receiver: int,
+    shares: tuple[bytes, bytes],
 ) -> bytes:
     """Seals (key share, seed share) from `sender` for `receiver`; returns 82 bytes.
 
@@ -30,7 +35,7 @@ def seal(
 
 
 def unseal(
-    private: bytes, public: bytes, roster_hash: bytes, sender: int, receiver: int, sealed: bytes
+    private: PrivateKey, public: bytes, roster_hash: bytes, sender: int, receiver: int, sealed: bytes
 ) -> tuple[bytes, bytes]:
     """Opens what `seal` made; returns (key share, seed share).
 
