@@ -82,3 +82,58 @@ def test_split_refuses_what_would_leak_or_not_recover(
 ) -> None:
     with pytest.raises(ValueError, match=r"secret|cannot share"):
         split(secret, threshold, holders, STREAM)
+
+
+def shared(holders: int, threshold: int, *, first: int = 1) -> dict[int, bytes]:
+    points = range(first, first + holders)
+    return dict(zip(points, split(SECRET, threshold, points, STREAM), strict=True))
+
+
+def garbage(x: int) -> bytes:
+    return b"\x00" + hashlib.sha256(b"garbage" + x.to_bytes(4, "big")).digest()
+
+
+@pytest.mark.parametrize("liars", [{1}, {43}, {1, 2, 3, 4, 5, 6, 7, 8}, {9, 17, 30}])
+def test_liars_among_many_holders_are_located_whoever_they_are(liars: set[int]) -> None:
+    """Trying subsets in order would need 10^11 of them to get rid of the first of 43 holders."""
+    shares = {x: garbage(x) if x in liars else share for x, share in shared(43, 27).items()}
+    assert recover(shares, 27, lambda candidate: candidate == SECRET) == (SECRET, liars)
+
+
+def test_one_liar_is_found_by_the_one_spare_share() -> None:
+    for liar in range(1, 29):
+        shares = {**shared(28, 27), liar: garbage(liar)}
+        secret, wrong = recover(shares, 27, lambda candidate: candidate == SECRET)
+        assert (secret, wrong) == (SECRET, {liar})
+
+
+def test_more_liars_than_can_be_located_are_found_by_trying_subsets() -> None:
+    shares = {x: garbage(x) if x in {2, 5, 6} else share for x, share in shared(8, 5).items()}
+    assert recover(shares, 5, lambda candidate: candidate == SECRET) == (SECRET, {2, 5, 6})
+
+
+def test_consistent_shares_of_another_secret_are_refused_at_once() -> None:
+    tried = []
+    with pytest.raises(UnrecoverableSecret):
+        recover(shared(43, 27), 27, lambda candidate: bool(tried.append(candidate)))
+    assert tried == [SECRET]
+
+
+@pytest.mark.parametrize(("holders", "threshold"), [(1, 1), (2, 2), (9, 1), (20, 20), (64, 43), (100, 67)])
+@pytest.mark.parametrize("first", [1, 16_000, 2**20 - 99])
+def test_every_shape_of_sharing_recovers(holders: int, threshold: int, first: int) -> None:
+    shares = shared(holders, threshold, first=first)
+    assert recover(shares, threshold, lambda candidate: candidate == SECRET) == (SECRET, frozenset())
+    assert combine(dict(list(shares.items())[-threshold:])) == SECRET
+
+
+def test_shares_are_values_of_one_polynomial() -> None:
+    """Against the definition, with a reduction in every step."""
+    draws = STREAM.read(0, 66 * 48)
+    coefficients = [int.from_bytes(draws[i : i + 48], "big") % PRIME for i in range(0, len(draws), 48)]
+    coefficients.append(int.from_bytes(SECRET, "big"))
+    for x, share in shared(30, 67 - 40, first=9_990).items():
+        value = 0
+        for coefficient in [*coefficients[:26], coefficients[-1]]:
+            value = (value * x + coefficient) % PRIME
+        assert int.from_bytes(share, "big") == value
