@@ -29,7 +29,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 
 from protocol.errors import BadSignature, IllegalEvent, MalformedMessage, RoundViolation
 from protocol.fields import BlobRef
-from protocol.identity import sign, verify, verify_certificate
+from protocol.identity import sign, verify
 from protocol.messages import (
     AddressedShares,
     AdvertiseKeys,
@@ -45,6 +45,7 @@ from protocol.messages import (
     UnmaskRequest,
 )
 from protocol.secagg import roster as rosters
+from protocol.secagg.certificates import CertificateCache
 from protocol.secagg.client_state import (
     Aborted,
     Advertised,
@@ -62,7 +63,7 @@ from protocol.secagg.client_state import (
     Unmasked,
 )
 from protocol.secagg.graph import neighbours
-from protocol.secagg.key_agreement import public_key
+from protocol.secagg.key_agreement import load_private, public_key
 from protocol.secagg.masking import seed_commitment
 from protocol.secagg.parameters import GraphParameters, parameters
 from protocol.secagg.prg import Keystream, derive_key
@@ -81,11 +82,13 @@ class RosterReceived:
     Attributes:
         entropy: 32 fresh random bytes.
         now: seconds since 1970, for the certificates.
+        certificates: those of earlier rounds, which it adds to.
     """
 
     message: Roster
     entropy: bytes = field(repr=False)
     now: int
+    certificates: CertificateCache = field(default_factory=CertificateCache, repr=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -196,7 +199,7 @@ def _require(condition: bool, code: str, detail: str) -> None:
 
 
 def _share_keys(state: Advertised, event: RosterReceived) -> tuple[ClientState, Answer]:
-    membership = verify_roster(state, event.message, event.now)
+    membership = verify_roster(state, event.message, event.now, event.certificates)
     seed = derive_key(event.entropy, purpose="self-mask-seed")
     holders = membership.holders
     points = [holder + 1 for holder in holders]
@@ -213,11 +216,12 @@ def _share_keys(state: Advertised, event: RosterReceived) -> tuple[ClientState, 
         )
         for name, secret in (("key", state.keys.mask_private), ("seed", seed))
     )
+    encryption_private = load_private(state.keys.encryption_private)
     sealed = tuple(
         AddressedShares(
             peer=index,
             sealed=seal(
-                state.keys.encryption_private,
+                encryption_private,
                 peer.encryption_key,
                 membership.roster_hash,
                 membership.index,
@@ -237,7 +241,7 @@ def _share_keys(state: Advertised, event: RosterReceived) -> tuple[ClientState, 
     return SharesSent(state.context, state.keys, membership, secrets, answer), answer
 
 
-def verify_roster(state: Advertised, roster: Roster, now: int) -> Membership:
+def verify_roster(state: Advertised, roster: Roster, now: int, certificates: CertificateCache) -> Membership:
     """Checks a roster against the plan, the fleet CA, its own root and the graph that follows from it.
 
     Raises:
@@ -256,42 +260,43 @@ def verify_roster(state: Advertised, roster: Roster, now: int) -> Membership:
         "the roster repeats an index or goes beyond its size",
     )
     graph = parameters(roster.size, context.graph)
-    mine = [index for index, entry in entries.items() if _is_own(entry, state.answer)]
+    leaves = {index: rosters.leaf_hash(entry) for index, entry in entries.items()}
+    own_leaf = rosters.leaf_hash(state.answer)
+    mine = [index for index, leaf in leaves.items() if leaf == own_leaf]
     _require(len(mine) == 1, "not-in-roster", "this client's own check-in is not in the roster once")
     index = mine[0]
     name = rosters.roster_hash(context.round_id, context.plan_hash, roster.size, roster.root)
-    _check_root(roster, entries, graph)
+    _check_root(roster, entries, leaves, graph)
     near = neighbours(graph, name, index)
     _require(
         entries.keys() == {*near, index}, "wrong-graph", "the roster does not show the graph's neighbours"
     )
     peers, identities = {}, {state.context.device_id}
     for peer in near:
-        device_id, peers[peer] = _verify_entry(context, entries[peer], now)
+        device_id, peers[peer] = _verify_entry(context, entries[peer], now, certificates)
         _require(device_id not in identities, "repeated-device", f"{device_id} is in the roster twice")
         identities.add(device_id)
     return Membership(name, graph, index, peers)
 
 
-def _is_own(entry: RosterEntry, own: AdvertiseKeys) -> bool:
-    return rosters.leaf_hash(entry) == rosters.leaf_hash(own)
-
-
-def _check_root(roster: Roster, entries: dict[int, RosterEntry], graph: GraphParameters) -> None:
+def _check_root(
+    roster: Roster, entries: dict[int, RosterEntry], leaves: dict[int, bytes], graph: GraphParameters
+) -> None:
     if graph.complete:
         _require(len(entries) == roster.size, "wrong-graph", "a complete graph shows the whole roster")
-        leaves = [rosters.leaf_hash(entries[i]) for i in range(roster.size)]
-        roots = {rosters.merkle_tree(leaves)[-1][0]}
+        roots = {rosters.merkle_tree([leaves[i] for i in range(roster.size)])[-1][0]}
     else:
         roots = {
-            rosters.root_from_path(rosters.leaf_hash(entry), index, roster.size, entry.path)
+            rosters.root_from_path(leaves[index], index, roster.size, entry.path)
             for index, entry in entries.items()
         }
     _require(roots == {roster.root}, "roster-root", "the roster's entries do not lead to its root")
 
 
-def _verify_entry(context: RoundContext, entry: RosterEntry, now: int) -> tuple[str, Peer]:
-    certificate = verify_certificate(entry.certificate, context.ca, now=now)
+def _verify_entry(
+    context: RoundContext, entry: RosterEntry, now: int, certificates: CertificateCache
+) -> tuple[str, Peer]:
+    certificate = certificates.verify(entry.certificate, context.ca, now=now)
     payload = rosters.advertisement_payload(
         context.fleet, context.round_id, context.plan_hash, entry.encryption_key, entry.mask_key
     )
@@ -384,10 +389,11 @@ def _unmask(state: SetSigned, event: UnmaskRequested) -> tuple[ClientState, Answ
     own_share = state.secrets.seed_share
     seed_shares = [] if own_share is None else [PeerShare(peer=membership.index, share=own_share)]
     key_shares = []
+    encryption_private = load_private(state.encryption_private)
     for peer, sealed in state.delivered.items():
         try:
             key_share, seed_share = unseal(
-                state.encryption_private,
+                encryption_private,
                 membership.peers[peer].encryption_key,
                 membership.roster_hash,
                 peer,

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Collection, Container
 
 import numpy as np
+from numpy.typing import NDArray
 
 from protocol.secagg.parameters import GraphParameters
 from protocol.secagg.prg import Keystream, derive_key
@@ -22,12 +23,34 @@ def neighbours(graph: GraphParameters, roster_hash: bytes, index: int) -> tuple[
     """
     if graph.complete:
         return tuple(i for i in range(graph.size) if i != index)
+    circle = _circle(graph, roster_hash)
+    place = np.flatnonzero(circle == index)
+    return tuple(_around(graph, circle, place)[0].tolist())
+
+
+def all_neighbours(graph: GraphParameters, roster_hash: bytes) -> tuple[tuple[int, ...], ...]:
+    """`neighbours` of every client, by index; the circle is drawn once."""
+    if graph.complete:
+        return tuple(neighbours(graph, roster_hash, index) for index in range(graph.size))
+    circle = _circle(graph, roster_hash)
+    places = np.empty(graph.size, np.int64)
+    places[circle] = np.arange(graph.size)
+    return tuple(tuple(near) for near in _around(graph, circle, places).tolist())
+
+
+def _circle(graph: GraphParameters, roster_hash: bytes) -> NDArray[np.int64]:
+    """Who stands at each place of the circle, int64, shape (size,)."""
     stream = Keystream(derive_key(roster_hash, purpose="graph"))
-    circle = np.argsort(np.frombuffer(stream.read(0, 8 * graph.size), dtype="<u8"), kind="stable")
-    place = int(np.flatnonzero(circle == index)[0])
+    return np.argsort(np.frombuffer(stream.read(0, 8 * graph.size), dtype="<u8"), kind="stable")
+
+
+def _around(
+    graph: GraphParameters, circle: NDArray[np.int64], places: NDArray[np.int64]
+) -> NDArray[np.int64]:
+    """Who stands around each of the `places`, ascending; int64, shape (len(places), degree)."""
     steps = np.arange(1, graph.degree // 2 + 1)
-    around = np.concatenate((place + steps, place - steps)) % graph.size
-    return tuple(int(i) for i in np.sort(circle[around]))
+    offsets = np.concatenate((steps, -steps))
+    return np.sort(circle[(places[:, None] + offsets) % graph.size], axis=1)
 
 
 def quorum(graph: GraphParameters, index: int, near: Collection[int], present: Container[int]) -> bool:

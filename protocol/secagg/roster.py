@@ -8,6 +8,8 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Sequence
 
+import numpy as np
+
 from protocol.errors import MalformedMessage
 from protocol.messages import AdvertiseKeys, RosterEntry
 
@@ -100,10 +102,10 @@ def members_from_bytes(data: bytes, size: int) -> frozenset[int]:
     """
     if len(data) != -(-size // 8):
         raise MalformedMessage(f"a set over {size} clients has {-(-size // 8)} bytes, not {len(data)}")
-    members = frozenset(i for i in range(8 * len(data)) if data[i // 8] >> i % 8 & 1)
-    if any(index >= size for index in members):
+    members = np.flatnonzero(np.unpackbits(np.frombuffer(data, np.uint8), bitorder="little"))
+    if members.size and members[-1] >= size:
         raise MalformedMessage("the set names a client beyond the roster")
-    return members
+    return frozenset(members.tolist())
 
 
 def survivors_hash(roster: bytes, members: bytes) -> bytes:

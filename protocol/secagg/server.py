@@ -19,21 +19,19 @@ Protocol: Bonawitz et al. 2017 (ePrint 2017/281, Fig. 4), Bell et al. 2020 (ePri
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Collection
+from dataclasses import dataclass, field, replace
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from protocol.errors import BadSignature, IllegalEvent, MalformedMessage
-from protocol.identity import verify, verify_certificate
+from protocol.identity import verify
 from protocol.messages import (
-    AddressedShares,
     AdvertiseKeys,
     ClientAbort,
     ConsistencySignature,
     Refusal,
     Roster,
-    RosterEntry,
     ShareDelivery,
     ShareKeys,
     SignedBy,
@@ -42,24 +40,21 @@ from protocol.messages import (
     UnmaskRequest,
 )
 from protocol.secagg import roster as rosters
-from protocol.secagg.graph import neighbours
-from protocol.secagg.key_agreement import public_key
-from protocol.secagg.masking import Mask, pairwise_mask, seed_commitment, self_mask
-from protocol.secagg.parameters import parameters
+from protocol.secagg.certificates import CertificateCache
+from protocol.secagg.closing import close_phase
+from protocol.secagg.growing import GrowingMap
 from protocol.secagg.server_state import (
     Advertising,
     Checking,
     Cohort,
     Collecting,
     Failed,
-    Member,
     Recovered,
     ServerContext,
     ServerState,
     Sharing,
     Unmasking,
 )
-from protocol.secagg.shamir import UnrecoverableSecret, recover
 
 ClientMessage = AdvertiseKeys | ShareKeys | ConsistencySignature | UnmaskingShares | Refusal | ClientAbort
 Request = Roster | ShareDelivery | SurvivorSet | UnmaskRequest
@@ -71,11 +66,13 @@ class Received:
 
     Attributes:
         now: seconds since 1970, for the certificates.
+        certificates: those of earlier rounds, which it adds to.
     """
 
     device_id: str
     message: ClientMessage
     now: int
+    certificates: CertificateCache = field(default_factory=CertificateCache, repr=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -95,7 +92,7 @@ Event = Received | InputStored | ClosePhase
 
 def begin(context: ServerContext) -> Advertising:
     """Opens a round for check-in."""
-    return Advertising(context, {})
+    return Advertising(context, GrowingMap())
 
 
 def handle(state: ServerState, event: Event) -> ServerState:
@@ -108,14 +105,16 @@ def handle(state: ServerState, event: Event) -> ServerState:
         BadSignature, MalformedMessage: an answer that does not verify; nothing changed.
     """
     if isinstance(event, ClosePhase):
-        return _close(state)
+        return close_phase(state)
     if isinstance(event, InputStored):
         if not isinstance(state, Collecting):
             raise IllegalEvent(f"a masked input in phase {type(state).__name__}")
         index = _member(state.cohort, event.device_id)
         if index not in state.sharers:
             raise IllegalEvent(f"{event.device_id} shared no keys: its masks would never cancel")
-        return replace(state, survivors=state.survivors | {index})
+        if index in state.stored:
+            return state
+        return replace(state, stored=state.stored.with_item(index, None))
     return _receive(state, event)
 
 
@@ -133,7 +132,7 @@ def _receive(state: ServerState, event: Received) -> ServerState:
     if isinstance(message, Refusal | ClientAbort):
         return _leave(state, device_id)
     if isinstance(message, AdvertiseKeys) and isinstance(state, Advertising):
-        return _advertise(state, device_id, message, event.now)
+        return _advertise(state, device_id, message, event)
     if isinstance(message, ShareKeys) and isinstance(state, Sharing):
         return _share(state, _member(state.cohort, device_id), message)
     if isinstance(message, ConsistencySignature) and isinstance(state, Checking):
@@ -149,18 +148,20 @@ def _leave(state: ServerState, device_id: str) -> ServerState:
     if isinstance(state, Advertising):
         if device_id not in state.context.invited:
             raise IllegalEvent(f"{device_id} is not invited")
-        entries = {d: entry for d, entry in state.entries.items() if d != device_id}
+        entries = state.entries
+        if device_id in entries:
+            entries = GrowingMap((d, entry) for d, entry in entries.items() if d != device_id)
         return replace(state, entries=entries, left=state.left | {device_id})
     return replace(state, left=state.left | {_member(state.cohort, device_id)})
 
 
-def _advertise(state: Advertising, device_id: str, message: AdvertiseKeys, now: int) -> ServerState:
+def _advertise(state: Advertising, device_id: str, message: AdvertiseKeys, event: Received) -> ServerState:
     context = state.context
     if device_id not in context.invited or device_id in state.left:
         raise IllegalEvent(f"{device_id} is not invited")
     if device_id in state.entries:
         return state
-    certificate = verify_certificate(message.certificate, context.ca, now=now)
+    certificate = event.certificates.verify(message.certificate, context.ca, now=event.now)
     if certificate.device_id != device_id:
         raise BadSignature(f"{device_id} checks in with the certificate of {certificate.device_id}")
     payload = rosters.advertisement_payload(
@@ -168,7 +169,7 @@ def _advertise(state: Advertising, device_id: str, message: AdvertiseKeys, now: 
     )
     verify(certificate.public_key, rosters.ADVERTISE_KIND, payload, message.signature)
     entry = (message, certificate.public_key.public_bytes_raw())
-    return replace(state, entries={**state.entries, device_id: entry})
+    return replace(state, entries=state.entries.with_item(device_id, entry))
 
 
 def _share(state: Sharing, index: int, message: ShareKeys) -> ServerState:
@@ -179,7 +180,7 @@ def _share(state: Sharing, index: int, message: ShareKeys) -> ServerState:
     peers = [item.peer for item in message.shares]
     if sorted(peers) != list(state.cohort.neighbours[index]):
         raise MalformedMessage("shares for other clients than the neighbours")
-    return replace(state, received={**state.received, index: message})
+    return replace(state, received=state.received.with_item(index, message))
 
 
 def _check(state: Checking, index: int, message: ConsistencySignature) -> ServerState:
@@ -191,7 +192,7 @@ def _check(state: Checking, index: int, message: ConsistencySignature) -> Server
         raise MalformedMessage("a signature on another survivor set")
     key = Ed25519PublicKey.from_public_bytes(state.cohort.members[index].identity_key)
     verify(key, rosters.SURVIVORS_KIND, message.survivors_hash, message.signature)
-    return replace(state, signatures={**state.signatures, index: message.signature})
+    return replace(state, signatures=state.signatures.with_item(index, message.signature))
 
 
 def _unmask(state: Unmasking, index: int, message: UnmaskingShares) -> ServerState:
@@ -210,130 +211,7 @@ def _unmask(state: Unmasking, index: int, message: UnmaskingShares) -> ServerSta
         allowed_seeds.issuperset(seeds) and allowed_keys.issuperset(keys)
     ):
         raise MalformedMessage("shares of other secrets than the ones asked for")
-    return replace(state, answers={**state.answers, index: message})
-
-
-# --- closing a phase -------------------------------------------------------------------------------------
-
-
-def _close(state: ServerState) -> ServerState:
-    if isinstance(state, Advertising):
-        return _close_advertising(state)
-    if isinstance(state, Sharing):
-        return _close_sharing(state)
-    if isinstance(state, Collecting):
-        return _close_collecting(state)
-    if isinstance(state, Checking):
-        return _close_checking(state)
-    if isinstance(state, Unmasking):
-        return _close_unmasking(state)
-    raise IllegalEvent("the round is over")
-
-
-def _close_advertising(state: Advertising) -> ServerState:
-    context, size = state.context, len(state.entries)
-    if size < max(2, context.minimum_cohort):
-        return Failed(
-            context, "too-few-check-ins", f"{size} devices checked in, {context.minimum_cohort} needed"
-        )
-    graph = parameters(size, context.graph)
-    devices = sorted(state.entries)
-    tree = rosters.merkle_tree([rosters.leaf_hash(state.entries[d][0]) for d in devices])
-    members = []
-    for index, device_id in enumerate(devices):
-        advertised, identity_key = state.entries[device_id]
-        entry = RosterEntry(
-            index=index,
-            certificate=advertised.certificate,
-            encryption_key=advertised.encryption_key,
-            mask_key=advertised.mask_key,
-            signature=advertised.signature,
-            path=() if graph.complete else rosters.merkle_path(tree, index),
-        )
-        members.append(Member(device_id, identity_key, entry))
-    root = tree[-1][0]
-    name = rosters.roster_hash(context.round_id, context.plan_hash, size, root)
-    near = tuple(neighbours(graph, name, index) for index in range(size))
-    cohort = Cohort(name, root, graph, tuple(members), near, {d: i for i, d in enumerate(devices)})
-    return Sharing(context, cohort, {})
-
-
-def _enough(cohort: Cohort, present: frozenset[int], minimum: int) -> bool:
-    return len(present) >= minimum and all(cohort.quorum(index, present) for index in present)
-
-
-def _close_sharing(state: Sharing) -> ServerState:
-    present = frozenset(state.received)
-    if not _enough(state.cohort, present, state.context.minimum_survivors):
-        detail = f"{len(present)} of {state.cohort.graph.size} clients shared their keys"
-        return Failed(state.context, "too-few-shares", detail)
-    inbox: dict[int, list[AddressedShares]] = {index: [] for index in present}
-    for sender in sorted(present):
-        for item in state.received[sender].shares:
-            if item.peer in present:
-                inbox[item.peer].append(AddressedShares(peer=sender, sealed=item.sealed))
-    deliveries = {index: tuple(items) for index, items in inbox.items()}
-    return Collecting(state.context, state.cohort, state.received, deliveries, left=state.left & present)
-
-
-def _close_collecting(state: Collecting) -> ServerState:
-    if not _enough(state.cohort, state.survivors, state.context.minimum_survivors):
-        detail = f"{len(state.survivors)} of {len(state.sharers)} masked inputs arrived"
-        return Failed(state.context, "too-few-survivors", detail)
-    left = state.left & state.survivors
-    return Checking(state.context, state.cohort, state.sharers, state.survivors, {}, left)
-
-
-def _close_checking(state: Checking) -> ServerState:
-    signers = frozenset(state.signatures)
-    if not all(state.cohort.quorum(index, signers) for index in signers) or not signers:
-        detail = f"{len(signers)} of {len(state.survivors)} survivors signed the survivor set"
-        return Failed(state.context, "too-few-signatures", detail)
-    return Unmasking(
-        state.context,
-        state.cohort,
-        state.sharers,
-        state.survivors,
-        state.signatures,
-        state.survivors_hash,
-        {},
-        state.left & signers,
-    )
-
-
-def _close_unmasking(state: Unmasking) -> ServerState:
-    cohort, name = state.cohort, state.cohort.roster_hash
-    shares: dict[int, dict[int, bytes]] = {index: {} for index in state.sharers}
-    for holder, answer in state.answers.items():
-        for item in (*answer.seed_shares, *answer.key_shares):
-            shares[item.peer][holder + 1] = item.share
-    masks: list[Mask] = []
-    wrong: set[int] = set()
-    try:
-        for index in state.sharers:
-            secret, bad = recover(shares[index], cohort.graph.threshold, _secret_check(state, index))
-            if index in state.survivors:
-                masks.append(self_mask(secret, name, index).inverse())
-            else:
-                masks.extend(
-                    # What the surviving neighbour added for the dropped client still stands in the sum.
-                    pairwise_mask(secret, cohort.members[peer].entry.mask_key, name, index, peer)
-                    for peer in cohort.neighbours[index]
-                    if peer in state.survivors
-                )
-            wrong |= {holder - 1 for holder in bad}
-    except UnrecoverableSecret as error:
-        return Failed(state.context, "unmasking-failed", f"client {index}: {error}")
-    return Recovered(state.context, cohort, state.survivors, tuple(masks), frozenset(wrong))
-
-
-def _secret_check(state: Unmasking, index: int) -> Callable[[bytes], bool]:
-    """Tells the seed (of a survivor) or mask key (of a dropout) that `index` committed to from garbage."""
-    if index in state.survivors:
-        name, commitment = state.cohort.roster_hash, state.sharers[index].seed_commitment
-        return lambda seed: seed_commitment(seed, name, index) == commitment
-    mask_key = state.cohort.members[index].entry.mask_key
-    return lambda private: public_key(private) == mask_key
+    return replace(state, answers=state.answers.with_item(index, message))
 
 
 # --- what follows from a state ---------------------------------------------------------------------------
@@ -357,6 +235,27 @@ def awaited(state: ServerState) -> frozenset[str]:
     return frozenset(state.cohort.members[index].device_id for index in missing - state.left)
 
 
+def pending(state: ServerState) -> int:
+    """How many devices `awaited` names, without naming them: in time that does not grow with the cohort."""
+    if isinstance(state, Recovered | Failed):
+        return 0
+    if isinstance(state, Advertising):
+        gone = sum(device_id in state.context.invited for device_id in state.left)
+        return len(state.context.invited) - len(state.entries) - gone
+    owing: Collection[int]
+    answered: Collection[int]
+    if isinstance(state, Sharing):
+        owing, answered = range(state.cohort.graph.size), state.received
+    elif isinstance(state, Collecting):
+        owing, answered = state.sharers, state.stored
+    elif isinstance(state, Checking):
+        owing, answered = state.survivors, state.signatures
+    else:
+        owing, answered = state.signatures, state.answers
+    gone = sum(index in owing and index not in answered for index in state.left)
+    return len(owing) - len(answered) - gone
+
+
 def request(state: ServerState, device_id: str) -> Request | None:
     """What the current phase asks of one device; None while checking in, and after the end."""
     if isinstance(state, Advertising | Recovered | Failed):
@@ -375,8 +274,11 @@ def request(state: ServerState, device_id: str) -> Request | None:
         )
     if isinstance(state, Checking):
         return SurvivorSet(round_id=round_id, survivors=state.members)
+    # A quorum and no more: every signature costs the client a verification.
+    signers = [peer for peer in cohort.neighbours[index] if peer in state.signatures]
+    others = signers[: cohort.graph.threshold - cohort.graph.complete]
     signatures = tuple(
         SignedBy(peer=peer, signature=state.signatures[peer])
-        for peer in sorted({*cohort.neighbours[index], index} & state.signatures.keys())
+        for peer in sorted({*others, index} & state.signatures.keys())
     )
     return UnmaskRequest(round_id=round_id, survivors_hash=state.survivors_hash, signatures=signatures)

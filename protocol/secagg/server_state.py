@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Set
+from dataclasses import dataclass, field
 
 from protocol.messages import AddressedShares, AdvertiseKeys, RosterEntry, ShareKeys, UnmaskingShares
-from protocol.secagg import roster as rosters
 from protocol.secagg.graph import quorum
+from protocol.secagg.growing import GrowingMap
 from protocol.secagg.masking import Mask
 from protocol.secagg.parameters import GraphAssumptions, GraphParameters
 
@@ -65,7 +65,7 @@ class Advertising:
     """Collects check-ins."""
 
     context: ServerContext
-    entries: Mapping[str, tuple[AdvertiseKeys, bytes]]
+    entries: GrowingMap[str, tuple[AdvertiseKeys, bytes]]
     left: frozenset[str] = frozenset()
 
 
@@ -75,7 +75,7 @@ class Sharing:
 
     context: ServerContext
     cohort: Cohort
-    received: Mapping[int, ShareKeys]
+    received: GrowingMap[int, ShareKeys]
     left: frozenset[int] = frozenset()
 
 
@@ -85,36 +85,39 @@ class Collecting:
 
     Attributes:
         inbox: roster index -> the sealed shares for that client.
+        stored: roster indices of those whose input is in the sum, each with nothing.
     """
 
     context: ServerContext
     cohort: Cohort
     sharers: Mapping[int, ShareKeys]
     inbox: Mapping[int, tuple[AddressedShares, ...]]
-    survivors: frozenset[int] = frozenset()
+    stored: GrowingMap[int, None] = field(default_factory=GrowingMap)
     left: frozenset[int] = frozenset()
+
+    @property
+    def survivors(self) -> Set[int]:
+        """Whose inputs are in the sum so far."""
+        return self.stored.keys()
 
 
 @dataclass(frozen=True)
 class Checking:
-    """Collects signatures on the survivor set."""
+    """Collects signatures on the survivor set.
+
+    Attributes:
+        members: the survivor set as a bit map.
+        survivors_hash: what survivors sign.
+    """
 
     context: ServerContext
     cohort: Cohort
     sharers: Mapping[int, ShareKeys]
     survivors: frozenset[int]
-    signatures: Mapping[int, bytes]
+    members: bytes
+    survivors_hash: bytes
+    signatures: GrowingMap[int, bytes]
     left: frozenset[int] = frozenset()
-
-    @property
-    def members(self) -> bytes:
-        """The survivor set as a bit map."""
-        return rosters.members_to_bytes(self.survivors, self.cohort.graph.size)
-
-    @property
-    def survivors_hash(self) -> bytes:
-        """What survivors sign."""
-        return rosters.survivors_hash(self.cohort.roster_hash, self.members)
 
 
 @dataclass(frozen=True)
@@ -127,7 +130,7 @@ class Unmasking:
     survivors: frozenset[int]
     signatures: Mapping[int, bytes]
     survivors_hash: bytes
-    answers: Mapping[int, UnmaskingShares]
+    answers: GrowingMap[int, UnmaskingShares]
     left: frozenset[int] = frozenset()
 
 

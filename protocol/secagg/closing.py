@@ -1,0 +1,156 @@
+"""How each phase of a round ends, from check-ins to the masks that remain in the sum."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from protocol.errors import IllegalEvent
+from protocol.messages import AddressedShares, RosterEntry
+from protocol.secagg import roster as rosters
+from protocol.secagg.graph import all_neighbours
+from protocol.secagg.growing import GrowingMap
+from protocol.secagg.key_agreement import load_private, public_key
+from protocol.secagg.masking import Mask, pairwise_mask, seed_commitment, self_mask
+from protocol.secagg.parameters import parameters
+from protocol.secagg.server_state import (
+    Advertising,
+    Checking,
+    Cohort,
+    Collecting,
+    Failed,
+    Member,
+    Recovered,
+    ServerState,
+    Sharing,
+    Unmasking,
+)
+from protocol.secagg.shamir import UnrecoverableSecret, recover
+
+
+def close_phase(state: ServerState) -> ServerState:
+    """Ends the current phase; whoever did not answer has dropped out.
+
+    Raises:
+        IllegalEvent: the round is over.
+    """
+    if isinstance(state, Advertising):
+        return _close_advertising(state)
+    if isinstance(state, Sharing):
+        return _close_sharing(state)
+    if isinstance(state, Collecting):
+        return _close_collecting(state)
+    if isinstance(state, Checking):
+        return _close_checking(state)
+    if isinstance(state, Unmasking):
+        return _close_unmasking(state)
+    raise IllegalEvent("the round is over")
+
+
+def _close_advertising(state: Advertising) -> ServerState:
+    context, size = state.context, len(state.entries)
+    if size < max(2, context.minimum_cohort):
+        return Failed(
+            context, "too-few-check-ins", f"{size} devices checked in, {context.minimum_cohort} needed"
+        )
+    graph = parameters(size, context.graph)
+    devices = sorted(state.entries)
+    tree = rosters.merkle_tree([rosters.leaf_hash(state.entries[d][0]) for d in devices])
+    members = []
+    for index, device_id in enumerate(devices):
+        advertised, identity_key = state.entries[device_id]
+        entry = RosterEntry(
+            index=index,
+            certificate=advertised.certificate,
+            encryption_key=advertised.encryption_key,
+            mask_key=advertised.mask_key,
+            signature=advertised.signature,
+            path=() if graph.complete else rosters.merkle_path(tree, index),
+        )
+        members.append(Member(device_id, identity_key, entry))
+    root = tree[-1][0]
+    name = rosters.roster_hash(context.round_id, context.plan_hash, size, root)
+    near = all_neighbours(graph, name)
+    cohort = Cohort(name, root, graph, tuple(members), near, {d: i for i, d in enumerate(devices)})
+    return Sharing(context, cohort, GrowingMap())
+
+
+def _enough(cohort: Cohort, present: frozenset[int], minimum: int) -> bool:
+    return len(present) >= minimum and all(cohort.quorum(index, present) for index in present)
+
+
+def _close_sharing(state: Sharing) -> ServerState:
+    present = frozenset(state.received)
+    if not _enough(state.cohort, present, state.context.minimum_survivors):
+        detail = f"{len(present)} of {state.cohort.graph.size} clients shared their keys"
+        return Failed(state.context, "too-few-shares", detail)
+    inbox: dict[int, list[AddressedShares]] = {index: [] for index in present}
+    for sender in sorted(present):
+        for item in state.received[sender].shares:
+            if item.peer in present:
+                inbox[item.peer].append(AddressedShares(peer=sender, sealed=item.sealed))
+    deliveries = {index: tuple(items) for index, items in inbox.items()}
+    return Collecting(state.context, state.cohort, state.received, deliveries, left=state.left & present)
+
+
+def _close_collecting(state: Collecting) -> ServerState:
+    survivors, cohort = frozenset(state.stored), state.cohort
+    if not _enough(cohort, survivors, state.context.minimum_survivors):
+        detail = f"{len(survivors)} of {len(state.sharers)} masked inputs arrived"
+        return Failed(state.context, "too-few-survivors", detail)
+    members = rosters.members_to_bytes(survivors, cohort.graph.size)
+    name = rosters.survivors_hash(cohort.roster_hash, members)
+    left = state.left & survivors
+    return Checking(state.context, cohort, state.sharers, survivors, members, name, GrowingMap(), left)
+
+
+def _close_checking(state: Checking) -> ServerState:
+    signers = frozenset(state.signatures)
+    if not all(state.cohort.quorum(index, signers) for index in signers) or not signers:
+        detail = f"{len(signers)} of {len(state.survivors)} survivors signed the survivor set"
+        return Failed(state.context, "too-few-signatures", detail)
+    return Unmasking(
+        state.context,
+        state.cohort,
+        state.sharers,
+        state.survivors,
+        state.signatures,
+        state.survivors_hash,
+        GrowingMap(),
+        state.left & signers,
+    )
+
+
+def _close_unmasking(state: Unmasking) -> ServerState:
+    cohort, name = state.cohort, state.cohort.roster_hash
+    shares: dict[int, dict[int, bytes]] = {index: {} for index in state.sharers}
+    for holder, answer in state.answers.items():
+        for item in (*answer.seed_shares, *answer.key_shares):
+            shares[item.peer][holder + 1] = item.share
+    masks: list[Mask] = []
+    wrong: set[int] = set()
+    try:
+        for index in state.sharers:
+            secret, bad = recover(shares[index], cohort.graph.threshold, _secret_check(state, index))
+            if index in state.survivors:
+                masks.append(self_mask(secret, name, index).inverse())
+            else:
+                private = load_private(secret)
+                masks.extend(
+                    # What the surviving neighbour added for the dropped client still stands in the sum.
+                    pairwise_mask(private, cohort.members[peer].entry.mask_key, name, index, peer)
+                    for peer in cohort.neighbours[index]
+                    if peer in state.survivors
+                )
+            wrong |= {holder - 1 for holder in bad}
+    except UnrecoverableSecret as error:
+        return Failed(state.context, "unmasking-failed", f"client {index}: {error}")
+    return Recovered(state.context, cohort, state.survivors, tuple(masks), frozenset(wrong))
+
+
+def _secret_check(state: Unmasking, index: int) -> Callable[[bytes], bool]:
+    """Tells the seed (of a survivor) or mask key (of a dropout) that `index` committed to from garbage."""
+    if index in state.survivors:
+        name, commitment = state.cohort.roster_hash, state.sharers[index].seed_commitment
+        return lambda seed: seed_commitment(seed, name, index) == commitment
+    mask_key = state.cohort.members[index].entry.mask_key
+    return lambda private: public_key(private) == mask_key
