@@ -15,7 +15,7 @@ from __future__ import annotations
 import bisect
 import decimal
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -131,13 +131,15 @@ def skellam_sampler(variance: float) -> IntegerSampler:
     # The recurrence starts where probabilities are near 2^-200: what it neglects there dies out inwards.
     last = _skellam_reach(variance, 200 * math.log(2))
     numerator, denominator = variance.as_integer_ratio()
-    weights = [0] * (last + 1)
-    above, here = 0, _START
-    for k in range(last, 0, -1):
-        weights[k] = here
-        above, here = here, above + 2 * k * denominator * here // numerator
-    weights[0] = here
-    return _sampler(weights, _skellam_reach(variance, _TAIL_BITS * math.log(2)))
+
+    def weights() -> Iterator[int]:
+        above, here = 0, _START
+        for k in range(last, 0, -1):
+            yield here
+            above, here = here, above + 2 * k * denominator * here // numerator
+        yield here
+
+    return _sampler(weights, last, _skellam_reach(variance, _TAIL_BITS * math.log(2)))
 
 
 @lru_cache(maxsize=4)
@@ -164,7 +166,8 @@ def discrete_gaussian_sampler(sigma_squared: float) -> IntegerSampler:
         ratio = ratio * ratio_step >> _PRECISION
     while not weights[-1]:
         weights.pop()  # below the fixed point: such a value could never be drawn
-    return _sampler(weights, len(weights) - 1)
+    last = len(weights) - 1
+    return _sampler(lambda: reversed(weights), last, last)
 
 
 def _check_variance(variance: float) -> None:
@@ -199,22 +202,35 @@ def _distance(reach: int) -> float:
     return (2 * reach + 3) * 2.0**-129
 
 
-def _sampler(weights: list[int], reach: int) -> IntegerSampler:
-    """Builds the tables of a symmetric distribution from its weights at 0, 1, 2, ..."""
-    total = weights[0] + 2 * sum(weights[1:])
-    reach = min(reach, len(weights) - 1)
-    cumulative = sum(
-        weights[reach + 1 :]
-    )  # the lower tail goes to the smallest value, the upper to the largest
-    tops: list[int] = []
-    rests = bytearray()
-    for k in range(-reach, reach):
-        cumulative += weights[abs(k)]
-        threshold = (cumulative << 128) // total
-        tops.append(threshold >> 96)
-        rests += (threshold & (1 << 96) - 1).to_bytes(12, "big")
-    top = np.array([*tops, _WORD_MAX], np.uint32)
-    edges = np.searchsorted(top[:-1], np.arange(1 << 16, dtype=np.uint32) << np.uint32(16), side="left")
-    following = np.append(edges[1:], len(tops))
+def _sampler(weights: Callable[[], Iterator[int]], last: int, reach: int) -> IntegerSampler:
+    """Builds the tables of a symmetric distribution.
+
+    The weights are gone through twice, for their sum and for the thresholds, rather than kept: as integers of
+    400 bits they would take several times the memory of the table, which a small device has to find at once.
+
+    Args:
+        weights: begins a walk through the weights at `last`, ..., 1, 0.
+        last: the largest value that has a weight.
+        reach: the largest value in the table, at most `last`; the lower tail goes to the smallest value and
+            the upper to the largest.
+    """
+    total = at_zero = 0
+    for at_zero in weights():
+        total += 2 * at_zero
+    total -= at_zero
+    tops = np.full(2 * reach + 1, _WORD_MAX, np.uint32)
+    rests = bytearray(24 * reach)
+    tail = 0
+    for k, weight in zip(range(last, 0, -1), weights(), strict=False):
+        tail += weight  # of all values at or below -k, and at or above k
+        if k > reach:
+            continue
+        lower, remainder = divmod(tail << 128, total)
+        upper = (1 << 128) - lower - (remainder > 0)  # the complement's floor
+        for index, threshold in ((reach - k, lower), (reach + k - 1, upper)):
+            tops[index] = threshold >> 96
+            rests[12 * index : 12 * index + 12] = (threshold & (1 << 96) - 1).to_bytes(12, "big")
+    edges = np.searchsorted(tops[:-1], np.arange(1 << 16, dtype=np.uint32) << np.uint32(16), side="left")
+    following = np.append(edges[1:], 2 * reach)
     guide = np.where(following - edges > 1, -1, edges).astype(np.int32)
-    return IntegerSampler(-reach, _distance(reach), top, bytes(rests), guide)
+    return IntegerSampler(-reach, _distance(reach), tops, bytes(rests), guide)
