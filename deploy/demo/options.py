@@ -12,6 +12,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from deploy.demo.result import Dataset, PrivacyMode
+from protocol.secagg.parameters import GraphAssumptions, parameters
 
 
 class DemoError(RuntimeError):
@@ -139,17 +140,22 @@ def plan_folds(options: DemoOptions, people: int) -> tuple[Fold, ...]:
     return tuple(folds)
 
 
+def tolerated_dropouts(devices: int) -> int:
+    """How many of a complete graph of `devices` may drop out before their sum is lost."""
+    return devices - parameters(devices, GraphAssumptions()).threshold
+
+
 def plan_kills(options: DemoOptions, fold: Fold, rounds: int) -> tuple[Kill, ...]:
     """Which devices are killed when: in each of two rounds, the share `drop` of the fleet.
 
     The first victim of a round dies after its shares were delivered, the second before, and so on in turn.
     The two rounds stand a third and two thirds through, so that everybody can be seen to come back. At
-    least one device is killed where `drop` is not zero, and more than half of them always survive.
+    least one device is killed where `drop` is not zero, and never more than the threshold tolerates.
     """
     devices = len(fold.training)
     if options.drop == 0:
         return ()
-    victims = min(max(1, round(options.drop * devices)), (devices - 1) // 2)
+    victims = min(max(1, round(options.drop * devices)), tolerated_dropouts(devices))
     generator = np.random.default_rng([options.seed, fold.index, 1])
     hit = sorted({max(1, rounds // 3), max(1, 2 * rounds // 3)})
     kills = []

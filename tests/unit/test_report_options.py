@@ -16,7 +16,16 @@ from typer.testing import CliRunner
 
 from deploy.demo import run
 from deploy.demo.cli import demo
-from deploy.demo.options import DemoError, DemoOptions, Fold, KillMoment, parse_folds, plan_folds, plan_kills
+from deploy.demo.options import (
+    DemoError,
+    DemoOptions,
+    Fold,
+    KillMoment,
+    parse_folds,
+    plan_folds,
+    plan_kills,
+    tolerated_dropouts,
+)
 
 
 @pytest.mark.parametrize(
@@ -77,13 +86,16 @@ def test_impossible_splits_are_refused(options: DemoOptions, message: str) -> No
 @given(
     devices=st.integers(3, 40), rounds=st.integers(1, 50), drop=st.floats(0, 0.49), seed=st.integers(0, 2**62)
 )
-def test_kills_leave_a_majority_and_time_to_return(devices: int, rounds: int, drop: float, seed: int) -> None:
+def test_kills_leave_the_threshold_and_time_to_return(
+    devices: int, rounds: int, drop: float, seed: int
+) -> None:
     options = DemoOptions(drop=drop, seed=seed)
     kills = plan_kills(options, Fold(0, tuple(range(devices)), (99,)), rounds)
-    assert bool(kills) == (drop > 0)
+    tolerated = tolerated_dropouts(devices)
+    assert bool(kills) == (drop > 0 and tolerated > 0)
     for number in {kill.round for kill in kills}:
         victims = [kill.device for kill in kills if kill.round == number]
-        assert len(set(victims)) == len(victims) < devices / 2
+        assert len(set(victims)) == len(victims) <= tolerated < devices / 2
         assert number < rounds or rounds <= 2
 
 
