@@ -7,6 +7,7 @@ A frame is the length of its header (4 bytes, little-endian), the header (the me
 from __future__ import annotations
 
 import zlib
+from functools import cache
 from typing import Annotated, Any
 
 from pydantic import Field, TypeAdapter, ValidationError
@@ -17,8 +18,11 @@ from protocol.messages import CHUNK_BYTES, BlobChunk, FromDevice, ToDevice
 MAX_HEADER_BYTES = 512 * 1024
 MAX_FRAME_BYTES = 4 + MAX_HEADER_BYTES + CHUNK_BYTES
 
-_FROM_DEVICE: TypeAdapter[FromDevice] = TypeAdapter(Annotated[FromDevice, Field(discriminator="type")])
-_TO_DEVICE: TypeAdapter[ToDevice] = TypeAdapter(Annotated[ToDevice, Field(discriminator="type")])
+
+@cache
+def _schema(union: Any) -> TypeAdapter[Any]:
+    """The parser of one direction, made when it is first needed: a device never parses what devices say."""
+    return TypeAdapter(Annotated[union, Field(discriminator="type")])
 
 
 def encode(message: FromDevice | ToDevice, body: bytes | memoryview = b"") -> bytes:
@@ -35,8 +39,7 @@ def decode_from_device(frame: bytes) -> tuple[FromDevice, memoryview]:
     Raises:
         MalformedMessage: anything but exactly one well-formed message.
     """
-    message, body = _decode(_FROM_DEVICE, frame)
-    return message, body
+    return _decode(_schema(FromDevice), frame)
 
 
 def decode_to_device(frame: bytes) -> tuple[ToDevice, memoryview]:
@@ -45,8 +48,7 @@ def decode_to_device(frame: bytes) -> tuple[ToDevice, memoryview]:
     Raises:
         MalformedMessage: anything but exactly one well-formed message.
     """
-    message, body = _decode(_TO_DEVICE, frame)
-    return message, body
+    return _decode(_schema(ToDevice), frame)
 
 
 def _decode(schema: TypeAdapter[Any], frame: bytes) -> tuple[Any, memoryview]:
