@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from protocol.errors import IllegalEvent
-from protocol.messages import AddressedShares, RosterEntry
+from protocol.messages import RosterEntry
 from protocol.secagg import roster as rosters
 from protocol.secagg.graph import all_neighbours
 from protocol.secagg.growing import GrowingMap
@@ -83,13 +83,7 @@ def _close_sharing(state: Sharing) -> ServerState:
     if not _enough(state.cohort, present, state.context.minimum_survivors):
         detail = f"{len(present)} of {state.cohort.graph.size} clients shared their keys"
         return Failed(state.context, "too-few-shares", detail)
-    inbox: dict[int, list[AddressedShares]] = {index: [] for index in present}
-    for sender in sorted(present):
-        for item in state.received[sender].shares:
-            if item.peer in present:
-                inbox[item.peer].append(AddressedShares(peer=sender, sealed=item.sealed))
-    deliveries = {index: tuple(items) for index, items in inbox.items()}
-    return Collecting(state.context, state.cohort, state.received, deliveries, left=state.left & present)
+    return Collecting(state.context, state.cohort, state.received, left=state.left & present)
 
 
 def _close_collecting(state: Collecting) -> ServerState:
@@ -100,7 +94,8 @@ def _close_collecting(state: Collecting) -> ServerState:
     members = rosters.members_to_bytes(survivors, cohort.graph.size)
     name = rosters.survivors_hash(cohort.roster_hash, members)
     left = state.left & survivors
-    return Checking(state.context, cohort, state.sharers, survivors, members, name, GrowingMap(), left)
+    commitments = {index: sent.seed_commitment for index, sent in state.sharers.items()}
+    return Checking(state.context, cohort, commitments, survivors, members, name, GrowingMap(), left)
 
 
 def _close_checking(state: Checking) -> ServerState:
@@ -124,8 +119,8 @@ def _close_unmasking(state: Unmasking) -> ServerState:
     cohort, name = state.cohort, state.cohort.roster_hash
     shares: dict[int, dict[int, bytes]] = {index: {} for index in state.sharers}
     for holder, answer in state.answers.items():
-        for item in (*answer.seed_shares, *answer.key_shares):
-            shares[item.peer][holder + 1] = item.share
+        for owner, share in answer.items():
+            shares[owner][holder + 1] = share
     masks: list[Mask] = []
     wrong: set[int] = set()
     try:
@@ -150,7 +145,7 @@ def _close_unmasking(state: Unmasking) -> ServerState:
 def _secret_check(state: Unmasking, index: int) -> Callable[[bytes], bool]:
     """Tells the seed (of a survivor) or mask key (of a dropout) that `index` committed to from garbage."""
     if index in state.survivors:
-        name, commitment = state.cohort.roster_hash, state.sharers[index].seed_commitment
+        name, commitment = state.cohort.roster_hash, state.sharers[index]
         return lambda seed: seed_commitment(seed, name, index) == commitment
     mask_key = state.cohort.members[index].entry.mask_key
     return lambda private: public_key(private) == mask_key

@@ -27,6 +27,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from protocol.errors import BadSignature, IllegalEvent, MalformedMessage
 from protocol.identity import verify
 from protocol.messages import (
+    AddressedShares,
     AdvertiseKeys,
     ClientAbort,
     ConsistencySignature,
@@ -52,6 +53,7 @@ from protocol.secagg.server_state import (
     Recovered,
     ServerContext,
     ServerState,
+    SharesSent,
     Sharing,
     Unmasking,
 )
@@ -180,7 +182,8 @@ def _share(state: Sharing, index: int, message: ShareKeys) -> ServerState:
     peers = [item.peer for item in message.shares]
     if sorted(peers) != list(state.cohort.neighbours[index]):
         raise MalformedMessage("shares for other clients than the neighbours")
-    return replace(state, received=state.received.with_item(index, message))
+    sent = SharesSent(message.seed_commitment, {item.peer: item.sealed for item in message.shares})
+    return replace(state, received=state.received.with_item(index, sent))
 
 
 def _check(state: Checking, index: int, message: ConsistencySignature) -> ServerState:
@@ -211,7 +214,8 @@ def _unmask(state: Unmasking, index: int, message: UnmaskingShares) -> ServerSta
         allowed_seeds.issuperset(seeds) and allowed_keys.issuperset(keys)
     ):
         raise MalformedMessage("shares of other secrets than the ones asked for")
-    return replace(state, answers=state.answers.with_item(index, message))
+    shares = {item.peer: item.share for item in (*message.seed_shares, *message.key_shares)}
+    return replace(state, answers=state.answers.with_item(index, shares))
 
 
 # --- what follows from a state ---------------------------------------------------------------------------
@@ -269,9 +273,10 @@ def request(state: ServerState, device_id: str) -> Request | None:
         entries = tuple(cohort.members[peer].entry for peer in shown)
         return Roster(round_id=round_id, size=cohort.graph.size, root=cohort.root, entries=entries)
     if isinstance(state, Collecting):
-        return ShareDelivery(
-            round_id=round_id, roster_hash=cohort.roster_hash, shares=state.inbox.get(index, ())
+        shares = tuple(
+            AddressedShares(peer=sender, sealed=sealed) for sender, sealed in state.inbox(index).items()
         )
+        return ShareDelivery(round_id=round_id, roster_hash=cohort.roster_hash, shares=shares)
     if isinstance(state, Checking):
         return SurvivorSet(round_id=round_id, survivors=state.members)
     # A quorum and no more: every signature costs the client a verification.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
 
-from protocol.messages import AddressedShares, AdvertiseKeys, RosterEntry, ShareKeys, UnmaskingShares
+from protocol.messages import AdvertiseKeys, RosterEntry
 from protocol.secagg.graph import quorum
 from protocol.secagg.growing import GrowingMap
 from protocol.secagg.masking import Mask
@@ -69,13 +69,25 @@ class Advertising:
     left: frozenset[str] = frozenset()
 
 
+@dataclass(frozen=True, slots=True)
+class SharesSent:
+    """What one client sent to its neighbours, as small as it gets: a cohort of 10,000 sends half a million.
+
+    Attributes:
+        sealed: roster index of the receiver -> 82 bytes.
+    """
+
+    seed_commitment: bytes
+    sealed: Mapping[int, bytes]
+
+
 @dataclass(frozen=True)
 class Sharing:
     """Collects sealed shares."""
 
     context: ServerContext
     cohort: Cohort
-    received: GrowingMap[int, ShareKeys]
+    received: GrowingMap[int, SharesSent]
     left: frozenset[int] = frozenset()
 
 
@@ -84,16 +96,21 @@ class Collecting:
     """Collects masked inputs; only clients of `sharers` have masks in common.
 
     Attributes:
-        inbox: roster index -> the sealed shares for that client.
         stored: roster indices of those whose input is in the sum, each with nothing.
     """
 
     context: ServerContext
     cohort: Cohort
-    sharers: Mapping[int, ShareKeys]
-    inbox: Mapping[int, tuple[AddressedShares, ...]]
+    sharers: Mapping[int, SharesSent]
     stored: GrowingMap[int, None] = field(default_factory=GrowingMap)
     left: frozenset[int] = frozenset()
+
+    def inbox(self, index: int) -> dict[int, bytes]:
+        """The sealed shares for one client, by sender, ascending; none for one that shared no keys itself."""
+        if index not in self.sharers:
+            return {}
+        senders = (peer for peer in self.cohort.neighbours[index] if peer in self.sharers)
+        return {peer: self.sharers[peer].sealed[index] for peer in senders}
 
     @property
     def survivors(self) -> Set[int]:
@@ -106,13 +123,14 @@ class Checking:
     """Collects signatures on the survivor set.
 
     Attributes:
+        sharers: roster index -> seed commitment, of those who shared their keys.
         members: the survivor set as a bit map.
         survivors_hash: what survivors sign.
     """
 
     context: ServerContext
     cohort: Cohort
-    sharers: Mapping[int, ShareKeys]
+    sharers: Mapping[int, bytes]
     survivors: frozenset[int]
     members: bytes
     survivors_hash: bytes
@@ -122,15 +140,20 @@ class Checking:
 
 @dataclass(frozen=True)
 class Unmasking:
-    """Collects shares of the survivors' seeds and of the dropouts' mask keys."""
+    """Collects shares of the survivors' seeds and of the dropouts' mask keys.
+
+    Attributes:
+        sharers: roster index -> seed commitment, of those who shared their keys.
+        answers: who answered -> whose secret -> its share: a survivor's of the seed, a dropout's of the key.
+    """
 
     context: ServerContext
     cohort: Cohort
-    sharers: Mapping[int, ShareKeys]
+    sharers: Mapping[int, bytes]
     survivors: frozenset[int]
     signatures: Mapping[int, bytes]
     survivors_hash: bytes
-    answers: GrowingMap[int, UnmaskingShares]
+    answers: GrowingMap[int, Mapping[int, bytes]]
     left: frozenset[int] = frozenset()
 
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from protocol.errors import BadSignature
-from protocol.messages import ClientAbort, UnmaskRequest
+from protocol.messages import ClientAbort, ShareDelivery, UnmaskRequest
 from protocol.secagg import server
 from protocol.secagg.certificates import CertificateCache
 from protocol.secagg.graph import all_neighbours, neighbours
@@ -81,6 +81,19 @@ def test_an_unmask_request_holds_a_quorum_and_no_more(degree: int | None) -> Non
         assert len(others) == shape.threshold - shape.complete
     cohort.exchange()
     assert isinstance(cohort.server, Recovered)
+
+
+def test_who_shared_no_keys_gets_no_shares() -> None:
+    cohort = Cohort(6)
+    cohort.advertise()
+    cohort.drop("device-005")
+    cohort.exchange()
+    delivery = server.request(cohort.server, "device-005")
+    assert isinstance(delivery, ShareDelivery)
+    assert delivery.shares == ()
+    other = server.request(cohort.server, "device-000")
+    assert isinstance(other, ShareDelivery)
+    assert [item.peer for item in other.shares] == [1, 2, 3, 4]
 
 
 def test_the_count_of_those_awaited_is_the_count_of_their_names() -> None:
