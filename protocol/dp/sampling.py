@@ -52,7 +52,7 @@ class IntegerSampler:
     distance: float
     _tops: NDArray[np.uint32]
     """First 32 bits of the thresholds, ascending, then one sentinel; uint32, shape (thresholds + 1,)."""
-    _rests: bytes
+    _rests: bytes | bytearray
     """The other 96 bits of every threshold, 12 bytes each, big-endian."""
     _guide: NDArray[np.int32]
     """For every value c of the first 16 bits: how many tops lie below c * 2^16, or -1 where two or more tops
@@ -230,7 +230,8 @@ def _sampler(weights: Callable[[], Iterator[int]], last: int, reach: int) -> Int
         for index, threshold in ((reach - k, lower), (reach + k - 1, upper)):
             tops[index] = threshold >> 96
             rests[12 * index : 12 * index + 12] = (threshold & (1 << 96) - 1).to_bytes(12, "big")
-    edges = np.searchsorted(tops[:-1], np.arange(1 << 16, dtype=np.uint32) << np.uint32(16), side="left")
-    following = np.append(edges[1:], 2 * reach)
-    guide = np.where(following - edges > 1, -1, edges).astype(np.int32)
-    return IntegerSampler(-reach, _distance(reach), tops, bytes(rests), guide)
+    prefixes = np.arange(1 << 16, dtype=np.uint32) << np.uint32(16)
+    guide = np.searchsorted(tops[:-1], prefixes, side="left").astype(np.int32)
+    shared = np.diff(guide, append=np.int32(2 * reach)) > 1
+    guide[shared] = -1
+    return IntegerSampler(-reach, _distance(reach), tops, rests, guide)
