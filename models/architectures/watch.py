@@ -14,14 +14,18 @@ layers = tf.keras.layers
 
 
 def build() -> Any:
-    """1-D convolution over windows (100, 6) of acceleration in g and rotation rate in rad/s."""
+    """Convolution over windows (100, 6) of acceleration in g and rotation rate in rad/s.
+
+    Each filter looks for one movement of 0.4 s at 12.5 Hz, and only its strongest match counts. Over the ten
+    left-out people, two convolutions or more filters gained up to four points when trained centrally and
+    lost up to two when federated. A dense network on 30 summary features was behind both ways on the four people
+    that it was tried on.
+    """
     return tf.keras.Sequential(
         [
             layers.Input((WINDOW, CHANNELS)),
-            layers.AveragePooling1D(2, name="halve"),
-            layers.Conv1D(16, 5, activation="relu", name="short"),
-            layers.AveragePooling1D(2, name="quarter"),
-            layers.Conv1D(32, 5, activation="relu", name="long"),
+            layers.AveragePooling1D(4, name="smooth"),
+            layers.Conv1D(48, 5, activation="relu", name="movements"),
             layers.GlobalMaxPooling1D(name="strongest"),
             layers.Dense(len(LABELS), name="exercise"),
         ],

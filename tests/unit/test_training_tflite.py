@@ -141,7 +141,7 @@ def test_a_diverged_training_is_refused_and_the_trainer_lives_on(
     trainer: LocalTrainer, watch: zoo.BundledModel
 ) -> None:
     with pytest.raises(NonFiniteUpdate):
-        trainer.train(watch.weights, waves(64), TrainingConfig(5, 1e20), generator())
+        trainer.train(watch.weights, waves(64), TrainingConfig(5, 1e38), generator())
     assert np.isfinite(trainer.train(watch.weights, waves(64), CONFIG, generator()).delta).all()
 
 
@@ -166,9 +166,9 @@ def test_probabilities_and_evaluation_agree(trainer: LocalTrainer, watch: zoo.Bu
     "weights",
     [
         np.zeros(10, np.float32),
-        np.zeros((1, 3319), np.float32),
-        np.zeros(3319, np.float64),
-        np.full(3319, np.nan, np.float32),
+        np.zeros((1, 1831), np.float32),
+        np.zeros(1831, np.float64),
+        np.full(1831, np.nan, np.float32),
     ],
 )
 def test_weights_that_do_not_fit_are_refused(trainer: LocalTrainer, weights: NDArray[Any]) -> None:
