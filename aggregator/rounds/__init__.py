@@ -1,0 +1,1 @@
+"""Rounds: pure state machines and computations, and what the repository keeps of them."""

@@ -1,0 +1,78 @@
+"""The fleet's keys on disk: owner-only, written once, never printed."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    load_pem_private_key,
+)
+
+from aggregator.fleet.authority import Authority
+
+_CA_KEY = "ca-key.pem"
+_OPERATOR_KEY = "operator-key.pem"
+_CA = "ca.der"
+
+
+class UnusableKeys(Exception):
+    """Key files that are missing, damaged or readable by others; the message says what to do."""
+
+
+def save(authority: Authority, directory: Path) -> None:
+    """Writes new key files, readable by their owner only.
+
+    Raises:
+        FileExistsError: there are keys already; nothing was changed.
+    """
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    directory.chmod(0o700)
+    _write_new(directory / _CA_KEY, _pem(authority.ca_key))
+    _write_new(directory / _OPERATOR_KEY, _pem(authority.operator_key))
+    _write_new(directory / _CA, authority.ca)
+
+
+def load(directory: Path) -> Authority:
+    """Reads the key files.
+
+    Raises:
+        UnusableKeys: they are missing, damaged, or others may read them.
+    """
+    keys = []
+    for name in (_CA_KEY, _OPERATOR_KEY):
+        path = directory / name
+        try:
+            if path.stat().st_mode & 0o077:
+                raise UnusableKeys(f"{path} can be read by others: run `chmod 600 {path}`")
+            key = load_pem_private_key(path.read_bytes(), password=None)
+        except FileNotFoundError as error:
+            raise UnusableKeys(f"there is no {path}: run `covey aggregator init`") from error
+        except (OSError, ValueError, TypeError, UnsupportedAlgorithm) as error:
+            raise UnusableKeys(f"{path} is no usable key: restore it from a backup") from error
+        if not isinstance(key, Ed25519PrivateKey):
+            raise UnusableKeys(f"{path} is no Ed25519 key: restore it from a backup")
+        keys.append(key)
+    try:
+        ca = (directory / _CA).read_bytes()
+    except OSError as error:
+        raise UnusableKeys(f"{directory / _CA} cannot be read: restore it from a backup") from error
+    return Authority(ca, ca_key=keys[0], operator_key=keys[1])
+
+
+def _pem(key: Ed25519PrivateKey) -> bytes:
+    return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+
+
+def _write_new(path: Path, data: bytes) -> None:
+    # The mode is given at creation: there is no moment at which others could open the file.
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())

@@ -1,0 +1,1 @@
+"""The devices: their certificates, and who is there."""

@@ -1,0 +1,128 @@
+"""The keys of a fleet, and what it signs with them: certificates, plans and model manifests."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.x509.oid import NameOID
+from pydantic import TypeAdapter, ValidationError
+
+from aggregator.records import Device
+from models.manifest import ModelManifest
+from protocol.enrolment import EnrolmentBundle
+from protocol.errors import BadSignature
+from protocol.fields import Slug
+from protocol.identity import SignedDocument, create_ca, issue_certificate, open_request
+from protocol.plan import MODEL_KIND, PLAN_KIND, Plan
+
+CA_DAYS = 3650
+DEVICE_DAYS = 730
+_SLUG: TypeAdapter[str] = TypeAdapter(Slug)
+
+
+class EnrolmentRefused(Exception):
+    """A signing request that gets no certificate; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class Authority:
+    """The fleet's CA and the operator's key.
+
+    Attributes:
+        ca: DER certificate.
+        ca_key: signs device certificates.
+        operator_key: signs plans and model manifests.
+    """
+
+    ca: bytes
+    ca_key: Ed25519PrivateKey = field(repr=False)
+    operator_key: Ed25519PrivateKey = field(repr=False)
+
+    @classmethod
+    def create(cls, fleet: str, *, now: int, serial: int) -> Authority:
+        """Makes new keys and a new CA certificate.
+
+        Args:
+            fleet: name of the fleet, a slug.
+            now: seconds since 1970.
+            serial: a random positive integer of at most 159 bits.
+        """
+        ca_key = Ed25519PrivateKey.generate()
+        ca = create_ca(ca_key, _SLUG.validate_python(fleet), now=now, days=CA_DAYS, serial=serial)
+        return cls(ca, ca_key, Ed25519PrivateKey.generate())
+
+    @property
+    def fleet(self) -> str:
+        """The fleet's name, from the CA certificate."""
+        subject = x509.load_der_x509_certificate(self.ca).subject
+        return str(subject.get_attributes_for_oid(NameOID.COMMON_NAME)[0].value)
+
+    def sign_plan(self, plan: Plan) -> SignedDocument:
+        """Signs a plan as the operator."""
+        return SignedDocument.create(self.operator_key, PLAN_KIND, plan.to_bytes())
+
+    def sign_manifest(self, manifest: ModelManifest) -> SignedDocument:
+        """Signs a model manifest as the operator."""
+        return SignedDocument.create(self.operator_key, MODEL_KIND, manifest.to_bytes())
+
+    def bundle(self, device: Device) -> EnrolmentBundle:
+        """What an enrolled device is given."""
+        operator = self.operator_key.public_key().public_bytes_raw()
+        return EnrolmentBundle(
+            fleet=self.fleet,
+            device_id=device.device_id,
+            certificate=device.certificate,
+            ca=self.ca,
+            plan_signers=(operator,),
+            model_signers=(operator,),
+        )
+
+    def enrol(
+        self, request: bytes, known: Device | None, *, name: str | None, now: float, serial: int
+    ) -> Device:
+        """Issues a certificate for a signing request.
+
+        Args:
+            request: PKCS#10, DER.
+            known: the device already enrolled under that name, if any: only the same key may renew it.
+            name: the id that the operator gives; the request's own name is taken when None.
+            now: seconds since 1970.
+            serial: a random positive integer of at most 159 bits.
+
+        Raises:
+            EnrolmentRefused: a bad request or name, or the name belongs to another key.
+        """
+        try:
+            asked, public_key = open_request(request)
+            device_id = _SLUG.validate_python(name or asked)
+        except BadSignature as error:
+            raise EnrolmentRefused(f"{error}: make one with `covey-edge init`") from error
+        except ValidationError as error:
+            raise EnrolmentRefused(
+                "a device id has lower-case letters, digits and hyphens, at most 63: give one with --name"
+            ) from error
+        if known is not None:
+            owner = x509.load_der_x509_certificate(known.certificate).public_key()
+            if owner != public_key:
+                raise EnrolmentRefused(
+                    f"{device_id} is enrolled with another key: choose another name with --name, "
+                    f"or remove the old device first"
+                )
+        certificate = issue_certificate(
+            self.ca_key, self.ca, device_id, public_key, now=int(now), days=DEVICE_DAYS, serial=serial
+        )
+        return Device(device_id, certificate, enrolled_at=now)
+
+
+def requested_name(request: bytes) -> str:
+    """The device id that a signing request asks for.
+
+    Raises:
+        EnrolmentRefused: not a valid request.
+    """
+    try:
+        return open_request(request)[0]
+    except BadSignature as error:
+        raise EnrolmentRefused(f"{error}: make one with `covey-edge init`") from error

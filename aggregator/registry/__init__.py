@@ -1,0 +1,1 @@
+"""The models: artefacts by content, and signed versions."""

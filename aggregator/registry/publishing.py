@@ -1,0 +1,122 @@
+"""Publishing: a model's files become a signed version with a number of its own."""
+
+from __future__ import annotations
+
+import hashlib
+
+from aggregator.fleet.authority import Authority
+from aggregator.records import Version
+from aggregator.registry.artefacts import ArtefactStore
+from aggregator.repository import Reader, Writer
+from models.manifest import InvalidManifest, ModelManifest
+from protocol.fields import BlobRef
+from protocol.identity import SignedDocument
+
+
+class PublishRefused(Exception):
+    """Files that are no version, or a wrong moment for one; the message says what to do."""
+
+
+def publish(
+    writer: Writer,
+    store: ArtefactStore,
+    authority: Authority,
+    *,
+    manifest: bytes,
+    graph: bytes,
+    weights: bytes,
+    now: float,
+) -> Version:
+    """Checks, numbers, signs and records a model.
+
+    Args:
+        manifest: as the exporter wrote it; its version number is replaced by the next free one.
+        graph: the model's graph.
+        weights: its weights file.
+        now: seconds since 1970.
+
+    Raises:
+        PublishRefused: it says what to do.
+    """
+    try:
+        exported = ModelManifest.from_bytes(manifest)
+    except InvalidManifest as error:
+        raise PublishRefused(f"manifest.json is not valid ({error}): export the model again") from error
+    for what, ref, data in (("graph", exported.graph, graph), ("weights", exported.weights, weights)):
+        if len(data) != ref.size or hashlib.sha256(data).hexdigest() != ref.sha256:
+            raise PublishRefused(
+                f"the {what} file is not the one that manifest.json names: export the model again"
+            )
+    if any(round_.model == exported.name for round_ in writer.rounds(status="running")):
+        # Its result would come after this version and replace it, without a trace of it in the weights.
+        raise PublishRefused(
+            f"a round of {exported.name} is running: publish when it has ended (`covey round status`)"
+        )
+    newest = writer.newest_version(exported.name)
+    number = 1 if newest is None else newest.version + 1
+    return record(
+        writer,
+        store,
+        authority,
+        ModelManifest.model_validate(dict(exported) | {"version": number}),
+        artefacts=(graph, weights),
+        now=now,
+        round_id=None,
+    )
+
+
+def record(
+    writer: Writer,
+    store: ArtefactStore,
+    authority: Authority,
+    manifest: ModelManifest,
+    *,
+    artefacts: tuple[bytes, ...],
+    now: float,
+    round_id: str | None,
+) -> Version:
+    """Stores what a version needs, signs it and adds it; it is published when the transaction commits.
+
+    The files are durable before: a version that the repository knows can always be read.
+    """
+    version, document = sign(authority, manifest, now=now, round_id=round_id)
+    for data in artefacts:
+        store.put(data)
+    store.put_manifest(manifest, document)
+    writer.add_version(version)
+    return version
+
+
+def sign(
+    authority: Authority, manifest: ModelManifest, *, now: float, round_id: str | None
+) -> tuple[Version, SignedDocument]:
+    """Signs a manifest; returns its record and the document in it."""
+    document = authority.sign_manifest(manifest)
+    version = Version(
+        model=manifest.name,
+        version=manifest.version,
+        manifest_sha256=manifest.sha256(),
+        document=document.model_dump_json().encode(),
+        created_at=now,
+        round_id=round_id,
+    )
+    return version, document
+
+
+def document_of(version: Version) -> SignedDocument:
+    """The signed document in a version's record."""
+    return SignedDocument.model_validate_json(version.document)
+
+
+def manifest_of(version: Version) -> ModelManifest:
+    """The manifest in a version's record, which this aggregator has signed itself."""
+    return ModelManifest.from_bytes(document_of(version).payload)
+
+
+def artefacts_of(reader: Reader) -> dict[BlobRef, str]:
+    """Every artefact that a device may ask for, with the name of a model that needs it."""
+    wanted = {}
+    for version in reader.versions():
+        manifest = manifest_of(version)
+        wanted[manifest.graph] = wanted[manifest.weights] = manifest.name
+    return wanted

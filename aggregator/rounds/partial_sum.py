@@ -1,0 +1,108 @@
+"""The one vector of a round that the aggregator keeps: the sum of the masked inputs so far.
+
+It lies in the repository slice by slice. An input is added in the transaction that enters it into the
+exactly-once ledger and drops its chunks: it is in the sum once or not at all, whatever is killed when.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+from aggregator.repository import Reader, Writer
+from protocol import ring
+from protocol.dp.mechanism import EncodingParameters
+from protocol.fields import BlobRef
+
+SLICE = 65_536
+"""Elements in a slice: a multiple of `ring.GROUP`, so that slices begin at whole bytes."""
+
+_ELEMENT = np.dtype("<u4")
+
+
+class UnusableInput(Exception):
+    """A complete upload that is no masked input; nothing was added.
+
+    Attributes:
+        code: what the receipt says.
+    """
+
+    def __init__(self, code: str) -> None:
+        super().__init__(code)
+        self.code = code
+
+
+def input_size(encoding: EncodingParameters) -> int:
+    """Bytes of one masked input."""
+    return ring.packed_size(encoding.length, encoding.bits)
+
+
+def add_input(
+    writer: Writer, round_id: str, device_id: str, blob: BlobRef, encoding: EncodingParameters
+) -> None:
+    """Checks a complete upload, adds it to the partial sum and forgets it; never holds more than a slice.
+
+    Raises:
+        UnusableInput: another digest than announced, or no ring vector; nothing was added.
+        Conflict: an input of this device is in the sum; the transaction must not be committed.
+    """
+    _check(writer.chunks(round_id, device_id), blob, encoding)
+    writer.note_input(round_id, device_id, blob.sha256)
+    start = 0
+    for packed in _regroup(writer.chunks(round_id, device_id), SLICE // ring.GROUP * encoding.bits):
+        count = min(SLICE, encoding.length - start)
+        values = ring.unpack(packed, count, encoding.bits)
+        before = writer.sum_slice(round_id, start)
+        if before is not None:
+            values += np.frombuffer(before, _ELEMENT)
+        writer.put_sum_slice(round_id, start, values.astype(_ELEMENT, copy=False).tobytes())
+        start += count
+    writer.drop_upload(round_id, device_id)
+
+
+def load_sum(reader: Reader, round_id: str, encoding: EncodingParameters) -> NDArray[np.uint32]:
+    """Reads the whole partial sum.
+
+    Returns:
+        uint32, shape (encoding.length,), modulo 2^32.
+
+    Raises:
+        ValueError: no input was added, or the slices are of another encoding.
+    """
+    total = np.empty(encoding.length, np.uint32)
+    for start in range(0, encoding.length, SLICE):
+        data = reader.sum_slice(round_id, start)
+        if data is None:
+            raise ValueError(f"the partial sum of round {round_id} has no slice at {start}")
+        total[start : start + SLICE] = np.frombuffer(data, _ELEMENT)
+    return total
+
+
+def _check(chunks: Iterable[bytes], blob: BlobRef, encoding: EncodingParameters) -> None:
+    # Before anything is added, since a transaction may hold the work of other devices.
+    digest, size, last = hashlib.sha256(), 0, 0
+    for chunk in chunks:
+        digest.update(chunk)
+        size += len(chunk)
+        last = chunk[-1]
+    if size != input_size(encoding):
+        raise UnusableInput("wrong-size")
+    if digest.hexdigest() != blob.sha256:
+        raise UnusableInput("wrong-digest")
+    if last >> (8 - (8 * size - encoding.length * encoding.bits)):
+        raise UnusableInput("wrong-padding")
+
+
+def _regroup(chunks: Iterable[bytes], size: int) -> Iterator[bytes]:
+    """Cuts a stream of chunks into pieces of `size` bytes; the last one may be shorter."""
+    buffer = bytearray()
+    for chunk in chunks:
+        buffer += chunk
+        while len(buffer) >= size:
+            yield bytes(buffer[:size])
+            del buffer[:size]
+    if buffer:
+        yield bytes(buffer)

@@ -1,0 +1,119 @@
+"""From what an operator asks for to the signed plan of one round."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from typing import Annotated
+
+from pydantic import Field, ValidationError
+
+from aggregator.clock import Moment
+from models.manifest import ModelManifest
+from protocol.dp.parameters import MetricSlot, PrivacyParameters
+from protocol.errors import MalformedMessage, ProtocolError
+from protocol.fields import Bytes32, RoundId, Schema, Slug
+from protocol.plan import CohortParameters, Deadlines, Plan, TrainingParameters
+from protocol.round_encoding import METRICS, round_encoding
+
+GATHER_SECONDS = 3.0
+DEFAULT_METRICS = (
+    # Shares of the clip norm: larger ones make the metric's mean less noisy and the update more so.
+    MetricSlot(name="examples", bound=10_000.0, share=0.05),
+    MetricSlot(name="loss_before", bound=10.0, share=0.05),
+    MetricSlot(name="loss_after", bound=10.0, share=0.05),
+    MetricSlot(name="accuracy", bound=1.0, share=0.05),
+)
+
+
+class CampaignSettings(Schema):
+    """What every round of a campaign has in common."""
+
+    training: TrainingParameters
+    privacy: PrivacyParameters
+    cohort: CohortParameters
+    deadlines: Deadlines = Deadlines()
+    gather_seconds: Annotated[float, Field(ge=0, le=3600)] = GATHER_SECONDS
+    """With the minimum online, how long to wait for a full cohort before a round starts without it."""
+    selection_seed: Bytes32
+    """Cohorts are drawn from this and the round's number, so that a draw can be repeated."""
+    epsilon_limit: Annotated[float, Field(gt=0, le=1e6)] | None = None
+    """No round starts that would take the population beyond this epsilon, at the delta of `privacy`."""
+
+    def to_bytes(self) -> bytes:
+        """The JSON that the repository keeps."""
+        return self.model_dump_json().encode()
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> CampaignSettings:
+        """Parses `to_bytes`.
+
+        Raises:
+            MalformedMessage: not the settings of this version.
+        """
+        try:
+            return cls.model_validate_json(data)
+        except ValidationError as error:
+            raise MalformedMessage(f"not campaign settings: {error.errors()[0]['msg']}") from error
+
+    def round_seed(self, number: int) -> bytes:
+        """The seed that round `number` of the campaign draws its cohort with."""
+        return hashlib.sha256(self.selection_seed + number.to_bytes(8, "big")).digest()
+
+
+def make_plan(
+    settings: CampaignSettings,
+    fleet: Slug,
+    round_id: RoundId,
+    base: ModelManifest,
+    manifest_sha256: str,
+    now: Moment,
+) -> Plan:
+    """Makes the plan of one round.
+
+    Args:
+        settings: of the campaign.
+        fleet: the fleet's name.
+        round_id: fresh, 128 random bits.
+        base: manifest of the version to improve.
+        manifest_sha256: its digest.
+        now: the plan is valid from here until every deadline has passed.
+    """
+    limits = settings.deadlines
+    phases = (
+        limits.advertise_keys,
+        limits.share_keys,
+        limits.masked_input,
+        limits.consistency_check,
+        limits.unmasking,
+    )
+    return Plan(
+        fleet=fleet,
+        round_id=round_id,
+        model=base.name,
+        base_version=base.version,
+        manifest_sha256=manifest_sha256,
+        training=settings.training,
+        privacy=settings.privacy,
+        cohort=settings.cohort,
+        deadlines=limits,
+        issued_at=int(now.unix),
+        # A minute more: a device's clock may be a little ahead.
+        expires_at=int(now.unix) + math.ceil(sum(phases)) + 60,
+    )
+
+
+def check_settings(settings: CampaignSettings, base: ModelManifest) -> None:
+    """Refuses settings that no round could follow, before anything is stored.
+
+    Raises:
+        ValueError: it says what to change.
+    """
+    unknown = {slot.name for slot in settings.privacy.metric_slots} - METRICS.keys()
+    if unknown:
+        raise ValueError(f"devices know no metric {sorted(unknown)}; they know {sorted(METRICS)}")
+    trial = make_plan(settings, "trial", "0" * 32, base, "0" * 64, Moment(0, 0))
+    try:
+        round_encoding(trial, bytes(32), base.parameter_count)
+    except (ProtocolError, ValueError) as error:
+        raise ValueError(f"no round can follow these settings: {error}") from error

@@ -1,0 +1,129 @@
+"""Campaign settings from a few figures: what is not said follows from the model's recipe and the cohort."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import secrets
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from pydantic import ValidationError
+
+from aggregator.rounds.planning import DEFAULT_METRICS, GATHER_SECONDS, CampaignSettings
+from models.recipes import RECIPES, Recipe
+from protocol.dp.parameters import PrivacyMode, PrivacyParameters
+from protocol.plan import CohortParameters, Deadlines, TrainingParameters
+from protocol.ring import MAX_BITS
+
+GENERIC = Recipe(rounds=10, local_epochs=1, learning_rate=0.05, clip_norm=1.0)
+"""For a model without a recipe of its own."""
+
+T = TypeVar("T")
+
+DEFAULT_NOISE_MULTIPLIER = 1.0
+DEFAULT_DELTA = 1e-5
+DATA_BITS = 16
+"""Bits of one coordinate before the sum of the cohort widens it."""
+
+
+class InvalidSettings(ValueError):
+    """Figures that make no campaign; the message says which."""
+
+
+@dataclass(frozen=True)
+class CampaignRequest:
+    """What an operator asks for; None takes the default.
+
+    Attributes:
+        rounds: how many; by default the recipe's.
+        cohort: devices in a full cohort.
+        minimum: check-ins that a round needs; by default the smallest number above two thirds of the cohort.
+        min_survivors: masked inputs that a sum needs; by default as many as `minimum`.
+        privacy: who adds noise.
+        bits: width of the ring; by default 16 and what the cohort's sum needs on top.
+        gather_seconds: how long to wait for a full cohort when the minimum is there.
+        epsilon_limit: no round starts that would take the fleet beyond it.
+        seed: draws the cohorts; random by default.
+    """
+
+    model: str
+    rounds: int | None = None
+    cohort: int = 10
+    minimum: int | None = None
+    min_survivors: int | None = None
+    local_epochs: int | None = None
+    learning_rate: float | None = None
+    proximal_mu: float | None = None
+    privacy: PrivacyMode = PrivacyMode.NONE
+    noise_multiplier: float | None = None
+    clip_norm: float | None = None
+    bits: int | None = None
+    delta: float = DEFAULT_DELTA
+    deadlines: Deadlines = field(default_factory=Deadlines)
+    gather_seconds: float = GATHER_SECONDS
+    epsilon_limit: float | None = None
+    seed: int | None = None
+
+    @property
+    def recipe(self) -> Recipe:
+        """The model's recipe, or the generic one."""
+        return RECIPES.get(self.model, GENERIC)
+
+    def resolve(self) -> tuple[int, CampaignSettings]:
+        """Fills in what was not said; returns (rounds, settings).
+
+        Raises:
+            InvalidSettings: it says what is wrong.
+        """
+        recipe = self.recipe
+        two_thirds = min(self.cohort, 2 * self.cohort // 3 + 1)
+        minimum = _given(self.minimum, max(2, two_thirds))
+        no_noise = self.privacy is PrivacyMode.NONE
+        rounds = _given(self.rounds, recipe.rounds)
+        if rounds < 1:
+            raise InvalidSettings("a campaign has at least one round")
+        try:
+            settings = CampaignSettings(
+                training=TrainingParameters(
+                    local_epochs=_given(self.local_epochs, recipe.local_epochs),
+                    learning_rate=_given(self.learning_rate, recipe.learning_rate),
+                    proximal_mu=_given(self.proximal_mu, recipe.proximal_mu),
+                ),
+                privacy=PrivacyParameters(
+                    mode=self.privacy,
+                    clip_norm=_given(self.clip_norm, recipe.clip_norm),
+                    noise_multiplier=_given(
+                        self.noise_multiplier, 0.0 if no_noise else DEFAULT_NOISE_MULTIPLIER
+                    ),
+                    delta=self.delta,
+                    bits=_given(
+                        self.bits, min(MAX_BITS, DATA_BITS + math.ceil(math.log2(max(2, self.cohort))))
+                    ),
+                    metric_slots=DEFAULT_METRICS,
+                ),
+                cohort=CohortParameters(
+                    size=self.cohort,
+                    minimum=minimum,
+                    minimum_survivors=_given(self.min_survivors, minimum),
+                ),
+                deadlines=self.deadlines,
+                gather_seconds=self.gather_seconds,
+                selection_seed=_seed(self.seed),
+                epsilon_limit=self.epsilon_limit,
+            )
+        except ValidationError as error:
+            first = error.errors(include_url=False, include_input=False)[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise InvalidSettings(f"{where}: {first['msg']}" if where else first["msg"]) from error
+        return rounds, settings
+
+
+def _given(value: T | None, default: T) -> T:
+    return default if value is None else value
+
+
+def _seed(seed: int | None) -> bytes:
+    if seed is None:
+        return secrets.token_bytes(32)
+    return hashlib.sha256(b"covey/v1/selection" + str(seed).encode()).digest()
