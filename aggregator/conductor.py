@@ -1,0 +1,281 @@
+"""Runs rounds: starts what campaigns ask for, hands messages to their round, and ends what is over."""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+
+from aggregator.clock import Moment
+from aggregator.ending import Finisher
+from aggregator.fleet.authority import Authority
+from aggregator.fleet.presence import Change, Presence
+from aggregator.records import Campaign, Round
+from aggregator.registry.publishing import manifest_of
+from aggregator.repository import Reader, Repository
+from aggregator.rounds import machine
+from aggregator.rounds.events import DeviceOffline, DeviceOnline, MessageReceived, Reconnected, Tick
+from aggregator.rounds.planning import CampaignSettings, make_plan
+from aggregator.rounds.report import RoundReport
+from aggregator.rounds.selection import ready, select
+from aggregator.running import LostBase, RunningRound
+from aggregator.spending import BudgetRefused, check_limit, spent_events
+from aggregator.work import TrafficMeter, Work
+from protocol.errors import IllegalEvent, ProtocolError
+from protocol.messages import BlobChunk, RoundEnd, UploadOffer
+from protocol.round_encoding import round_encoding
+from protocol.secagg.server import ClientMessage
+
+logger = logging.getLogger(__name__)
+REMEMBERED = 64
+"""Ended rounds that a device is told of at its birth, in case it missed the end."""
+
+
+class Conductor:
+    """All rounds of one aggregator. It belongs to the main loop; nothing in it is shared.
+
+    What it holds in memory follows from the repository (`load`), so that after a failed transaction, or a
+    crash, it is simply loaded again.
+    """
+
+    def __init__(
+        self, authority: Authority, finisher: Finisher, presence: Presence, entropy: Callable[[], bytes]
+    ) -> None:
+        """Prepares a conductor that knows of no rounds yet.
+
+        Args:
+            entropy: returns 32 fresh random bytes, for round ids.
+        """
+        self.traffic = TrafficMeter()
+        self._authority = authority
+        self._finisher = finisher
+        self._presence = presence
+        self._entropy = entropy
+        self._running: dict[str, RunningRound] = {}
+        self._ended: OrderedDict[str, tuple[RoundEnd, frozenset[str]]] = OrderedDict()
+        self._patience: dict[str, float] = {}
+        self._restored = False
+
+    def load(self, repository: Repository, at: Moment) -> None:
+        """Forgets everything and reads it again from the repository."""
+        self._running.clear()
+        self._ended.clear()
+        with repository.read() as reader:
+            for record in reader.rounds(last=REMEMBERED):
+                if record.status != "running":
+                    self._remember(record)
+            for record in reader.rounds(status="running"):
+                try:
+                    running = RunningRound.load(reader, record, self._authority.ca, at)
+                except (LostBase, ProtocolError, ValueError) as error:
+                    # Left alone: an operator can look at it, and other rounds go on.
+                    logger.error("round %s cannot be restored: %s", record.round_id, error)
+                    continue
+                self._running[record.round_id] = running
+                logger.info("round %s resumed", record.round_id[:8])
+        self._restored = True
+
+    @property
+    def active(self) -> bool:
+        """Whether any round is running."""
+        return bool(self._running)
+
+    # --- messages
+
+    def message(self, work: Work, device_id: str, message: ClientMessage | UploadOffer) -> None:
+        """Takes in a device's message to a round.
+
+        A message that the round does not want changes nothing. A device that has no part in the round, any
+        more or at all, is told that it is over, so that it can forget it.
+        """
+        running = self._running.get(message.round_id)
+        if running is None or running.state.ended:
+            if running is None:
+                self._tell_ended(work, device_id, message.round_id)
+            return
+        try:
+            if isinstance(message, UploadOffer):
+                running.offer(work, device_id, message)
+            else:
+                running.apply(work, MessageReceived(device_id, message))
+        except IllegalEvent as error:
+            logger.debug("round %s: %s from %s: %s", running.round_id[:8], message.type, device_id, error)
+            if not machine.expects(running.state, device_id):
+                end = RoundEnd(round_id=running.round_id, completed=False, reason="not-in-round")
+                work.send(device_id, end)
+
+    def chunk(self, work: Work, device_id: str, message: BlobChunk, body: memoryview) -> None:
+        """Takes in a chunk; one that no round waits for is dropped."""
+        for running in self._running.values():
+            if running.receives(device_id, message.blob):
+                running.chunk(work, device_id, message, body)
+                return
+
+    def presence_changed(self, work: Work, device_id: str, change: Change) -> None:
+        """Takes in that a device is there, or gone."""
+        for running in self._running.values():
+            if change is Change.BORN:
+                running.apply(work, DeviceOnline(device_id))
+            elif change is Change.GONE:
+                running.apply(work, DeviceOffline(device_id))
+        if change is Change.BORN:
+            for end, invited in self._ended.values():
+                if device_id in invited:
+                    work.send(device_id, end)
+
+    def reconnected(self, work: Work, outage: float) -> None:
+        """Takes in that devices can be reached again."""
+        self._patience.clear()
+        for running in self._running.values():
+            running.apply(work, Reconnected(outage))
+
+    def tick(self, work: Work) -> None:
+        """Lets time pass for every round."""
+        if self._restored:
+            self._restored = False
+            for device_id in sorted(self._presence.online()):
+                self.presence_changed(work, device_id, Change.BORN)
+        for running in self._running.values():
+            if not running.state.ended:
+                running.apply(work, Tick())
+
+    def save_reports(self, work: Work) -> None:
+        """Saves the report of every round that has changed, for whoever watches."""
+        for running in self._running.values():
+            if running.changed:
+                report = RoundReport(
+                    phases=running.state.phases(),
+                    survivors=running.state.survivors,
+                    traffic=self.traffic.read(running.state.invited),
+                    delta=running.encoding.privacy.delta,
+                )
+                work.writer.save_report(running.round_id, report.to_bytes())
+                running.changed = False
+
+    # --- endings
+
+    def over(self) -> tuple[str, ...]:
+        """The rounds that wait for `finish`."""
+        return tuple(round_id for round_id, running in self._running.items() if running.state.ended)
+
+    def finish(self, work: Work, round_id: str) -> None:
+        """Ends a round that is over, in a transaction of its own."""
+        running = self._running[round_id]
+        self._finisher.finish(work, running, dict(self.traffic.read(running.state.invited)))
+
+    def abort(self, work: Work, round_id: str, code: str, detail: str) -> None:
+        """Ends a round whose `finish` failed."""
+        running = self._running[round_id]
+        traffic = dict(self.traffic.read(running.state.invited))
+        self._finisher.abort(work, running, code, detail, traffic)
+
+    def forget(self, reader: Reader, round_id: str) -> None:
+        """Drops an ended round from memory, once its end is durable."""
+        self.traffic.clear(self._running.pop(round_id).state.invited)
+        record = reader.round(round_id)
+        if record is not None:
+            self._remember(record)
+
+    def _remember(self, record: Round) -> None:
+        end = RoundEnd(round_id=record.round_id, completed=record.status == "completed", reason=record.code)
+        self._ended[record.round_id] = (end, frozenset(record.invited))
+        while len(self._ended) > REMEMBERED:
+            self._ended.popitem(last=False)
+
+    def _tell_ended(self, work: Work, device_id: str, round_id: str) -> None:
+        known = self._ended.get(round_id)
+        if known is None:
+            record = work.writer.round(round_id)
+            if record is not None and record.status == "running":
+                return  # one that could not be restored: its devices keep their part of it
+            completed = record is not None and record.status == "completed"
+            reason = "unknown-round" if record is None else record.code
+            work.send(device_id, RoundEnd(round_id=round_id, completed=completed, reason=reason))
+        else:
+            work.send(device_id, known[0])
+
+    # --- campaigns
+
+    def serve_campaigns(self, work: Work, campaigns: Sequence[Campaign]) -> None:
+        """Starts the next round of every campaign whose turn it is; one campaign at a time for each model."""
+        busy = {running.record.model for running in self._running.values()}
+        for campaign in campaigns:
+            if campaign.model in busy:
+                continue
+            busy.add(campaign.model)
+            if campaign.started >= campaign.rounds:
+                work.writer.update_campaign(campaign.campaign_id, "finished")
+                self._patience.pop(campaign.campaign_id, None)
+                logger.info("campaign %s finished", campaign.campaign_id[:8])
+                continue
+            try:
+                self._serve(work, campaign)
+            except (BudgetRefused, ProtocolError, LostBase, ValueError) as error:
+                work.writer.update_campaign(campaign.campaign_id, "failed", str(error)[:300])
+                logger.error("campaign %s failed: %s", campaign.campaign_id[:8], error)
+
+    def _serve(self, work: Work, campaign: Campaign) -> None:
+        settings = CampaignSettings.from_bytes(campaign.settings)
+        engaged = {
+            device_id
+            for running in self._running.values()
+            for device_id in running.state.invited
+            if machine.expects(running.state, device_id)
+        }
+        online = self._presence.online() - engaged
+        available = [d.device_id for d in work.writer.devices() if d.device_id in online and not d.excluded]
+        size, minimum = settings.cohort.size, settings.cohort.minimum
+        if len(available) < minimum:
+            self._patience.pop(campaign.campaign_id, None)
+            note = f"waiting for devices: {len(available)} of at least {minimum} online"
+            if campaign.note != note:
+                work.writer.update_campaign(campaign.campaign_id, campaign.status, note)
+            return
+        since = self._patience.setdefault(campaign.campaign_id, work.at.clock)
+        if not ready(
+            len(available),
+            minimum=minimum,
+            size=size,
+            waited=work.at.clock - since,
+            patience=settings.gather_seconds,
+        ):
+            return
+        del self._patience[campaign.campaign_id]
+        self._start(work, campaign, settings, available)
+
+    def _start(
+        self, work: Work, campaign: Campaign, settings: CampaignSettings, available: list[str]
+    ) -> None:
+        version = work.writer.newest_version(campaign.model)
+        if version is None:
+            raise LostBase(f"{campaign.model} has no version: publish one with `covey model publish`")
+        base = manifest_of(version)
+        round_id = self._entropy()[:16].hex()
+        plan = make_plan(settings, self._authority.fleet, round_id, base, version.manifest_sha256, work.at)
+        document = self._authority.sign_plan(plan)
+        if settings.epsilon_limit is not None:
+            encoding = round_encoding(plan, document.digest, base.parameter_count)
+            check_limit(spent_events(work.writer), encoding, settings.epsilon_limit)
+        number = campaign.started + 1
+        seed = settings.round_seed(number)
+        record = Round(
+            round_id=round_id,
+            campaign_id=campaign.campaign_id,
+            number=number,
+            model=campaign.model,
+            base_version=base.version,
+            plan=document.model_dump_json().encode(),
+            selection_seed=seed,
+            invited=select(available, settings.cohort.size, seed),
+            started_at=work.at.unix,
+        )
+        self._running[round_id] = RunningRound.begin(work, record, base, self._authority.ca)
+        logger.info(
+            "round %s (%d of %d) started: %s version %d, %d devices",
+            round_id[:8],
+            number,
+            campaign.rounds,
+            base.name,
+            base.version,
+            len(record.invited),
+        )

@@ -1,0 +1,192 @@
+"""How a round ends: with a new version, or with a stated reason; in one transaction either way."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from aggregator.clock import Moment
+from aggregator.fleet.authority import Authority
+from aggregator.optimizers import ServerOptimizer
+from aggregator.records import LedgerEntry, RoundEnding, Version
+from aggregator.registry.artefacts import ArtefactStore
+from aggregator.registry.publishing import sign
+from aggregator.rounds.partial_sum import load_sum
+from aggregator.rounds.release import Release, release
+from aggregator.rounds.report import RoundReport, Traffic
+from aggregator.running import RunningRound
+from aggregator.spending import epsilon_of, spent_events
+from aggregator.work import Work
+from models.weights import decode_weights, encode_weights
+from protocol import transcript
+from protocol.dp.events import DPEvent, event_for
+from protocol.dp.parameters import PrivacyMode
+from protocol.messages import RoundEnd
+from protocol.secagg.server_state import Failed, Recovered
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Finisher:
+    """Ends rounds.
+
+    Attributes:
+        entropy: returns 32 fresh secret bytes, for central noise.
+    """
+
+    store: ArtefactStore
+    authority: Authority
+    optimizer: ServerOptimizer
+    entropy: Callable[[], bytes]
+
+    def finish(self, work: Work, running: RunningRound, traffic: dict[str, Traffic]) -> None:
+        """Ends a round whose masks are known, or that has failed.
+
+        New weights and manifest are durable before the transaction that makes them a version. A crash in
+        between leaves the round as it was, so that it is finished again; no version can come of it twice.
+
+        Raises:
+            Exception: whatever the release stumbled over; the transaction must not be committed.
+        """
+        secagg = running.state.secagg
+        if isinstance(secagg, Recovered):
+            self._complete(work, running, secagg, traffic)
+        elif isinstance(secagg, Failed):
+            self.abort(work, running, secagg.code, secagg.detail, traffic)
+        else:
+            raise ValueError(f"round {running.round_id} has not ended")
+
+    def abort(
+        self, work: Work, running: RunningRound, code: str, detail: str, traffic: dict[str, Traffic]
+    ) -> None:
+        """Ends a round without a version. What it spent in privacy is entered all the same."""
+        event = None
+        if running.state.released:
+            # Answers to the request to unmask may have come: the sum counts as released.
+            event = event_for(running.encoding, len(running.state.survivors))
+        contents = [*_beginning(running, event), transcript.AbortRecord(code=code)]
+        self._end(work, running, contents, event, traffic, code=code, detail=detail)
+        logger.warning("round %s aborted: %s: %s", running.round_id[:8], code, detail)
+
+    def _complete(
+        self, work: Work, running: RunningRound, recovered: Recovered, traffic: dict[str, Traffic]
+    ) -> None:
+        central = running.encoding.privacy.mode is PrivacyMode.CENTRAL
+        total = load_sum(work.writer, running.round_id, running.encoding)
+        released = release(recovered, total, running.encoding, self.entropy() if central else None)
+        version = self._make_version(running, released, work.at)
+        contents = [
+            *_beginning(running, released.event),
+            transcript.ReleaseRecord(release_sha256=released.digest),
+            transcript.VersionRecord(version=version.version, manifest_sha256=version.manifest_sha256),
+        ]
+        misbehaved = tuple(
+            recovered.cohort.members[index].device_id for index in sorted(recovered.misbehaved)
+        )
+        self._end(
+            work,
+            running,
+            contents,
+            released.event,
+            traffic,
+            version=version,
+            metrics=dict(released.metrics),
+            misbehaved=misbehaved,
+        )
+        work.announce(version)
+        logger.info(
+            "round %s completed: %s version %d from %d devices",
+            running.round_id[:8],
+            version.model,
+            version.version,
+            len(running.state.survivors),
+        )
+
+    def _make_version(self, running: RunningRound, released: Release, at: Moment) -> Version:
+        base = running.base
+        weights = decode_weights(self.store.read(base.weights), base)
+        # Every device weighs 1, which is what the user-level guarantee counts.
+        moved = self.optimizer.apply(self.optimizer.init(weights), released.mean_update)
+        data = encode_weights(moved.parameters)
+        manifest = base.next_version(data)
+        version, document = sign(self.authority, manifest, now=at.unix, round_id=running.round_id)
+        self.store.put(data)
+        self.store.put_manifest(manifest, document)
+        return version
+
+    def _end(
+        self,
+        work: Work,
+        running: RunningRound,
+        contents: Sequence[transcript.Content],
+        event: DPEvent | None,
+        traffic: dict[str, Traffic],
+        *,
+        code: str = "",
+        detail: str = "",
+        version: Version | None = None,
+        metrics: dict[str, float] | None = None,
+        misbehaved: tuple[str, ...] = (),
+    ) -> None:
+        writer, state = work.writer, running.state
+        head = writer.transcript_head()
+        records = transcript.write(
+            running.round_id, contents, transcript.GENESIS if head is None else transcript.digest(head)
+        )
+        delta = running.encoding.privacy.delta
+        events = [*spent_events(writer), *(() if event is None else (event,))]
+        report = RoundReport(
+            phases=state.phases(),
+            survivors=state.survivors,
+            metrics=metrics or {},
+            traffic=traffic,
+            misbehaved=misbehaved,
+            epsilon=epsilon_of(events, delta),
+            delta=delta,
+        )
+        ledger = None
+        if event is not None:
+            ledger = LedgerEntry(
+                running.round_id, running.record.model, work.at.unix, event.model_dump_json().encode()
+            )
+        writer.end_round(
+            RoundEnding(
+                round_id=running.round_id,
+                status="aborted" if version is None else "completed",
+                ended_at=work.at.unix,
+                code=code,
+                detail=detail[:300],
+                report=report.to_bytes(),
+                version=version,
+                ledger=ledger,
+                transcript=records,
+            )
+        )
+        end = RoundEnd(round_id=running.round_id, completed=version is not None, reason=code)
+        for device_id in sorted(state.invited):
+            work.send(device_id, end)
+
+
+def _beginning(running: RunningRound, event: DPEvent | None) -> list[transcript.Content]:
+    """The records up to the release."""
+    state = running.state
+    contents: list[transcript.Content] = [
+        transcript.PlanRecord(
+            plan_sha256=state.document.digest.hex(),
+            model=running.record.model,
+            base_version=running.record.base_version,
+        )
+    ]
+    if state.cohort is not None:
+        contents.append(
+            transcript.RosterRecord(roster_hash=state.cohort.roster_hash, size=state.cohort.graph.size)
+        )
+    if state.survivors_hash is not None:
+        contents.append(
+            transcript.SurvivorsRecord(survivors_hash=state.survivors_hash, size=len(state.survivors))
+        )
+    if event is not None:
+        contents.append(transcript.PrivacyRecord(event=event))
+    return contents

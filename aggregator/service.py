@@ -1,0 +1,243 @@
+"""The main loop: batches of messages in, one transaction, messages out.
+
+Everything is at least once. A delivery is acknowledged to the broker after the transaction that accounts
+for it; what is sent follows from durable state and is sent again until it is answered. When storage fails,
+what is in memory is thrown away and loaded again, and the broker is asked for the same deliveries once more.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import threading
+from collections.abc import Callable, Sequence
+
+from aggregator.clock import Clock, Moment
+from aggregator.conductor import Conductor
+from aggregator.downloads import Downloads
+from aggregator.ending import Finisher
+from aggregator.fleet.authority import Authority
+from aggregator.fleet.presence import Change, Presence
+from aggregator.optimizers import FedAvg
+from aggregator.records import Campaign
+from aggregator.registry.artefacts import ArtefactStore
+from aggregator.repository import Repository, RepositoryError, StorageUnavailable
+from aggregator.transport import Connected, Delivery, Disconnected, Inbound, Transport
+from aggregator.work import Work
+from protocol import topics
+from protocol.codec import decode_from_device
+from protocol.errors import ProtocolError
+from protocol.messages import BlobChunk, BlobNeed, DeviceStatus, FromDevice
+
+logger = logging.getLogger(__name__)
+
+BATCH = 256
+TICK_SECONDS = 0.2
+PAUSE_SECONDS = 1.0
+
+
+def _entropy() -> bytes:
+    return secrets.token_bytes(32)
+
+
+class Service:
+    """One aggregator: repository, artefacts and keys on one side, the broker on the other."""
+
+    def __init__(
+        self,
+        repository: Repository,
+        store: ArtefactStore,
+        authority: Authority,
+        transport: Transport,
+        clock: Clock,
+        entropy: Callable[[], bytes] = _entropy,
+    ) -> None:
+        """Prepares the service; `run` starts it.
+
+        Args:
+            entropy: returns 32 fresh random bytes.
+        """
+        self._repository = repository
+        self._transport = transport
+        self._clock = clock
+        self._presence = Presence()
+        finisher = Finisher(store, authority, FedAvg(), entropy)
+        self._conductor = Conductor(authority, finisher, self._presence, entropy)
+        self._downloads = Downloads(store)
+        self._loaded = False
+        self._connected = False
+        self._outage_since: float | None = None
+        self._announced: dict[str, int] = {}
+        self._polled = -TICK_SECONDS
+
+    def run(self, stop: threading.Event) -> None:
+        """Serves until `stop` is set."""
+        while not stop.is_set():
+            try:
+                self.step(TICK_SECONDS / 2)
+            except (RepositoryError, OSError) as error:
+                logger.error("storage fails, trying again: %s", error)
+                self._recover(stop)
+            except Exception:
+                # Rounds must outlive a defect: what is durable is right, so it is loaded and tried again.
+                logger.exception("the service stumbled, trying again")
+                self._recover(stop)
+
+    def _recover(self, stop: threading.Event) -> None:
+        self._loaded = False
+        # What was not acknowledged comes again with a new connection.
+        self._transport.reset()
+        stop.wait(PAUSE_SECONDS)
+
+    def step(self, timeout: float) -> None:
+        """Serves one batch: what has come, what is due, what has ended.
+
+        Raises:
+            RepositoryError, OSError: storage failed; the next step loads everything again.
+        """
+        batch = self._transport.receive(BATCH, timeout)
+        at = self._clock.moment()
+        if not self._loaded:
+            self._conductor.load(self._repository, at)
+            self._loaded = True
+        try:
+            self._serve(batch, at)
+        except (RepositoryError, OSError):
+            self._loaded = False
+            raise
+        except Exception:
+            self._loaded = False
+            logger.exception("a batch of %d messages failed; serving them one by one", len(batch))
+            self._serve_one_by_one(batch, at)
+        self._end_rounds(self._clock.moment())
+
+    # --- batches
+
+    def _serve(self, batch: Sequence[Inbound], at: Moment) -> None:
+        with Work(self._repository, at) as work:
+            for inbound in batch:
+                self._take(work, inbound)
+            if self._connected and at.clock - self._polled >= TICK_SECONDS:
+                self._polled = at.clock
+                self._poll(work)
+            self._conductor.save_reports(work)
+        for inbound in batch:
+            if isinstance(inbound, Delivery):
+                self._transport.acknowledge(inbound)
+        self._flush(work)
+
+    def _serve_one_by_one(self, batch: Sequence[Inbound], at: Moment) -> None:
+        """Finds the message that cannot be handled and drops it, so that it does not come again for ever."""
+        for inbound in batch:
+            if not self._loaded:
+                self._conductor.load(self._repository, at)
+                self._loaded = True
+            try:
+                self._serve([inbound], at)
+            except (RepositoryError, OSError):
+                self._loaded = False
+                raise
+            except Exception:
+                self._loaded = False
+                if isinstance(inbound, Delivery):
+                    logger.exception("dropped a message on %s", inbound.topic)
+                    self._transport.acknowledge(inbound)
+
+    def _flush(self, work: Work) -> None:
+        for outgoing in work.outbox:
+            if self._transport.publish(outgoing.topic, outgoing.payload, retain=outgoing.retain):
+                self._conductor.traffic.down(outgoing.device_id, len(outgoing.payload))
+
+    def _take(self, work: Work, inbound: Inbound) -> None:
+        if isinstance(inbound, Delivery):
+            self._deliver(work, inbound)
+        elif isinstance(inbound, Connected):
+            clock = work.at.clock
+            outage = 0.0 if self._outage_since is None else clock - self._outage_since
+            self._connected, self._outage_since = True, None
+            self._presence.reset()
+            self._announced.clear()
+            self._conductor.reconnected(work, outage)
+            logger.info("connected to the broker")
+        elif isinstance(inbound, Disconnected) and self._connected:
+            self._connected, self._outage_since = False, work.at.clock
+            logger.warning("the connection to the broker is lost")
+
+    def _deliver(self, work: Work, delivery: Delivery) -> None:
+        place = topics.parse_up(delivery.topic)
+        if place is None:
+            return
+        device_id, channel = place
+        if channel == "status" and not delivery.payload:
+            return  # a retained status was cleared
+        try:
+            message, body = decode_from_device(delivery.payload)
+            if channel != _channel(message):
+                raise ProtocolError(f"a {message.type} on the channel {channel}")
+            if not self._is_enrolled(work, device_id):
+                logger.warning("a message of %s, which is not enrolled", device_id)
+                return
+            self._conductor.traffic.up(device_id, len(delivery.payload))
+            self._dispatch(work, device_id, message, body)
+        except ProtocolError as error:
+            logger.warning("dropped a message of %s: %s", device_id, error)
+
+    def _is_enrolled(self, work: Work, device_id: str) -> bool:
+        return work.writer.device(device_id) is not None
+
+    def _dispatch(self, work: Work, device_id: str, message: FromDevice, body: memoryview) -> None:
+        if isinstance(message, DeviceStatus):
+            change = self._presence.status(device_id, message, work.at.clock)
+            if change is not Change.NOTHING:
+                work.writer.note_status(device_id, message, work.at.unix)
+                self._conductor.presence_changed(work, device_id, change)
+            return
+        if self._presence.heard(device_id, work.at.clock) is Change.BORN:
+            self._conductor.presence_changed(work, device_id, Change.BORN)
+        if isinstance(message, BlobNeed):
+            if not self._transport.busy():
+                self._downloads.answer(work, work.writer, device_id, message)
+        elif isinstance(message, BlobChunk):
+            self._conductor.chunk(work, device_id, message, body)
+        else:
+            self._conductor.message(work, device_id, message)
+
+    # --- what is due
+
+    def _poll(self, work: Work) -> None:
+        self._conductor.tick(work)
+        campaigns: tuple[Campaign, ...]
+        with self._repository.read() as reader:
+            campaigns = reader.campaigns("waiting", "running")
+            newest = reader.newest_versions()
+        for version in newest:
+            # Published meanwhile, by an operator or by a round.
+            if self._announced.get(version.model) != version.version:
+                work.announce(version)
+                self._announced[version.model] = version.version
+        if campaigns:
+            self._conductor.serve_campaigns(work, campaigns)
+
+    def _end_rounds(self, at: Moment) -> None:
+        for round_id in self._conductor.over():
+            work = Work(self._repository, at)
+            try:
+                with work:
+                    self._conductor.finish(work, round_id)
+            except (StorageUnavailable, OSError):
+                self._loaded = False
+                raise
+            except Exception as error:
+                logger.exception("round %s cannot be released", round_id)
+                work = Work(self._repository, at)
+                with work:
+                    self._conductor.abort(work, round_id, "release-failed", type(error).__name__)
+            with self._repository.read() as reader:
+                self._conductor.forget(reader, round_id)
+            self._flush(work)
+
+
+def _channel(message: FromDevice) -> topics.UpChannel:
+    if isinstance(message, DeviceStatus):
+        return "status"
+    return "chunk" if isinstance(message, BlobChunk) else "msg"

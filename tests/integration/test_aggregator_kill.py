@@ -1,0 +1,184 @@
+"""SIGKILL of the real service in every phase, against a real broker: nothing lost, nothing twice."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from aggregator import main as covey
+from aggregator.operations import Operator, RoundView
+from aggregator.settings import CampaignRequest
+from deploy.broker import BrokerProcess
+from models.weights import decode_weights
+from protocol import ring, transcript
+from protocol.dp.mechanism import decode
+from protocol.identity import SignedDocument
+from protocol.plan import Deadlines, Plan
+from protocol.round_encoding import round_encoding
+from tests.aggregator_devices import toy_input
+from tests.aggregator_process import ServiceProcess, SimulatedFleet
+
+PARAMETERS = 60_000
+PHASES = ["AdvertiseKeys", "ShareKeys", "MaskedInput", "ConsistencyCheck", "Unmasking"]
+REQUEST = CampaignRequest(
+    "toy",
+    rounds=2,
+    cohort=4,
+    minimum=3,
+    min_survivors=3,
+    gather_seconds=10.0,
+    deadlines=Deadlines(
+        advertise_keys=30, share_keys=30, masked_input=30, consistency_check=30, unmasking=30, offline_grace=4
+    ),
+)
+
+
+@pytest.fixture
+def state(tmp_path: Path) -> Path:
+    directory = tmp_path / "state"
+    covey.init(directory, fleet="orchard")
+    return directory
+
+
+@pytest.fixture
+def fleet(state: Path, mosquitto: BrokerProcess) -> Iterator[SimulatedFleet]:
+    with SimulatedFleet(state, mosquitto.host, mosquitto.port, devices=4, parameters=PARAMETERS) as fleet:
+        yield fleet
+
+
+def exact_sum(operator: Operator, view: RoundView) -> NDArray[np.float32]:
+    document = SignedDocument.model_validate_json(view.record.plan)
+    plan = Plan.from_bytes(document.payload)
+    encoding = round_encoding(plan, document.digest, PARAMETERS)
+    total = np.zeros(encoding.length, np.uint32)
+    for device_id in view.report.survivors:
+        ring.add(total, toy_input(device_id, encoding), encoding.bits, out=total)
+    base = operator.model("toy", plan.base_version)
+    mean = decode(total, len(view.report.survivors), encoding)[0]
+    return decode_weights(base.weights, base.manifest) + mean
+
+
+def check(state: Path, campaign_id: str) -> tuple[RoundView, ...]:
+    """Completed rounds have the exact sum; every version is there once; the transcripts chain."""
+    with covey.open_operator(state) as operator:
+        views = operator.rounds(campaign_id)
+        numbers = [version.version for version in operator.versions("toy")]
+        assert numbers == list(range(1, len(numbers) + 1))
+        assert numbers[1:] == [view.record.version for view in views if view.record.status == "completed"]
+        head = transcript.GENESIS
+        for view in views:
+            if view.record.status == "completed":
+                model = operator.model("toy", view.record.version)
+                weights = decode_weights(model.weights, model.manifest)
+                np.testing.assert_array_equal(weights, exact_sum(operator, view))
+            with operator.repository.read() as reader:
+                records = reader.transcript(view.record.round_id)
+                assert reader.log(view.record.round_id) == ()
+            transcript.verify(records, head)
+            head = transcript.digest(records[-1])
+    return views
+
+
+def ended(state: Path, campaign_id: str) -> bool:
+    with covey.open_operator(state) as operator:
+        return operator.campaign(campaign_id).status == "finished"
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_killed_in_a_phase_the_round_goes_on_and_the_next_one_runs(
+    phase: str, state: Path, fleet: SimulatedFleet, mosquitto: BrokerProcess
+) -> None:
+    fleet.pause = 0.05
+    with ServiceProcess(state, mosquitto.url) as service:
+        campaign = covey.start_rounds(state, REQUEST)
+        fleet.wait(lambda: fleet.phase() == phase)
+        service.end(signal.SIGKILL)
+        fleet.pause = 0.0
+        service.start()
+        fleet.wait(lambda: ended(state, campaign.campaign_id))
+        views = check(state, campaign.campaign_id)
+        assert [view.record.status for view in views] == ["completed", "completed"], service.log
+        assert all(len(view.report.survivors) == 4 for view in views)
+        assert service.end(signal.SIGTERM) == 0, service.log
+        assert "Traceback" not in service.log
+        assert "Warning" not in service.log
+
+
+def test_killed_again_and_again(state: Path, broker: BrokerProcess) -> None:
+    chance = np.random.default_rng(3)
+    with (
+        SimulatedFleet(state, broker.host, broker.port, devices=4, parameters=PARAMETERS) as fleet,
+        ServiceProcess(state, broker.url) as service,
+    ):
+        fleet.pause = 0.03
+        campaign = covey.start_rounds(state, REQUEST)
+        for _ in range(5):
+            time.sleep(float(chance.uniform(0.5, 1.6)))
+            service.end(signal.SIGKILL)
+            service.start()
+        fleet.wait(lambda: ended(state, campaign.campaign_id), seconds=90)
+        views = check(state, campaign.campaign_id)
+        assert [view.record.status for view in views] == ["completed", "completed"], service.log
+
+
+def test_devices_that_die_in_a_round_are_survived_and_come_back(
+    state: Path, mosquitto: BrokerProcess
+) -> None:
+    """One device goes before its shares, another after them, and the aggregator is killed besides."""
+    deadlines = REQUEST.deadlines.model_copy(update={"offline_grace": 1.0})
+    request = replace(REQUEST, cohort=7, minimum=5, min_survivors=5, gather_seconds=2.0, deadlines=deadlines)
+    with (
+        SimulatedFleet(state, mosquitto.host, mosquitto.port, devices=7, parameters=PARAMETERS) as fleet,
+        ServiceProcess(state, mosquitto.url) as service,
+    ):
+        fleet.devices["device-1"].mute = {"share-keys"}
+        fleet.devices["device-2"].mute = {"upload-offer"}
+        campaign = covey.start_rounds(state, request)
+        fleet.wait(lambda: fleet.phase() == "ShareKeys")
+        fleet.hang_up("device-1")
+        fleet.wait(lambda: fleet.phase() == "MaskedInput")
+        fleet.hang_up("device-2")
+        service.end(signal.SIGKILL)
+        service.start()
+        fleet.wait(lambda: fleet.rounds()[0].record.status != "running")
+        for name in ("device-1", "device-2"):
+            fleet.devices[name].mute = set()
+            fleet.come_back(name)
+        fleet.wait(lambda: ended(state, campaign.campaign_id))
+        first, second = check(state, campaign.campaign_id)
+    assert len(first.report.survivors) == 5
+    assert len(second.report.survivors) == 7
+
+
+def test_the_broker_dies_in_the_middle(state: Path, mosquitto: BrokerProcess) -> None:
+    with (
+        SimulatedFleet(state, mosquitto.host, mosquitto.port, devices=4, parameters=PARAMETERS) as fleet,
+        ServiceProcess(state, mosquitto.url) as service,
+    ):
+        fleet.pause = 0.05
+        campaign = covey.start_rounds(state, REQUEST)
+        fleet.wait(lambda: fleet.phase() == "MaskedInput")
+        mosquitto.kill()
+        time.sleep(0.5)
+        mosquitto.restart()
+        fleet.wait(lambda: ended(state, campaign.campaign_id), seconds=90)
+        views = check(state, campaign.campaign_id)
+        assert views[-1].record.status == "completed", service.log
+
+
+def test_two_services_on_one_state_are_one_too_many(
+    state: Path, fleet: SimulatedFleet, mosquitto: BrokerProcess
+) -> None:
+    with ServiceProcess(state, mosquitto.url) as first:
+        fleet.wait(lambda: covey.is_running(state))
+        with ServiceProcess(state, mosquitto.url) as second:
+            fleet.wait(lambda: "another aggregator runs" in second.log, seconds=20)
+        assert first.end(signal.SIGTERM) == 0
+    assert not covey.is_running(state)

@@ -1,0 +1,267 @@
+"""Restarts at every step of a round, failing storage, defects: nothing is lost, nothing is added twice."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from aggregator.ending import Finisher
+from aggregator.operations import RoundView
+from aggregator.registry.publishing import document_of
+from aggregator.repository import Repository, StorageUnavailable
+from aggregator.settings import CampaignRequest
+from aggregator.transport import Connected, Disconnected
+from protocol import topics
+from protocol.codec import encode
+from protocol.messages import BlobNeed, UploadOffer
+from protocol.plan import Deadlines
+from protocol.transfer import chunks, describe
+from tests.aggregator_bench import Bench
+from tests.unit.test_aggregator_service import check_completed, request
+
+SLOW = Deadlines(
+    advertise_keys=60, share_keys=60, masked_input=60, consistency_check=60, unmasking=60, offline_grace=30
+)
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Iterator[Bench]:
+    bench = Bench(tmp_path, devices=4, parameters=50_000)
+    yield bench
+    bench.close()
+
+
+def campaign_request(**changes: object) -> CampaignRequest:
+    return request(cohort=4, deadlines=SLOW, **changes)
+
+
+def check_versions(bench: Bench, views: list[RoundView]) -> None:
+    """Every version number once, every completed round with the version that it published."""
+    versions = bench.operator.versions("toy")
+    assert [version.version for version in versions] == list(range(1, len(versions) + 1))
+    by_round = {version.round_id: version.version for version in versions if version.round_id}
+    assert by_round == {v.record.round_id: v.record.version for v in views if v.record.version}
+
+
+def test_a_restart_at_every_step_loses_nothing(tmp_path: Path) -> None:
+    """The service is thrown away after the k-th step, for every k; whatever it was about to send is lost."""
+    phases, step, restarted = set(), 0, True
+    while restarted:
+        step += 1
+        path = tmp_path / str(step)
+        path.mkdir()
+        bench = Bench(path, devices=4, parameters=50_000)
+        campaign = bench.start(campaign_request(rounds=2))
+        restarted = False
+        for number in range(200):
+            if number == step:
+                bench.clock.now += 0.1
+                bench.service.step(0)
+                phases.add(bench.phase())
+                bench.boot()
+                restarted = True
+            if bench.operator.campaign(campaign.campaign_id).status == "finished":
+                break
+            bench.step()
+        views = bench.finish(campaign)
+        assert len(views) == 2
+        for view in views:
+            check_completed(bench, view)
+            assert len(view.report.survivors) == 4
+        check_versions(bench, views)
+        bench.close()
+    assert phases >= {"AdvertiseKeys", "ShareKeys", "MaskedInput", "ConsistencyCheck", "Unmasking", ""}
+
+
+def test_restarts_again_and_again_lose_nothing(bench: Bench) -> None:
+    campaign = bench.start(campaign_request(rounds=2))
+    for number in range(60):
+        bench.step()
+        if number % 3 == 2:
+            bench.boot()
+    views = bench.finish(campaign)
+    for view in views:
+        check_completed(bench, view)
+    check_versions(bench, views)
+
+
+def test_chunks_that_are_stored_are_not_asked_for_again(bench: Bench) -> None:
+    device = bench.devices["device-0"]
+    device.mute = {"blob-chunk"}
+    bench.start(campaign_request())
+    bench.run_until(lambda: bench.phase() == "MaskedInput" and bool(device.blob))
+    bench.step()
+    device.mute = set()
+    # One chunk arrives, then the aggregator is killed.
+    need = BlobNeed(blob=describe(device.blob), indices=(0,))
+    ((chunk, body),) = list(chunks(need.blob, device.blob, need.indices))
+    bench.deliver((topics.up("device-0", "chunk"), encode(chunk, body)))
+    bench.clock.now += 0.1
+    bench.service.step(0)
+    bench.boot()
+    asked: list[int] = []
+    original = device._upload
+
+    def upload(blob: Any, indices: tuple[int, ...]) -> Any:
+        asked.extend(indices)
+        return original(blob, indices)
+
+    device._upload = upload  # type: ignore[method-assign]
+    bench.run_until(lambda: device.accepted)
+    assert 0 not in asked
+    assert sorted(set(asked)) == list(range(1, len(set(asked)) + 1))
+
+
+class FailingStorage:
+    """A repository whose commits fail when a test says so."""
+
+    def __init__(self, inner: Repository) -> None:
+        self.inner = inner
+        self.failing = False
+        self.failures = 0
+
+    def read(self) -> Any:
+        return self.inner.read()
+
+    @contextmanager
+    def write(self) -> Iterator[Any]:
+        with self.inner.write() as writer:
+            yield writer
+            if self.failing:
+                self.failures += 1
+                raise StorageUnavailable("disk is full")
+
+    def close(self) -> None:
+        self.inner.close()
+
+
+def test_when_the_disk_is_full_nothing_is_acknowledged_and_all_goes_on_later(bench: Bench) -> None:
+    storage = FailingStorage(bench.repository)
+    bench.service._repository = storage
+    campaign = bench.start(campaign_request(rounds=2))
+    failed = 0
+    for number in range(400):
+        storage.failing = number % 3 == 1
+        try:
+            bench.step()
+        except StorageUnavailable:
+            failed += 1
+            sent = list(bench.transport.sent)
+            assert not sent, "nothing may be sent that is not durable"
+            bench.transport.reset()
+        if bench.operator.campaign(campaign.campaign_id).status == "finished":
+            break
+    storage.failing = False
+    views = bench.finish(campaign)
+    assert failed >= 4
+    for view in views:
+        check_completed(bench, view)
+        assert len(view.report.survivors) == 4
+    check_versions(bench, views)
+
+
+def test_a_crash_between_files_and_commit_publishes_once(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The weights are on disk, the transaction is not: after the restart one version comes of it."""
+    storage = FailingStorage(bench.repository)
+    bench.service._repository = storage
+    campaign = bench.start(campaign_request())
+    real = Finisher.finish
+    calls = 0
+
+    def finish(self: Finisher, *arguments: Any) -> None:
+        nonlocal calls
+        calls += 1
+        real(self, *arguments)
+        if calls == 1:
+            storage.failing = True
+
+    monkeypatch.setattr(Finisher, "finish", finish)
+    with pytest.raises(StorageUnavailable):
+        bench.finish(campaign)
+    assert (bench.path / "registry" / "models" / "toy" / "2.json").exists()
+    assert len(bench.operator.versions("toy")) == 1
+    bench.boot()
+    (view,) = bench.finish(campaign)
+    assert calls == 2
+    check_completed(bench, view)
+    check_versions(bench, [view])
+    on_disk = (bench.path / "registry" / "models" / "toy" / "2.json").read_bytes()
+    assert on_disk == document_of(bench.operator.versions("toy")[1]).model_dump_json().encode()
+
+
+def test_a_release_that_cannot_be_made_aborts_and_still_counts_its_privacy(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise ValueError("no such release")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Finisher, "_complete", fail)
+        (view,) = bench.finish(bench.start(campaign_request()))
+    assert (view.record.status, view.record.code) == ("aborted", "release-failed")
+    with bench.repository.read() as reader:
+        assert [entry.round_id for entry in reader.ledger()] == [view.record.round_id]
+    (view,) = bench.finish(bench.start(campaign_request()))
+    check_completed(bench, view)
+
+
+def test_a_message_that_cannot_be_handled_is_dropped_and_the_others_are_not(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A defect met by one message must not stop the service, nor come back with every redelivery."""
+    real = bench.service._dispatch
+    met = 0
+
+    def dispatch(work: Any, device_id: str, message: Any, body: memoryview) -> None:
+        nonlocal met
+        if isinstance(message, UploadOffer) and message.round_id == "d" * 32:
+            met += 1
+            raise RuntimeError("a defect")
+        real(work, device_id, message, body)
+
+    monkeypatch.setattr(bench.service, "_dispatch", dispatch)
+    campaign = bench.start(campaign_request())
+    bench.run_until(lambda: bench.phase() == "ShareKeys")
+    poison = UploadOffer(round_id="d" * 32, blob=describe(b"x"))
+    bench.deliver((topics.up("device-0", "msg"), encode(poison)))
+    (view,) = bench.finish(campaign)
+    check_completed(bench, view)
+    assert len(view.report.survivors) == 4
+    assert met == 2  # with its batch, and alone
+    assert bench.transport.unacknowledged == []
+
+
+def test_a_round_whose_base_is_gone_does_not_stop_the_others(bench: Bench) -> None:
+    bench.start(campaign_request())
+    bench.run_until(lambda: bench.phase() == "ShareKeys")
+    with bench.repository.write() as writer:
+        writer._connection.exec_driver_sql("UPDATE versions SET model = 'lost'")  # type: ignore[attr-defined]
+    bench.boot()
+    for _ in range(10):
+        bench.step()
+    assert bench.rounds()[0].record.status == "running"
+
+
+def test_an_outage_of_the_broker_does_not_count_for_the_phase(bench: Bench) -> None:
+    campaign = bench.start(campaign_request())
+    bench.run_until(lambda: bench.phase() == "ShareKeys")
+    bench.transport.inbound.append(Disconnected())
+    bench.step()
+    bench.transport.up, bench.filter = False, lambda message: []
+    phase = bench.phase()
+    for _ in range(1500):  # 150 s: more than a phase lasts
+        bench.step()
+    assert bench.phase() == phase
+    bench.transport.up, bench.filter = True, lambda message: [message]
+    bench.transport.inbound.append(Connected())
+    for device in bench.devices.values():
+        bench.deliver(device.birth())
+    (view,) = bench.finish(campaign)
+    check_completed(bench, view)
+    assert len(view.report.survivors) == 4
