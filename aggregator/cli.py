@@ -1,0 +1,286 @@
+"""The command `covey`: what an operator does. More commands join by entry points of `covey.commands`."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import EntryPoint, entry_points, version
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import typer.core
+import typer.main
+
+from aggregator import cli_output as output
+from aggregator import main as covey
+from aggregator.adapters.broker_address import InvalidAddress
+from aggregator.adapters.keyfiles import UnusableKeys
+from aggregator.cli_rounds import rounds_app
+from aggregator.fleet.authority import EnrolmentRefused
+from aggregator.operations import OperationRefused
+from aggregator.registry.artefacts import MissingArtefact
+from aggregator.registry.publishing import PublishRefused
+from aggregator.repository import RepositoryError
+
+REFUSED = 1
+"""Exit code: what was asked for was not done. (2 is a wrong command line, as everywhere.)"""
+
+State = Annotated[
+    Path,
+    typer.Option(
+        "--state",
+        envvar="COVEY_STATE",
+        file_okay=False,
+        help="The aggregator's directory.",
+        default_factory=covey.default_state,
+        show_default="~/.local/state/covey",
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+class _Commands(typer.core.TyperGroup):
+    """The own commands, and those that other distributions register; one is imported when it is used."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return [*super().list_commands(ctx), *sorted(_registered())]
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        own = super().get_command(ctx, cmd_name)
+        entry = None if own is not None else _registered().get(cmd_name)
+        if entry is None:
+            return own
+        loaded = entry.load()
+        if not isinstance(loaded, typer.Typer):
+            single = typer.Typer(add_completion=False)
+            single.command(cmd_name)(loaded)
+            loaded = single
+        command = typer.main.get_command(loaded)
+        command.name = cmd_name
+        return command
+
+
+def _registered() -> dict[str, EntryPoint]:
+    return {entry.name: entry for entry in entry_points(group="covey.commands")}
+
+
+app = typer.Typer(
+    cls=_Commands,
+    no_args_is_help=True,
+    add_completion=False,
+    help="Federated learning for fleets of small devices: the operator's side.",
+    epilog="Exit codes: 0 done, 1 refused or failed, 2 wrong command line, 3 a watched round aborted.",
+)
+aggregator_app = typer.Typer(no_args_is_help=True, help="The service that runs rounds.")
+device_app = typer.Typer(no_args_is_help=True, help="The devices of the fleet.")
+model_app = typer.Typer(no_args_is_help=True, help="The models and their versions.")
+app.add_typer(aggregator_app, name="aggregator")
+app.add_typer(device_app, name="device")
+app.add_typer(model_app, name="model")
+app.add_typer(rounds_app, name="round")
+
+
+def main() -> None:
+    """The console script: runs a command; errors say what to do next."""
+    try:
+        with _readable_errors():
+            app()
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+@contextmanager
+def _readable_errors() -> Iterator[None]:
+    try:
+        yield
+    except (
+        EnrolmentRefused,
+        FileExistsError,
+        InvalidAddress,
+        MissingArtefact,
+        OperationRefused,
+        PublishRefused,
+        RepositoryError,
+        UnusableKeys,
+        covey.AlreadyRunning,
+        covey.NotInitialised,
+    ) as error:
+        output.fail(str(error))
+        sys.exit(REFUSED)
+    except OSError as error:
+        output.fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+        sys.exit(REFUSED)
+
+
+def _show_version(value: bool) -> None:
+    if value:
+        output.line(f"covey {version('covey')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Federated learning for fleets of small devices: the operator's side."""
+
+
+# --- aggregator
+
+
+@aggregator_app.command("init")
+def aggregator_init(
+    state: State,
+    fleet: Annotated[str, typer.Option(help="Name of the fleet: lower case, digits, hyphens.")] = "covey",
+    broker: Annotated[
+        str, typer.Option(help="mqtt://host:port or mqtts://host:port.")
+    ] = covey.DEFAULT_BROKER,
+    insecure: Annotated[
+        bool, typer.Option("--insecure", help="Allow an unencrypted broker on another machine.")
+    ] = False,
+) -> None:
+    """Makes the fleet's keys, its CA and an empty registry.
+
+    Example: covey aggregator init --fleet orchard --broker mqtts://broker.local:8883
+    """
+    try:
+        covey.init(state, fleet=fleet, broker=broker, insecure=insecure)
+    except ValueError as error:
+        raise OperationRefused(str(error)) from error
+    output.line(f"made the fleet {fleet} in {state}; keep a copy of {state}/keys in a safe place")
+    output.line("next:  covey model publish DIR")
+    output.line("       covey device enroll --csr device.csr --out device.json")
+    output.line("       covey aggregator run")
+
+
+@aggregator_app.command("run")
+def aggregator_run(
+    state: State,
+    broker: Annotated[
+        str | None,
+        typer.Option(help="Use this broker, not the one in the settings.", show_default=False),
+    ] = None,
+    insecure: Annotated[
+        bool, typer.Option("--insecure", help="Allow an unencrypted broker on another machine.")
+    ] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log more.")] = False,
+) -> None:
+    """Runs the service until it is told to stop (Ctrl-C or SIGTERM).
+
+    It may be killed at any moment: after a restart, rounds go on where they were.
+
+    Example: covey aggregator run --broker mqtt://127.0.0.1:1883
+    """
+    logging.basicConfig(
+        level=logging.DEBUG if verbose else logging.INFO,
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+    )
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    covey.run(state, stop, broker=broker, insecure=insecure)
+
+
+# --- devices
+
+
+@device_app.command("enroll")
+def device_enroll(
+    state: State,
+    csr: Annotated[
+        Path, typer.Option(exists=True, dir_okay=False, help="The device's signing request (DER).")
+    ],
+    out: Annotated[Path, typer.Option(dir_okay=False, help="Where to write the enrolment bundle.")],
+    name: Annotated[
+        str | None,
+        typer.Option(help="Id of the device.", show_default="the one that the request asks for"),
+    ] = None,
+) -> None:
+    """Enrols a device: issues its certificate, and writes the bundle that the device needs.
+
+    The bundle holds no secret, but it names whom the device will obey: bring it there by a way you trust.
+
+    Example: covey device enroll --csr barn-1.csr --out barn-1.json
+    """
+    bundle = covey.enrol(state, csr.read_bytes(), name=name)
+    out.write_bytes(bundle.to_bytes())
+    output.line(f"enrolled {bundle.device_id} in {bundle.fleet}; give {out} to the device")
+
+
+@device_app.command("list")
+def device_list(state: State, json: Json = False) -> None:
+    """Lists the devices, and which of them are online.
+
+    Example: covey device list --json
+    """
+    output.devices(covey.devices(state), json=json)
+
+
+@device_app.command("exclude")
+def device_exclude(
+    state: State,
+    device: Annotated[str, typer.Argument(help="Id of the device.")],
+    reason: Annotated[str, typer.Option(help="Why; shown in the list.")] = "by the operator",
+) -> None:
+    """Keeps a device out of future rounds.
+
+    Example: covey device exclude barn-1 --reason "sensor is broken"
+    """
+    with covey.open_operator(state) as operator:
+        operator.exclude(device, reason)
+    output.line(f"{device} is excluded; `covey device include {device}` lets it in again")
+
+
+@device_app.command("include")
+def device_include(state: State, device: Annotated[str, typer.Argument(help="Id of the device.")]) -> None:
+    """Lets an excluded device take part again.
+
+    Example: covey device include barn-1
+    """
+    with covey.open_operator(state) as operator:
+        operator.exclude(device, None)
+    output.line(f"{device} may be selected again")
+
+
+# --- models
+
+
+@model_app.command("publish")
+def model_publish(
+    state: State,
+    directory: Annotated[
+        Path,
+        typer.Argument(
+            exists=True, file_okay=False, help="Holds manifest.json, model.tflite and weights.bin."
+        ),
+    ],
+    json: Json = False,
+) -> None:
+    """Publishes a model as its next version: checks its files, signs its manifest.
+
+    A running service announces it to the devices within a second.
+
+    Example: covey model publish models/zoo/watch
+    """
+    output.versions([covey.publish(state, directory)], json=json)
+
+
+@model_app.command("list")
+def model_list(
+    state: State,
+    model: Annotated[str | None, typer.Option(help="Only this model.", show_default=False)] = None,
+    json: Json = False,
+) -> None:
+    """Lists published versions.
+
+    Example: covey model list --model watch
+    """
+    with covey.open_operator(state) as operator:
+        output.versions(operator.versions(model), json=json)

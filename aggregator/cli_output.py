@@ -1,0 +1,262 @@
+"""What the commands print: tables for people, JSON for machines, progress while something runs."""
+
+from __future__ import annotations
+
+import datetime as dt
+import json as json_module
+import sys
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console
+from rich.live import Live
+from rich.markup import escape
+from rich.table import Table
+
+from aggregator.operations import RoundView
+from aggregator.records import Campaign, Device, Version
+from aggregator.rounds.report import PhaseReport
+
+_console = Console(highlight=False)
+_errors = Console(stderr=True, highlight=False)
+_PHASES = ("AdvertiseKeys", "ShareKeys", "MaskedInput", "ConsistencyCheck", "Unmasking")
+
+
+def line(text: str) -> None:
+    """Prints a line."""
+    _console.print(escape(text), soft_wrap=True)
+
+
+def hint(text: str) -> None:
+    """Prints advice, away from the output."""
+    _errors.print(escape(text), style="yellow", soft_wrap=True)
+
+
+def fail(text: str) -> None:
+    """Prints an error."""
+    _errors.print(f"[red]error:[/red] {escape(text)}", soft_wrap=True)
+
+
+def _dump(value: object) -> None:
+    sys.stdout.write(json_module.dumps(value) + "\n")
+    sys.stdout.flush()
+
+
+def _time(unix: float | None) -> str:
+    return "never" if unix is None else dt.datetime.fromtimestamp(unix).strftime("%Y-%m-%d %H:%M:%S")
+
+
+def devices(items: Sequence[Device], *, json: bool) -> None:
+    """Prints devices."""
+    if json:
+        _dump(
+            [
+                {
+                    "device": d.device_id,
+                    "online": d.online,
+                    "excluded": d.excluded,
+                    "client_version": d.client_version,
+                    "runtime": d.runtime,
+                    "models": dict(d.models),
+                    "last_seen": d.last_seen,
+                    "enrolled_at": d.enrolled_at,
+                }
+                for d in items
+            ]
+        )
+        return
+    if not items:
+        line("no devices yet: enrol one with `covey device enroll --csr device.csr --out device.json`")
+        return
+    table = Table("device", "status", "last seen", "client", "runtime", "models", box=None)
+    for d in items:
+        status = "[green]online[/green]" if d.online else "offline"
+        if d.excluded is not None:
+            status += f" [red]excluded: {escape(d.excluded)}[/red]"
+        models = ", ".join(f"{name} {number}" for name, number in sorted(d.models.items()))
+        row = (d.device_id, status, _time(d.last_seen), escape(d.client_version), escape(d.runtime))
+        table.add_row(*row, escape(models))
+    _console.print(table)
+
+
+def versions(items: Sequence[Version], *, json: bool) -> None:
+    """Prints versions."""
+    if json:
+        _dump(
+            [
+                {
+                    "model": v.model,
+                    "version": v.version,
+                    "manifest_sha256": v.manifest_sha256,
+                    "created_at": v.created_at,
+                    "round": v.round_id,
+                }
+                for v in items
+            ]
+        )
+        return
+    if not items:
+        line("no versions yet: publish one with `covey model publish DIR`")
+        return
+    table = Table("model", "version", "manifest", "published", "by", box=None)
+    for v in items:
+        origin = "operator" if v.round_id is None else f"round {v.round_id[:8]}"
+        table.add_row(v.model, str(v.version), v.manifest_sha256[:16], _time(v.created_at), origin)
+    _console.print(table)
+
+
+def campaigns(items: Sequence[Campaign], *, json: bool) -> None:
+    """Prints campaigns."""
+    if json:
+        _dump([_campaign(c) for c in items])
+        return
+    for c in items:
+        progress = f"{c.started} of {c.rounds} rounds of {c.model} begun"
+        line(f"campaign {c.campaign_id}: {c.status}, {progress}{f' ({c.note})' if c.note else ''}")
+
+
+def status(items: Sequence[Campaign], views: Sequence[RoundView], *, json: bool) -> None:
+    """Prints campaigns and rounds."""
+    if json:
+        _dump({"campaigns": [_campaign(c) for c in items], "rounds": [round_json(v) for v in views]})
+        return
+    if not items:
+        line("no rounds yet: ask for some with `covey round start --model NAME`")
+        return
+    campaigns(items, json=False)
+    if views:
+        _console.print(rounds_table(views))
+
+
+def _campaign(c: Campaign) -> dict[str, Any]:
+    return {
+        "campaign": c.campaign_id,
+        "model": c.model,
+        "status": c.status,
+        "rounds": c.rounds,
+        "started": c.started,
+        "note": c.note,
+        "created_at": c.created_at,
+    }
+
+
+def round_json(view: RoundView) -> dict[str, Any]:
+    """A round as JSON; the report's fields are those of `RoundReport`."""
+    r = view.record
+    return {
+        "round": r.round_id,
+        "campaign": r.campaign_id,
+        "number": r.number,
+        "model": r.model,
+        "base_version": r.base_version,
+        "version": r.version,
+        "status": r.status,
+        "code": r.code,
+        "detail": r.detail,
+        "invited": list(r.invited),
+        "started_at": r.started_at,
+        "ended_at": r.ended_at,
+        "report": view.report.model_dump(mode="json"),
+    }
+
+
+def rounds_table(views: Sequence[RoundView]) -> Table:
+    """Rounds, one a line; phases show how many of the devices that owed an answer gave it."""
+    table = Table("round", "base", "status", *_PHASES, "loss", "accuracy", "epsilon", "seconds", box=None)
+    for view in views:
+        r, report = view.record, view.report
+        phases: dict[str, PhaseReport] = {p.phase: p for p in report.phases}
+        cells = []
+        for name in _PHASES:
+            phase = phases.get(name)
+            if phase is None:
+                cells.append("")
+            else:
+                style = "cyan" if phase.ended is None else "yellow" if phase.dropped else "green"
+                cells.append(f"[{style}]{phase.answered}/{phase.expected}[/{style}]")
+        outcome = {
+            "running": "running",
+            "completed": f"[green]version {r.version}[/green]",
+            "aborted": f"[red]{escape(r.code)}[/red]",
+        }[r.status]
+        epsilon = "" if report.epsilon is None else f"{report.epsilon:.2f}"
+        seconds = "" if r.ended_at is None else f"{r.ended_at - r.started_at:.1f}"
+        table.add_row(
+            f"{r.model} {r.number}",
+            str(r.base_version),
+            outcome,
+            *cells,
+            _metric(report.metrics, "loss_after"),
+            _metric(report.metrics, "accuracy"),
+            epsilon,
+            seconds,
+        )
+    return table
+
+
+def _metric(metrics: Mapping[str, float], name: str) -> str:
+    return f"{metrics[name]:.3f}" if name in metrics else ""
+
+
+class Watcher:
+    """Shows a campaign again and again: a live table, plain lines into a pipe, or JSON lines."""
+
+    def __init__(self, *, json: bool) -> None:
+        """Prepares the watcher."""
+        self._json = json
+        self._live = (
+            Live(console=_console, refresh_per_second=4) if _console.is_terminal and not json else None
+        )
+        self._seen: dict[str, dict[str, Any]] = {}
+        self._lines: dict[str, str] = {}
+
+    def __enter__(self) -> Self:
+        """Begins the display."""
+        if self._live is not None:
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Ends the display; its last state stays."""
+        if self._live is not None:
+            self._live.stop()
+
+    def show(self, campaign: Campaign, views: Sequence[RoundView]) -> None:
+        """Shows what has changed."""
+        if self._json:
+            self._show_json(views)
+        elif self._live is not None:
+            table = rounds_table(views)
+            table.title = (
+                f"{campaign.model}: {campaign.started} of {campaign.rounds} rounds, {campaign.status}"
+            )
+            table.caption = campaign.note or None
+            self._live.update(table)
+        else:
+            self._show_lines(campaign, views)
+
+    def _show_json(self, views: Sequence[RoundView]) -> None:
+        for view in views:
+            content = round_json(view)
+            if self._seen.get(view.record.round_id) != content:
+                self._seen[view.record.round_id] = content
+                _dump(content)
+
+    def _show_lines(self, campaign: Campaign, views: Sequence[RoundView]) -> None:
+        if campaign.note and self._lines.get("") != campaign.note:
+            line(campaign.note)
+        self._lines[""] = campaign.note
+        for view in views:
+            r = view.record
+            phase = view.report.phases[-1].phase if view.report.phases else "selected"
+            what = {
+                "running": phase,
+                "completed": f"completed with version {r.version}",
+                "aborted": f"aborted: {r.code}: {r.detail}",
+            }[r.status]
+            if self._lines.get(r.round_id) != what:
+                self._lines[r.round_id] = what
+                line(f"round {r.number} of {campaign.rounds}: {what}")

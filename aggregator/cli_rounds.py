@@ -1,0 +1,206 @@
+"""The commands `covey round ...`."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from aggregator import cli_output as output
+from aggregator import main as covey
+from aggregator.operations import OperationRefused
+from aggregator.records import Campaign
+from aggregator.settings import CampaignRequest
+from protocol.dp.parameters import PrivacyMode
+from protocol.plan import Deadlines
+
+ABORTED = 3
+"""Exit code of `watch`: a round aborted, or the campaign failed."""
+POLL_SECONDS = 0.25
+
+State = Annotated[
+    Path,
+    typer.Option(
+        "--state",
+        envvar="COVEY_STATE",
+        file_okay=False,
+        help="The aggregator's directory.",
+        default_factory=covey.default_state,
+        show_default="~/.local/state/covey",
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+_LIMITS = Deadlines()
+
+rounds_app = typer.Typer(no_args_is_help=True, help="Rounds of training.")
+
+
+@rounds_app.command("start")
+def round_start(
+    state: State,
+    model: Annotated[str, typer.Option(help="The model to train.")],
+    rounds: Annotated[
+        int | None, typer.Option(min=1, help="How many rounds.", show_default="the model's recipe")
+    ] = None,
+    cohort: Annotated[int, typer.Option(min=2, help="Devices in a full cohort.")] = 10,
+    minimum: Annotated[
+        int | None,
+        typer.Option(min=2, help="Check-ins that a round needs.", show_default="above 2/3 of the cohort"),
+    ] = None,
+    min_survivors: Annotated[
+        int | None,
+        typer.Option(min=2, help="Masked inputs that a sum needs.", show_default="as many as --minimum"),
+    ] = None,
+    local_epochs: Annotated[
+        int | None, typer.Option(min=1, help="Passes over local data.", show_default="the model's recipe")
+    ] = None,
+    lr: Annotated[
+        float | None, typer.Option(help="Local learning rate.", show_default="the model's recipe")
+    ] = None,
+    privacy: Annotated[
+        PrivacyMode, typer.Option(help="Who adds noise: nobody, the aggregator, every device.")
+    ] = PrivacyMode.NONE,
+    noise_multiplier: Annotated[
+        float | None,
+        typer.Option(min=0.0, help="Noise over sensitivity.", show_default="1 where there is noise"),
+    ] = None,
+    clip_norm: Annotated[
+        float | None, typer.Option(help="L2 bound of one update.", show_default="the model's recipe")
+    ] = None,
+    bits: Annotated[
+        int | None,
+        typer.Option(min=8, max=32, help="Bits of one coordinate on the wire.", show_default="by the cohort"),
+    ] = None,
+    delta: Annotated[float, typer.Option(help="The delta at which epsilon is stated.")] = 1e-5,
+    max_epsilon: Annotated[
+        float | None,
+        typer.Option(help="Start no round that would take the fleet beyond it.", show_default="no limit"),
+    ] = None,
+    gather: Annotated[
+        float, typer.Option(min=0.0, help="Seconds to wait for a full cohort.", rich_help_panel="Deadlines")
+    ] = 3.0,
+    advertise_seconds: Annotated[
+        float, typer.Option(min=0.1, help="Check-in.", rich_help_panel="Deadlines")
+    ] = _LIMITS.advertise_keys,
+    share_seconds: Annotated[
+        float, typer.Option(min=0.1, help="Exchange of shares.", rich_help_panel="Deadlines")
+    ] = _LIMITS.share_keys,
+    input_seconds: Annotated[
+        float, typer.Option(min=0.1, help="Training and upload.", rich_help_panel="Deadlines")
+    ] = _LIMITS.masked_input,
+    check_seconds: Annotated[
+        float, typer.Option(min=0.1, help="Consistency check.", rich_help_panel="Deadlines")
+    ] = _LIMITS.consistency_check,
+    unmask_seconds: Annotated[
+        float, typer.Option(min=0.1, help="Unmasking.", rich_help_panel="Deadlines")
+    ] = _LIMITS.unmasking,
+    offline_grace: Annotated[
+        float,
+        typer.Option(
+            min=0.0, help="How long a device that is offline is waited for.", rich_help_panel="Deadlines"
+        ),
+    ] = _LIMITS.offline_grace,
+    seed: Annotated[int | None, typer.Option(min=0, help="Draws the cohorts.", show_default="random")] = None,
+    watch: Annotated[bool, typer.Option("--watch", help="Stay and watch.")] = False,
+    json: Json = False,
+) -> None:
+    """Asks for rounds; the running service runs them one after the other.
+
+    Examples:
+
+      covey round start --model watch --watch
+
+      covey round start --model watch --rounds 20 --privacy distributed --noise-multiplier 0.8 --max-epsilon 8
+    """
+    request = CampaignRequest(
+        model=model,
+        rounds=rounds,
+        cohort=cohort,
+        minimum=minimum,
+        min_survivors=min_survivors,
+        local_epochs=local_epochs,
+        learning_rate=lr,
+        privacy=privacy,
+        noise_multiplier=noise_multiplier,
+        clip_norm=clip_norm,
+        bits=bits,
+        delta=delta,
+        deadlines=Deadlines(
+            advertise_keys=advertise_seconds,
+            share_keys=share_seconds,
+            masked_input=input_seconds,
+            consistency_check=check_seconds,
+            unmasking=unmask_seconds,
+            offline_grace=offline_grace,
+        ),
+        gather_seconds=gather,
+        epsilon_limit=max_epsilon,
+        seed=seed,
+    )
+    campaign = covey.start_rounds(state, request)
+    if not watch:
+        output.campaigns([campaign], json=json)
+    if not covey.is_running(state):
+        output.hint("no aggregator is running: the rounds begin when you start `covey aggregator run`")
+    if watch:
+        _watch(state, campaign.campaign_id, json=json)
+
+
+@rounds_app.command("status")
+def round_status(
+    state: State,
+    last: Annotated[int, typer.Option(min=1, help="How many rounds to show.")] = 20,
+    json: Json = False,
+) -> None:
+    """Shows campaigns and their latest rounds.
+
+    Example: covey round status --json
+    """
+    with covey.open_operator(state) as operator:
+        campaigns = operator.campaigns()
+        views = operator.rounds(last=last)
+    output.status(campaigns, views, json=json)
+    if not covey.is_running(state):
+        output.hint("no aggregator is running: start it with `covey aggregator run`")
+
+
+@rounds_app.command("watch")
+def round_watch(
+    state: State,
+    campaign: Annotated[
+        str | None, typer.Option(help="Id of a campaign.", show_default="the one that is running")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Watches a campaign until its last round has ended.
+
+    With --json, one line for every change of a round. Exit code 3 when a round aborted.
+
+    Example: covey round watch
+    """
+    if campaign is None:
+        with covey.open_operator(state) as operator:
+            candidates: tuple[Campaign, ...] = operator.campaigns(active=True) or operator.campaigns()[-1:]
+        if not candidates:
+            raise OperationRefused("no rounds have been asked for: use `covey round start`")
+        campaign = candidates[0].campaign_id
+    _watch(state, campaign, json=json)
+
+
+def _watch(state: Path, campaign_id: str, *, json: bool) -> None:
+    with covey.open_operator(state) as operator, output.Watcher(json=json) as watcher:
+        while True:
+            # In this order: a campaign that is over has shown its last round.
+            campaign = operator.campaign(campaign_id)
+            views = operator.rounds(campaign_id)
+            watcher.show(campaign, views)
+            if campaign.status in ("finished", "failed", "cancelled"):
+                break
+            time.sleep(POLL_SECONDS)
+    if campaign.status != "finished":
+        output.fail(f"the campaign {campaign.status}: {campaign.note}")
+        raise typer.Exit(ABORTED)
+    if any(view.record.status == "aborted" for view in views):
+        raise typer.Exit(ABORTED)
