@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from models.examples import Examples
 
 __all__ = [
+    "MAX_WEIGHT",
     "Evaluation",
     "Examples",
     "ExamplesRejected",
@@ -25,6 +26,11 @@ __all__ = [
     "TrainingError",
     "WeightsRejected",
 ]
+
+
+MAX_WEIGHT = 1e6
+"""Largest magnitude of a trained weight. tflite-runtime 2.14 turns infinities and NaN into the largest
+float32, so that a diverged training can end with absurd but finite weights."""
 
 
 class TrainingError(Exception):
@@ -44,7 +50,7 @@ class ExamplesRejected(TrainingError):
 
 
 class NonFiniteUpdate(TrainingError):
-    """Training diverged: the loss or the weights are not finite, so there is no update to give."""
+    """Training diverged: a loss or weight is not finite, or a weight is beyond `MAX_WEIGHT`; no update is made."""
 
 
 @dataclass(frozen=True, slots=True)

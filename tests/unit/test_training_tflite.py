@@ -136,12 +136,13 @@ def test_the_proximal_term_pulls_towards_the_global_weights(
     assert pulled.l2_norm < 0.8 * free.l2_norm
 
 
-@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
+@pytest.mark.parametrize("learning_rate", [1e3, 1e20, 1e38])
 def test_a_diverged_training_is_refused_and_the_trainer_lives_on(
-    trainer: LocalTrainer, watch: zoo.BundledModel
+    trainer: LocalTrainer, watch: zoo.BundledModel, learning_rate: float
 ) -> None:
+    """Also where the runtime hides infinities behind the largest finite number."""
     with pytest.raises(NonFiniteUpdate):
-        trainer.train(watch.weights, waves(64), TrainingConfig(5, 1e38), generator())
+        trainer.train(watch.weights, waves(64), TrainingConfig(5, learning_rate), generator())
     assert np.isfinite(trainer.train(watch.weights, waves(64), CONFIG, generator()).delta).all()
 
 
