@@ -28,8 +28,8 @@ WATCH = Recipe(rounds=10, local_epochs=3, learning_rate=0.2, clip_norm=1.5)
 """Mean accuracy over ten left-out people 0.83; alone 0.63, pooled 0.85 (`benchmarks/training.py --folds`).
 
 The L2 norm of an update is 3.0 in the first round, 1.9 in the third and 1.0 in the last, so that the clip
-norm acts in the first half of a run. Noise on the mean of nine updates of C / 2 sqrt(d) a coordinate (standard
-deviation, d parameters) costs nothing that can be measured, C / sqrt(d) a point and a half.
+norm acts in the first half of a run. Noise on the mean of nine updates with a standard deviation of
+C / 2 sqrt(d) a coordinate (d parameters) costs nothing that can be measured, C / sqrt(d) a point and a half.
 """
 
 DIGITS = Recipe(rounds=10, local_epochs=4, learning_rate=0.2, clip_norm=3.0)

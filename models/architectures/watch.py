@@ -18,8 +18,8 @@ def build() -> Any:
 
     Each filter looks for one movement of 0.4 s at 12.5 Hz, and only its strongest match counts. Over the ten
     left-out people, two convolutions or more filters gained up to four points when trained centrally and
-    lost up to two when federated. A dense network on 30 summary features was behind both ways on the four people
-    that it was tried on.
+    lost up to two when federated. A dense network on 30 summary features was behind both ways on the four
+    people that it was tried on.
     """
     return tf.keras.Sequential(
         [
