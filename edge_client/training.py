@@ -50,7 +50,7 @@ class ExamplesRejected(TrainingError):
 
 
 class NonFiniteUpdate(TrainingError):
-    """Training diverged: a loss or weight is not finite, or a weight beyond `MAX_WEIGHT`; no update is made."""
+    """Training diverged: a loss or weight is not finite, or a weight is beyond `MAX_WEIGHT`: no update."""
 
 
 @dataclass(frozen=True, slots=True)
