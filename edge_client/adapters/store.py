@@ -1,0 +1,363 @@
+"""The device's durable memory: one SQLite file that loses nothing committed to SIGKILL or a power cut.
+
+    rounds    every round ever joined; secrets only in the active one's row
+    ledger    what this device contributed
+    versions  signed manifests, and what became of them
+
+WAL with synchronous=FULL makes a commit durable when it returns, and lets `status` and `predict` read while
+`run` writes. `secure_delete` and a truncated log take the secrets of a finished round off the file as far as
+software can; what an SD card's controller keeps is beyond it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sqlite3
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self, assert_never
+
+from edge_client.adapters.blobs import Blobs
+from edge_client.adapters.files import (
+    StorageError,
+    StorageFull,
+    open_private,
+    private_directory,
+    storage_errors,
+)
+from edge_client.events import (
+    CloseRound,
+    Durable,
+    ForgetVersion,
+    RoundRecord,
+    SaveContribution,
+    SaveRound,
+    SaveVersion,
+    StoreChunk,
+    VersionStatus,
+)
+from edge_client.ledger import LedgerEntry
+from edge_client.models import StoredVersion
+from edge_client.session import Memory
+from models.manifest import ModelManifest
+from protocol.fields import BlobRef
+from protocol.identity import SignedDocument
+from protocol.secagg.client_state import dump_state, load_state
+
+APPLICATION_ID = 0x436F7665  # "Cove"
+SCHEMA_VERSION = 1
+DATABASE = "device.sqlite"
+
+_SCHEMA = """
+CREATE TABLE rounds (
+    round_id TEXT PRIMARY KEY,
+    joined_at INTEGER NOT NULL,
+    phase TEXT NOT NULL,
+    outcome TEXT,
+    closed_at INTEGER,
+    plan TEXT,
+    manifest BLOB,
+    client BLOB,
+    upload_sha256 TEXT,
+    upload_size INTEGER,
+    uploaded INTEGER NOT NULL DEFAULT 0
+) STRICT, WITHOUT ROWID;
+CREATE UNIQUE INDEX one_active_round ON rounds (client IS NOT NULL) WHERE client IS NOT NULL;
+CREATE TABLE ledger (
+    sequence INTEGER PRIMARY KEY AUTOINCREMENT,
+    round_id TEXT NOT NULL UNIQUE,
+    at INTEGER NOT NULL,
+    entry TEXT NOT NULL
+) STRICT;
+CREATE TABLE versions (
+    sha256 TEXT PRIMARY KEY,
+    model TEXT NOT NULL,
+    version INTEGER NOT NULL,
+    document TEXT NOT NULL,
+    manifest BLOB NOT NULL,
+    status TEXT NOT NULL CHECK (status IN ('candidate', 'good', 'bad')),
+    reason TEXT NOT NULL DEFAULT ''
+) STRICT, WITHOUT ROWID;
+"""
+
+
+class UnknownSchema(StorageError):
+    """The database was made by another version of the client: it is left as it is."""
+
+
+@dataclass(frozen=True)
+class RoundSummary:
+    """A round as `status` shows it."""
+
+    round_id: str
+    joined_at: int
+    phase: str
+    outcome: str | None
+
+
+class DeviceStore:
+    """The device's database and files. One process writes at a time; `read_only` ones may look on."""
+
+    def __init__(self, connection: sqlite3.Connection, blobs: Blobs) -> None:
+        self._connection = connection
+        self.blobs = blobs
+
+    @classmethod
+    def open(cls, directory: Path, *, read_only: bool = False) -> Self:
+        """Opens the store of a state directory, making it when it is not there.
+
+        Raises:
+            UnknownSchema: another version of the client made it.
+            StorageError: the file system or the database refuses.
+        """
+        blobs, path = Blobs(directory), directory / DATABASE
+        if not read_only:
+            private_directory(directory)
+            blobs.prepare()
+            with storage_errors(f"opening {path}"):
+                # SQLite gives its log the mode of the database, so the file is made before it is opened.
+                os.close(open_private(path, os.O_RDWR | os.O_CREAT))
+        with _typed_errors("opening the database"):
+            mode = "ro" if read_only else "rw"
+            connection = sqlite3.connect(
+                f"{path.absolute().as_uri()}?mode={mode}", uri=True, isolation_level=None, timeout=2.0
+            )
+            try:
+                _check_schema(connection, path)
+                if not read_only:
+                    _configure(connection)
+            except BaseException:
+                connection.close()
+                raise
+        return cls(connection, blobs)
+
+    def close(self) -> None:
+        """Closes the database."""
+        with contextlib.suppress(sqlite3.Error):
+            self._connection.close()
+
+    def __enter__(self) -> Self:
+        """Returns the open store."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Closes the database."""
+        self.close()
+
+    # --- writing -----------------------------------------------------------------------------------------
+
+    def apply(self, outputs: Iterable[Durable]) -> None:
+        """Makes these durable, all or none; when it returns, they are.
+
+        Files are written before the transaction that refers to them, and deleted after the one that forgets
+        them, so that a cut in between leaves a file too many and never one too few.
+
+        Raises:
+            StorageFull: no space is left; nothing changed.
+            StorageError: the database fails; nothing changed.
+        """
+        outputs = tuple(outputs)
+        rows = []
+        for output in outputs:
+            if isinstance(output, StoreChunk):
+                self.blobs.store_chunk(output.blob, output.index, output.body)
+            else:
+                rows.append(output)
+        if rows:
+            with self._transaction():
+                for output in rows:
+                    self._write(output)
+        closed = [output.round_id for output in rows if isinstance(output, CloseRound)]
+        for round_id in closed:
+            # The round is over whatever happens here: what remains is deleted at the next start.
+            with contextlib.suppress(StorageError):
+                self.blobs.remove_upload(round_id)
+        if closed:
+            self._truncate_log()
+
+    @contextlib.contextmanager
+    def _transaction(self) -> Iterator[None]:
+        with _typed_errors("saving"):
+            self._connection.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+                self._connection.execute("COMMIT")
+            except BaseException:
+                with contextlib.suppress(sqlite3.Error):
+                    self._connection.execute("ROLLBACK")
+                raise
+
+    def _truncate_log(self) -> None:
+        # A reader may hold the log; then the next round's end empties it.
+        with contextlib.suppress(sqlite3.Error):
+            self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+
+    def _write(self, output: SaveRound | SaveContribution | CloseRound | SaveVersion | ForgetVersion) -> None:
+        if isinstance(output, SaveRound):
+            self._save_round(output.record, output.at)
+        elif isinstance(output, SaveContribution):
+            entry = output.entry
+            self._connection.execute(
+                "INSERT INTO ledger (round_id, at, entry) VALUES (?, ?, ?)",
+                (entry.round_id, entry.at, entry.model_dump_json()),
+            )
+        elif isinstance(output, CloseRound):
+            self._connection.execute(
+                "UPDATE rounds SET outcome = ?, closed_at = ?, plan = NULL, manifest = NULL, client = NULL,"
+                " upload_sha256 = NULL, upload_size = NULL WHERE round_id = ?",
+                (output.outcome, output.at, output.round_id),
+            )
+        elif isinstance(output, SaveVersion):
+            manifest = output.manifest
+            self._connection.execute(
+                "INSERT INTO versions (sha256, model, version, document, manifest, status, reason)"
+                " VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT (sha256) DO UPDATE"
+                " SET status = excluded.status, reason = excluded.reason",
+                (
+                    output.document.digest.hex(),
+                    manifest.name,
+                    manifest.version,
+                    output.document.model_dump_json(),
+                    manifest.to_bytes(),
+                    output.status.value,
+                    output.reason,
+                ),
+            )
+        elif isinstance(output, ForgetVersion):
+            self._connection.execute("DELETE FROM versions WHERE sha256 = ?", (output.sha256,))
+        else:
+            assert_never(output)
+
+    def _save_round(self, record: RoundRecord, at: int) -> None:
+        phase, client = dump_state(record.client)
+        self._connection.execute(
+            "INSERT INTO rounds (round_id, joined_at, phase, plan, manifest, client, upload_sha256,"
+            " upload_size, uploaded) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (round_id) DO UPDATE"
+            " SET phase = excluded.phase, client = excluded.client, upload_sha256 = excluded.upload_sha256,"
+            " upload_size = excluded.upload_size, uploaded = excluded.uploaded",
+            (
+                record.client.context.round_id,
+                at,
+                phase,
+                record.document.model_dump_json(),
+                record.manifest.to_bytes(),
+                client,
+                record.upload.sha256 if record.upload else None,
+                record.upload.size if record.upload else None,
+                int(record.uploaded),
+            ),
+        )
+
+    # --- reading -----------------------------------------------------------------------------------------
+
+    def load(self) -> Memory:
+        """Everything that the core needs to go on where the last process stopped.
+
+        Raises:
+            StorageError: the database cannot be read.
+        """
+        with _typed_errors("reading the database"):
+            used = frozenset(row[0] for row in self._connection.execute("SELECT round_id FROM rounds"))
+            times = self._connection.execute("SELECT at FROM ledger ORDER BY sequence DESC LIMIT 10000")
+            return Memory(
+                versions=self.versions(),
+                active=self._active(),
+                used=used,
+                contributed_at=tuple(row[0] for row in times)[::-1],
+            )
+
+    def _active(self) -> RoundRecord | None:
+        row = self._connection.execute(
+            "SELECT plan, manifest, phase, client, upload_sha256, upload_size, uploaded FROM rounds"
+            " WHERE client IS NOT NULL"
+        ).fetchone()
+        if row is None:
+            return None
+        plan, manifest, phase, client, sha256, size, uploaded = row
+        return RoundRecord(
+            document=SignedDocument.model_validate_json(plan),
+            manifest=ModelManifest.from_bytes(manifest),
+            client=load_state(phase, client),
+            upload=BlobRef(sha256=sha256, size=size) if sha256 else None,
+            uploaded=bool(uploaded),
+        )
+
+    def versions(self) -> tuple[StoredVersion, ...]:
+        """Every version this device remembers; a good one whose files are gone is a candidate again.
+
+        Raises:
+            StorageError: the database cannot be read.
+        """
+        with _typed_errors("reading the versions"):
+            rows = self._connection.execute(
+                "SELECT document, manifest, status, reason FROM versions ORDER BY model, version"
+            ).fetchall()
+        versions = []
+        for document, data, stored, reason in rows:
+            manifest, status = ModelManifest.from_bytes(data), VersionStatus(stored)
+            whole = self.blobs.has(manifest.graph) and self.blobs.has(manifest.weights)
+            if status is VersionStatus.GOOD and not whole:
+                status = VersionStatus.CANDIDATE
+            versions.append(
+                StoredVersion(SignedDocument.model_validate_json(document), manifest, status, reason)
+            )
+        return tuple(versions)
+
+    def ledger(self) -> tuple[LedgerEntry, ...]:
+        """Every contribution, in order.
+
+        Raises:
+            StorageError: the database cannot be read.
+        """
+        with _typed_errors("reading the ledger"):
+            rows = self._connection.execute("SELECT entry FROM ledger ORDER BY sequence").fetchall()
+        return tuple(LedgerEntry.model_validate_json(row[0]) for row in rows)
+
+    def rounds(self, limit: int = 10) -> tuple[RoundSummary, ...]:
+        """The rounds joined last, newest first.
+
+        Raises:
+            StorageError: the database cannot be read.
+        """
+        with _typed_errors("reading the rounds"):
+            rows = self._connection.execute(
+                "SELECT round_id, joined_at, phase, outcome FROM rounds"
+                " ORDER BY joined_at DESC, round_id LIMIT ?",
+                (limit,),
+            ).fetchall()
+        return tuple(RoundSummary(*row) for row in rows)
+
+
+@contextlib.contextmanager
+def _typed_errors(doing: str) -> Iterator[None]:
+    try:
+        yield
+    except sqlite3.Error as error:
+        full = getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL
+        raise (StorageFull if full else StorageError)(28 if full else 5, f"{doing}: {error}") from error
+
+
+def _check_schema(connection: sqlite3.Connection, path: Path) -> None:
+    application = connection.execute("PRAGMA application_id").fetchone()[0]
+    version = connection.execute("PRAGMA user_version").fetchone()[0]
+    empty = connection.execute("SELECT count(*) FROM sqlite_schema").fetchone()[0] == 0
+    if (application, version) == (APPLICATION_ID, SCHEMA_VERSION) or empty:
+        return
+    raise UnknownSchema(
+        1,
+        f"{path} has schema {version} of application {application:#x}, this client knows "
+        f"{SCHEMA_VERSION}: update the client, or start with another state directory",
+    )
+
+
+def _configure(connection: sqlite3.Connection) -> None:
+    connection.execute("PRAGMA secure_delete = ON")
+    connection.execute("PRAGMA journal_mode = WAL")
+    connection.execute("PRAGMA synchronous = FULL")
+    if connection.execute("SELECT count(*) FROM sqlite_schema").fetchone()[0] == 0:
+        connection.executescript(
+            f"BEGIN IMMEDIATE; {_SCHEMA} PRAGMA application_id = {APPLICATION_ID};"
+            f" PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;"
+        )
