@@ -1,0 +1,177 @@
+"""One thread that does what takes long: loading a model, training, masking. One job at a time, in order.
+
+The main loop stays free to answer the protocol meanwhile. A job never raises: whatever goes wrong in it
+becomes a fault with a code, and the device goes on.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections.abc import Callable
+
+import numpy as np
+
+from edge_client.adapters.blobs import Blobs
+from edge_client.adapters.data import DataSource
+from edge_client.adapters.files import StorageError, StorageFull
+from edge_client.events import (
+    Event,
+    Fault,
+    InputWritten,
+    MaskInput,
+    TestVersion,
+    Train,
+    TrainingFinished,
+    VersionTested,
+    WorkFailed,
+)
+from edge_client.masked_input import packed_slices
+from edge_client.training import (
+    ExamplesRejected,
+    LocalTrainer,
+    ModelRejected,
+    NonFiniteUpdate,
+    WeightsRejected,
+)
+from models.examples import InvalidExamples
+from models.manifest import ModelManifest
+from models.weights import InvalidWeights, decode_weights
+from protocol.dp.errors import NonFiniteUpdate as NonFiniteVector
+from protocol.dp.errors import PrivacyError
+from protocol.dp.sampling import discrete_gaussian_sampler, skellam_sampler
+
+Job = TestVersion | Train | MaskInput
+TrainerFactory = Callable[[ModelManifest, bytes], LocalTrainer]
+
+_LOG = logging.getLogger("covey.edge.worker")
+# The first class that an error is an instance of decides.
+_CODES: tuple[tuple[type[Exception], str, bool], ...] = (
+    (StorageFull, "disk-full", True),
+    (StorageError, "storage", True),
+    (NonFiniteUpdate, "non-finite-update", False),
+    (NonFiniteVector, "non-finite-update", False),
+    (ExamplesRejected, "data-unusable", False),
+    (InvalidExamples, "data-unusable", False),
+    (ModelRejected, "model-unusable", False),
+    (WeightsRejected, "model-unusable", False),
+    (InvalidWeights, "model-unusable", False),
+    (PrivacyError, "encoding-failed", False),
+    (MemoryError, "out-of-memory", True),
+)
+
+
+def tflite_trainer(manifest: ModelManifest, graph: bytes) -> LocalTrainer:
+    """The trainer of this machine's TensorFlow Lite runtime, imported when it is first needed."""
+    from edge_client.adapters.tflite import TfliteTrainer
+
+    return TfliteTrainer(manifest, graph)
+
+
+def fault_of(error: Exception) -> Fault:
+    """Names what went wrong; only errors that are known to be harmless say more than their type."""
+    for kind, code, transient in _CODES:
+        if isinstance(error, kind):
+            return Fault(code, str(error)[:300], transient)
+    # Says nothing about a version: a broken installation must not condemn it for ever.
+    return Fault("training-failed", type(error).__name__, transient=True)
+
+
+def self_test(trainer: LocalTrainer, manifest: ModelManifest, weights: bytes) -> None:
+    """Runs a version once.
+
+    Raises:
+        ModelRejected, InvalidWeights, WeightsRejected: it does not run, or gives no probabilities.
+    """
+    example = np.asarray(manifest.input.mean, np.float32)
+    x = np.broadcast_to(example, (1, *manifest.input.shape)).astype(np.float32)
+    probabilities = trainer.predict(decode_weights(weights, manifest), x)
+    if probabilities.shape != (1, len(manifest.labels)) or not np.isfinite(probabilities).all():
+        raise ModelRejected("a prediction with the new weights is not finite or has a wrong shape")
+
+
+class Worker:
+    """The thread. `start` and `stop` once; `submit` from the main loop."""
+
+    def __init__(
+        self,
+        blobs: Blobs,
+        data: DataSource,
+        deliver: Callable[[Event], None],
+        *,
+        trainer: TrainerFactory = tflite_trainer,
+    ) -> None:
+        """Describes a worker.
+
+        Args:
+            blobs: model files and masked inputs.
+            data: the device's examples.
+            deliver: takes each job's result, on the worker's thread.
+            trainer: makes a trainer of a graph.
+        """
+        self._blobs = blobs
+        self._data = data
+        self._deliver = deliver
+        self._factory = trainer
+        self._loaded: tuple[str, LocalTrainer] | None = None
+        self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="covey-worker", daemon=True)
+
+    def start(self) -> None:
+        """Starts the thread."""
+        self._thread.start()
+
+    def submit(self, job: Job) -> None:
+        """Queues a job."""
+        self._jobs.put(job)
+
+    def stop(self, seconds: float = 2.0) -> None:
+        """Asks the thread to end after its present job, and waits a little; it never blocks the exit."""
+        self._jobs.put(None)
+        if self._thread.is_alive():
+            self._thread.join(timeout=seconds)
+
+    def _run(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            try:
+                event: Event = self._do(job)
+            except Exception as error:
+                fault = fault_of(error)
+                if fault.code == "training-failed":
+                    # A defect of the client: the owner needs to see where. No traceback shows data.
+                    _LOG.exception("job-failed job=%s", type(job).__name__)
+                event = (
+                    VersionTested(job.sha256, fault)
+                    if isinstance(job, TestVersion)
+                    else WorkFailed(job.round_id, fault)
+                )
+            self._deliver(event)
+
+    def _do(self, job: Job) -> Event:
+        if isinstance(job, TestVersion):
+            trainer = self._trainer(job.manifest)
+            self_test(trainer, job.manifest, self._blobs.read(job.manifest.weights))
+            return VersionTested(job.sha256, None)
+        if isinstance(job, MaskInput):
+            # The noise table and the masks need the memory that the model takes; it is read again in no time.
+            self._loaded = None
+            parts = packed_slices(job.update, job.encoding, job.masks, job.noise_key)
+            blob = self._blobs.write_upload(job.round_id, parts)
+            skellam_sampler.cache_clear()
+            discrete_gaussian_sampler.cache_clear()
+            return InputWritten(job.round_id, blob)
+        trainer = self._trainer(job.manifest)
+        weights = decode_weights(self._blobs.read(job.manifest.weights), job.manifest)
+        examples = self._data.load(job.manifest)
+        return TrainingFinished(
+            job.round_id, trainer.train(weights, examples, job.config, job.config.generator())
+        )
+
+    def _trainer(self, manifest: ModelManifest) -> LocalTrainer:
+        """The trainer of a version; the last one is kept, since a version is tested and then trained."""
+        digest = manifest.sha256()
+        if self._loaded is None or self._loaded[0] != digest:
+            self._loaded = None  # let go of the old one before the new one takes memory
+            self._loaded = (digest, self._factory(manifest, self._blobs.read(manifest.graph)))
+        return self._loaded[1]

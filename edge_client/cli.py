@@ -1,0 +1,164 @@
+"""The command line of the device: what can be typed, and how answers look. No work is done here."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+EXIT_FAILED = 1
+EXIT_NOT_SET_UP = 3
+EXIT_RUNNING = 4
+EXIT_NO_MODEL = 5
+
+_EXAMPLES = """\
+examples:
+  covey-edge init --state /var/lib/covey --device-id barn-1
+  covey-edge enroll --state /var/lib/covey --bundle barn-1.json
+  covey-edge run --state /var/lib/covey --broker mqtts://hub.example --data /srv/recordings
+  covey-edge predict --state /var/lib/covey --input window.npy --json
+
+exit codes: 0 done, 1 failed, 2 wrong usage, 3 not initialised or not enrolled,
+            4 another instance runs on this state directory, 5 no model to predict with yet
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser of `covey-edge`."""
+    top = argparse.ArgumentParser(
+        prog="covey-edge",
+        description="The device side of Covey: learns from local data that never leaves this machine.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    init = _command(
+        commands,
+        "init",
+        "make this device's key and its signing request",
+        "covey-edge init --state /var/lib/covey --device-id barn-1",
+    )
+    init.add_argument("--device-id", required=True, help="name in the fleet: lower case, digits, hyphens")
+
+    enroll = _command(
+        commands,
+        "enroll",
+        "take over the enrolment bundle that the operator made of the request",
+        "covey-edge enroll --state /var/lib/covey --bundle barn-1.json",
+    )
+    enroll.add_argument("--bundle", type=Path, required=True, metavar="FILE", help="enrolment bundle, JSON")
+
+    _add_run(commands)
+
+    status = _command(
+        commands,
+        "status",
+        "say what this device has and does",
+        "covey-edge status --state /var/lib/covey --json",
+    )
+    status.add_argument("--json", action="store_true", help="print JSON")
+
+    predict = _command(
+        commands,
+        "predict",
+        "answer with the last good version of a model; works while `run` runs",
+        "covey-edge predict --state /var/lib/covey --input window.npy --json",
+    )
+    predict.add_argument(
+        "--input", type=Path, required=True, metavar="FILE.npy", help="one example or an array of them, raw"
+    )
+    predict.add_argument("--model", help="which model, when this device has several")
+    predict.add_argument("--json", action="store_true", help="print JSON")
+
+    privacy = _command(
+        commands,
+        "privacy",
+        "show this device's ledger: what it contributed, and how it was protected",
+        "covey-edge privacy --state /var/lib/covey",
+    )
+    privacy.add_argument("--json", action="store_true", help="print JSON")
+
+    policy = _command(
+        commands,
+        "policy",
+        "show what this device agrees to, or set it",
+        "covey-edge policy --state /var/lib/covey --file strict.json",
+    )
+    policy.add_argument("--file", type=Path, help="install this policy; fields that it omits keep defaults")
+    return top
+
+
+def _add_run(commands: Any) -> None:
+    run = _command(
+        commands,
+        "run",
+        "take part in rounds until SIGTERM or Ctrl-C",
+        "covey-edge run --state /var/lib/covey --broker mqtts://hub.example --data /srv/recordings",
+    )
+    run.add_argument("--broker", required=True, metavar="URL", help="mqtts://HOST[:PORT], or mqtt:// locally")
+    run.add_argument(
+        "--data", type=Path, required=True, metavar="DIR", help="NPZ files with x (float32) and y (int32)"
+    )
+    run.add_argument(
+        "--model", action="append", metavar="NAME", help="follow this model only; may be repeated"
+    )
+    run.add_argument("--policy", type=Path, metavar="FILE", help="policy (default: policy.json in the state)")
+    run.add_argument(
+        "--mqtt-version",
+        choices=("auto", "5", "3.1.1"),
+        default="auto",
+        help="auto tries 5, then 3.1.1 (default: %(default)s)",
+    )
+    run.add_argument("--insecure", action="store_true", help="allow mqtt:// to another machine, in the clear")
+    run.add_argument("--ca", type=Path, metavar="PEM", help="CA of the broker (default: the fleet's)")
+    run.add_argument("--cert", type=Path, metavar="PEM", help="TLS certificate (default: the device's own)")
+    run.add_argument("--key", type=Path, metavar="PEM", help="its key (default: the device's own)")
+    run.add_argument(
+        "--log-level",
+        choices=("debug", "info", "warning", "error"),
+        default="info",
+        help="what goes to standard error (default: %(default)s)",
+    )
+
+
+def _command(commands: Any, name: str, summary: str, example: str) -> argparse.ArgumentParser:
+    command: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=summary,
+        description=summary[0].upper() + summary[1:] + ".",
+        epilog=f"example:\n  {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.add_argument(
+        "--state", type=Path, required=True, metavar="DIR", help="this device's state directory"
+    )
+    return command
+
+
+def say(line: str, stream: TextIO | None = None) -> None:
+    """Prints a line of the answer."""
+    (stream or sys.stdout).write(f"{line}\n")
+
+
+def fail(message: str) -> None:
+    """Prints why a command failed."""
+    say(f"covey-edge: {message}", sys.stderr)
+
+
+def as_json(value: Mapping[str, Any]) -> str:
+    """An answer as JSON."""
+    return json.dumps(value, indent=2, allow_nan=False)
+
+
+def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Rows under headings, in columns as wide as they need."""
+    widths = [max(len(row[i]) for row in (headings, *rows)) for i in range(len(headings))]
+    lines = (
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in (headings, ["-" * width for width in widths], *rows)
+    )
+    return "\n".join(lines)

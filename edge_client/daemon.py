@@ -1,0 +1,303 @@
+"""The loop of `covey-edge run`: takes events one at a time, and carries out what the core wants.
+
+It holds no rules. Its one duty is the order: what is durable first, then what is sent, then the
+acknowledgement to the broker; and when the disk refuses, nothing happened.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import assert_never
+
+from edge_client.adapters.data import DataSource
+from edge_client.adapters.files import StorageError
+from edge_client.adapters.mqtt import Inbound, LinkDown, LinkEvent, LinkUp, MqttLink, birth
+from edge_client.adapters.store import DeviceStore
+from edge_client.adapters.worker import Worker
+from edge_client.events import (
+    DURABLE,
+    Announce,
+    ConditionsChanged,
+    Connected,
+    Event,
+    Fault,
+    FindBlob,
+    KeepBlobs,
+    Level,
+    MaskInput,
+    MessageReceived,
+    Note,
+    Output,
+    Send,
+    SendChunks,
+    Stamp,
+    Started,
+    TestVersion,
+    Ticked,
+    Train,
+    WorkFailed,
+)
+from edge_client.profile import Profile
+from edge_client.session import SessionState, handle, restore
+from protocol import topics
+from protocol.codec import decode_to_device, encode
+from protocol.errors import MalformedMessage, ProtocolError
+from protocol.messages import BlobNeed, DeviceStatus, ModelAnnouncement
+from protocol.transfer import chunks
+
+TICK_SECONDS = 0.25
+IDLE_TICK_SECONDS = 1.0
+QUEUE_LENGTH = 1024
+CONDITIONS_SECONDS = 10.0
+STORAGE_PAUSE_SECONDS = 5.0
+
+_LOG = logging.getLogger("covey.edge")
+
+
+@dataclass(frozen=True)
+class Stop:
+    """End the loop."""
+
+
+Item = LinkEvent | Event | Stop
+
+
+class Inbox:
+    """What waits for the loop: bounded for the network, never full for this device's own results."""
+
+    def __init__(self) -> None:
+        self._items: queue.SimpleQueue[Item] = queue.SimpleQueue()
+
+    def from_link(self, event: LinkEvent) -> bool:
+        """Takes what the link heard, unless too much waits already."""
+        if isinstance(event, Inbound) and self._items.qsize() >= QUEUE_LENGTH:
+            return False
+        self._items.put(event)
+        return True
+
+    def put(self, item: Event | Stop) -> None:
+        """Takes a result of the worker, or the wish to stop."""
+        self._items.put(item)
+
+    def get(self, timeout: float) -> Item | None:
+        """The next item, or None when there is none in time."""
+        try:
+            return self._items.get(timeout=max(timeout, 0.0))
+        except queue.Empty:
+            return None
+
+
+class Daemon:
+    """One device's process."""
+
+    def __init__(
+        self,
+        profile: Profile,
+        store: DeviceStore,
+        link: MqttLink,
+        worker: Worker,
+        data: DataSource,
+        inbox: Inbox,
+        *,
+        client_version: str,
+        runtime: str,
+        unix: Callable[[], float] = time.time,
+        steady: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Puts the parts together; `run` starts them."""
+        self._profile, self._store, self._link = profile, store, link
+        self._worker, self._data, self._inbox = worker, data, inbox
+        self._client_version, self._runtime = client_version, runtime
+        self._unix, self._steady = unix, steady
+        self._state: SessionState = restore(store.load())
+        self._session = bytes(32)
+        self._postponed: list[tuple[float, Event]] = []
+        self.counts: Counter[str] = Counter()
+
+    def run(self) -> None:
+        """Runs until `Stop` comes; leaves an offline status behind."""
+        active = self._state.active
+        self._store.blobs.keep_upload(active.round_id if active else None)
+        self._worker.start()
+        self._check_conditions()
+        self._take(Started())
+        self._link.start()
+        next_tick = next_check = self._steady()
+        try:
+            while True:
+                now = self._steady()
+                item = self._inbox.get(next_tick - now)
+                if isinstance(item, Stop):
+                    return
+                if item is not None:
+                    self._take(item)
+                now = self._steady()
+                if now >= next_tick:
+                    next_tick = now + self._tick(now)
+                if now >= next_check:
+                    next_check = now + CONDITIONS_SECONDS
+                    self._check_conditions()
+        finally:
+            self._link.stop(self._status(online=False))
+            self._worker.stop()
+
+    # --- in ----------------------------------------------------------------------------------------------
+
+    def _take(self, item: LinkEvent | Event) -> None:
+        if isinstance(item, Inbound):
+            self._receive(item)
+        elif isinstance(item, LinkUp):
+            self._session = item.session
+            _LOG.info("connected mqtt=%s", item.version)
+            self._handle(Connected())
+        elif isinstance(item, LinkDown):
+            _LOG.info("connection-lost reason=%r", item.reason)
+        elif not self._handle(item):
+            # Results of this device's own work come once: they wait until the disk takes them.
+            self._postponed.append((self._steady() + STORAGE_PAUSE_SECONDS, item))
+
+    def _receive(self, inbound: Inbound) -> None:
+        try:
+            message, body = decode_to_device(inbound.frame)
+            if inbound.topic.startswith(f"{topics.ROOT}/bcast/") and not isinstance(
+                message, ModelAnnouncement
+            ):
+                raise MalformedMessage(f"a {message.type} on a broadcast topic")
+        except MalformedMessage as error:
+            self.counts["malformed"] += 1
+            _LOG.warning(
+                "malformed topic=%s count=%d reason=%r", inbound.topic, self.counts["malformed"], str(error)
+            )
+        else:
+            self.counts[message.type] += 1
+            self._handle(MessageReceived(message, body))
+        # Also when the disk refused it: the aggregator repeats its requests, and a message that is held back
+        # would stop the broker's window.
+        inbound.acknowledge()
+
+    def _tick(self, now: float) -> float:
+        """Lets the core see the time; returns the seconds until it wants to see it again."""
+        due = [event for at, event in self._postponed if at <= now]
+        self._postponed = [(at, event) for at, event in self._postponed if at > now]
+        for event in due:
+            self._take(event)
+        if not self._handle(Ticked()):
+            return STORAGE_PAUSE_SECONDS
+        return TICK_SECONDS if self._state.busy else IDLE_TICK_SECONDS
+
+    def _check_conditions(self) -> None:
+        fault = self._data.fault()
+        if fault != self._state.unfit:
+            if fault is not None:
+                _LOG.warning("cannot-train code=%s detail=%r", fault.code, fault.detail)
+            self._handle(ConditionsChanged(fault))
+
+    def _handle(self, event: Event) -> bool:
+        """Applies an event and everything that follows at once; returns False when the disk refused it."""
+        waiting: deque[Event] = deque([event])
+        first = True
+        while waiting:
+            following = self._apply(waiting.popleft())
+            if following is None and first:
+                return False
+            waiting.extend(following or ())
+            first = False
+        return True
+
+    def _apply(self, event: Event) -> list[Event] | None:
+        stamp = Stamp(int(self._unix()), self._steady(), os.urandom(32))
+        try:
+            state, outputs = handle(self._profile, self._state, event, stamp)
+        except ProtocolError:
+            self.counts["rejected"] += 1
+            _LOG.exception("event-rejected event=%s", type(event).__name__)
+            return []
+        try:
+            self._store.apply([output for output in outputs if isinstance(output, DURABLE)])
+        except StorageError as error:
+            self.counts["storage-error"] += 1
+            _LOG.error("storage-error event=%s reason=%r", type(event).__name__, str(error))
+            return None
+        self._state = state
+        following: list[Event] = []
+        for output in outputs:
+            if not isinstance(output, DURABLE):
+                following.extend(self._carry_out(output))
+        return following
+
+    # --- out ---------------------------------------------------------------------------------------------
+
+    def _carry_out(self, output: Output) -> list[Event]:
+        if isinstance(output, Send):
+            channel: topics.UpChannel = "msg"
+            self._link.send(channel, encode(output.message))
+        elif isinstance(output, SendChunks):
+            return self._send_chunks(output.round_id, output.need)
+        elif isinstance(output, Announce):
+            self._publish_status(output.models)
+        elif isinstance(output, FindBlob):
+            return self._find(output)
+        elif isinstance(output, KeepBlobs):
+            self._collect(output.digests)
+        elif isinstance(output, TestVersion | Train | MaskInput):
+            self._worker.submit(output)
+        elif isinstance(output, Note):
+            log(output)
+        elif not isinstance(output, DURABLE):
+            assert_never(output)
+        return []
+
+    def _send_chunks(self, round_id: str, need: BlobNeed) -> list[Event]:
+        try:
+            with self._store.blobs.upload(round_id) as view:
+                for chunk, body in chunks(need.blob, view, need.indices):
+                    with body:
+                        self._link.send("chunk", encode(chunk, body))
+        except (StorageError, ProtocolError) as error:
+            return [WorkFailed(round_id, Fault("upload-lost", str(error)))]
+        return []
+
+    def _publish_status(self, models: Mapping[str, int]) -> None:
+        frame = birth(self._session, models, self._client_version, self._runtime)
+        self._link.send("status", frame, retain=True)
+
+    def _status(self, *, online: bool) -> DeviceStatus:
+        return DeviceStatus(
+            session=self._session,
+            online=online,
+            client_version=self._client_version,
+            runtime=self._runtime,
+            models=self._state.library.serving(),
+        )
+
+    def _find(self, output: FindBlob) -> list[Event]:
+        try:
+            return [self._store.blobs.find(output.blob)]
+        except StorageError as error:
+            # Asked again by the timer of the download.
+            _LOG.error("storage-error blob=%s reason=%r", output.blob.sha256[:16], str(error))
+            return []
+
+    def _collect(self, digests: frozenset[str]) -> None:
+        try:
+            self._store.blobs.keep(digests)
+        except StorageError as error:
+            _LOG.warning("storage-error reason=%r", str(error))
+
+
+def log(output: Note) -> None:
+    """Writes a note as `event key=value ...`."""
+    fields = "".join(f" {key}={_value(value)}" for key, value in output.fields.items())
+    level = logging.WARNING if output.level is Level.WARNING else logging.INFO
+    _LOG.log(level, "%s%s", output.event, fields)
+
+
+def _value(value: object) -> str:
+    text = str(value)
+    return repr(text) if " " in text or not text else text

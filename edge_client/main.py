@@ -1,0 +1,316 @@
+"""The composition root of the device: `covey-edge`, and the same steps as plain functions.
+
+Imports are inside the functions, so that `--help` is quick and a process holds in memory only what its
+command needs; the interpreter comes in with the first model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edge_client import cli
+
+if TYPE_CHECKING:
+    from edge_client.policy import DevicePolicy
+    from protocol.enrolment import EnrolmentBundle
+
+LOCK = "lock"
+LOCK_SECONDS = 1.0
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # <malloc.h>
+
+
+class CommandFailed(Exception):
+    """A command cannot do its work; the message says what to do.
+
+    Attributes:
+        code: the exit code.
+    """
+
+    def __init__(self, message: str, code: int = cli.EXIT_FAILED) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+# --- plain functions -------------------------------------------------------------------------------------
+
+
+def initialise(state: Path, device_id: str) -> bytes:
+    """Makes the device's key in a state directory, once; returns its signing request (PKCS#10, DER).
+
+    Raises:
+        CredentialError: the name is not possible, or the directory belongs to another enrolled device.
+        StorageError: the directory cannot be written.
+    """
+    from edge_client.adapters.credentials import create_identity
+
+    return create_identity(state, device_id)
+
+
+def enrol(state: Path, bundle: EnrolmentBundle) -> None:
+    """Takes an enrolment bundle over; doing it again with a newer one keeps ledger and used round ids.
+
+    Raises:
+        CredentialError: the bundle is not for this device, or does not verify.
+        StorageError: the directory cannot be written.
+    """
+    from edge_client.adapters.credentials import save_enrolment
+    from edge_client.adapters.store import DeviceStore
+
+    save_enrolment(state, bundle, now=int(time.time()))
+    # Made now, so that `status` and `privacy` have something to read before the first run.
+    DeviceStore.open(state).close()
+
+
+def set_policy(state: Path, policy: DevicePolicy) -> None:
+    """Writes the owner's policy into a state directory.
+
+    Raises:
+        StorageError: the directory cannot be written.
+    """
+    from edge_client.adapters.credentials import POLICY, save_policy
+    from edge_client.adapters.files import private_directory
+
+    save_policy(private_directory(state) / POLICY, policy)
+
+
+def runtime_name() -> str:
+    """The TensorFlow Lite runtime of this machine, without importing it."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    for name in ("tflite-runtime", "ai-edge-litert"):
+        try:
+            return f"{name} {version(name)}"
+        except PackageNotFoundError:
+            continue
+    return "none"
+
+
+def client_version() -> str:
+    """The version of this client."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("covey")
+    except PackageNotFoundError:
+        return "unknown"
+
+
+# --- commands --------------------------------------------------------------------------------------------
+
+
+def _init(options: argparse.Namespace) -> None:
+    from edge_client.adapters.credentials import REQUEST
+
+    initialise(options.state, options.device_id)
+    cli.say(f"key and signing request of {options.device_id} are in {options.state}")
+    cli.say(f"next: have {options.state / REQUEST} signed by the fleet's operator, then")
+    cli.say(f"      covey-edge enroll --state {options.state} --bundle FILE")
+
+
+def _enroll(options: argparse.Namespace) -> None:
+    from protocol.enrolment import EnrolmentBundle
+
+    try:
+        bundle = EnrolmentBundle.from_bytes(options.bundle.read_bytes())
+    except OSError as error:
+        raise CommandFailed(f"cannot read {options.bundle}: {error.strerror}") from error
+    enrol(options.state, bundle)
+    cli.say(f"{bundle.device_id} is enrolled in the fleet {bundle.fleet}")
+    cli.say(f"next: covey-edge run --state {options.state} --broker URL --data DIR")
+
+
+def _run(options: argparse.Namespace) -> None:
+    from edge_client.adapters.broker_address import BrokerAddress, TlsFiles
+    from edge_client.adapters.credentials import POLICY, load_credentials, load_policy, tls_files
+    from edge_client.adapters.data import NpzDirectory
+    from edge_client.adapters.files import Lock
+    from edge_client.adapters.mqtt import LinkSettings, MqttLink
+    from edge_client.adapters.store import DeviceStore
+    from edge_client.adapters.worker import Worker
+    from edge_client.daemon import Daemon, Inbox, Stop
+    from edge_client.profile import Profile
+
+    _start_logging(options.log_level)
+    credentials = load_credentials(options.state)
+    address = BrokerAddress.parse(options.broker, insecure=options.insecure)
+    if options.policy is not None and not options.policy.is_file():
+        raise CommandFailed(f"there is no policy file {options.policy}")
+    profile = Profile.enrolled(
+        credentials.bundle,
+        credentials.identity,
+        policy=load_policy(options.policy or options.state / POLICY),
+        models=frozenset(options.model) if options.model else None,
+    )
+    own = tls_files(options.state)
+    tls = TlsFiles(options.ca or own.ca, options.cert or own.certificate, options.key or own.key)
+    lock = Lock(options.state / LOCK)
+    give_up = time.monotonic() + LOCK_SECONDS
+    while not lock.acquire():
+        # `status` holds the lock for a moment to see whether somebody runs.
+        if time.monotonic() >= give_up:
+            raise CommandFailed(
+                f"another covey-edge runs on {options.state}: stop it first", cli.EXIT_RUNNING
+            )
+        time.sleep(0.05)
+    inbox = Inbox()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: inbox.put(Stop()))
+    data = NpzDirectory(options.data)
+    link = MqttLink(LinkSettings(profile.device_id, address, tls, options.mqtt_version), sink=inbox.from_link)
+    with DeviceStore.open(options.state) as store:
+        worker = Worker(store.blobs, data, inbox.put)
+        daemon = Daemon(
+            profile,
+            store,
+            link,
+            worker,
+            data,
+            inbox,
+            client_version=client_version(),
+            runtime=runtime_name(),
+        )
+        logging.getLogger("covey.edge").info("started device=%s broker=%s", profile.device_id, address)
+        daemon.run()
+    lock.release()
+    logging.getLogger("covey.edge").info("stopped device=%s", profile.device_id)
+
+
+def _status(options: argparse.Namespace) -> None:
+    from edge_client import report
+
+    status = report.status(options.state, running=_is_running(options.state))
+    cli.say(cli.as_json(status) if options.json else report.status_text(status))
+
+
+def _predict(options: argparse.Namespace) -> None:
+    from edge_client import report
+    from edge_client.adapters.worker import tflite_trainer
+
+    answer = report.predict(options.state, options.input, options.model, tflite_trainer)
+    cli.say(cli.as_json(answer) if options.json else report.prediction_text(answer))
+
+
+def _privacy(options: argparse.Namespace) -> None:
+    from edge_client import report
+
+    ledger = report.privacy(options.state)
+    cli.say(cli.as_json(ledger) if options.json else report.privacy_text(ledger))
+
+
+def _policy(options: argparse.Namespace) -> None:
+    from edge_client.adapters.credentials import POLICY, load_policy
+
+    if options.file is not None:
+        if not options.file.is_file():
+            raise CommandFailed(f"there is no policy file {options.file}")
+        set_policy(options.state, load_policy(options.file))
+    cli.say(load_policy(options.state / POLICY).to_bytes().decode().rstrip())
+
+
+_COMMANDS = {
+    "init": _init,
+    "enroll": _enroll,
+    "run": _run,
+    "status": _status,
+    "predict": _predict,
+    "privacy": _privacy,
+    "policy": _policy,
+}
+
+
+def _is_running(state: Path) -> bool:
+    from edge_client.adapters.files import Lock
+
+    if not (state / LOCK).exists():
+        return False
+    lock = Lock(state / LOCK)
+    free = lock.acquire()
+    lock.release()
+    return not free
+
+
+def _start_logging(level: str) -> None:
+    formatter = logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s", "%Y-%m-%dT%H:%M:%SZ")
+    formatter.converter = time.gmtime
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(formatter)
+    logging.basicConfig(level=level.upper(), handlers=[handler])
+
+
+def _exit_code(error: Exception) -> int:
+    from edge_client.adapters.credentials import CredentialError
+    from edge_client.report import NoModel
+
+    if isinstance(error, CommandFailed):
+        return error.code
+    if isinstance(error, NoModel):
+        return cli.EXIT_NO_MODEL
+    return cli.EXIT_NOT_SET_UP if isinstance(error, CredentialError) else cli.EXIT_FAILED
+
+
+def _expected() -> tuple[type[Exception], ...]:
+    """What a command may raise for a reason that its user can do something about."""
+    from edge_client.adapters.broker_address import InvalidAddress
+    from edge_client.adapters.credentials import CredentialError
+    from edge_client.adapters.files import StorageError
+    from edge_client.policy import InvalidPolicy
+    from edge_client.report import ReportError
+    from edge_client.training import TrainingError
+    from protocol.errors import ProtocolError
+
+    return (
+        CommandFailed,
+        CredentialError,
+        InvalidAddress,
+        InvalidPolicy,
+        ProtocolError,
+        ReportError,
+        StorageError,
+        TrainingError,
+    )
+
+
+def _save_memory() -> None:
+    """Settles, before numpy is loaded, how this process uses memory: a round must not leave it larger."""
+    # Training uses one core; every further thread of a linear algebra library only reserves memory.
+    for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"):
+        os.environ.setdefault(name, "1")
+    import ctypes
+
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return  # not glibc
+    # By default glibc keeps what was freed, by thread, and more of it with every large block (mallopt(3)).
+    for parameter, value in ((_M_ARENA_MAX, 1), (_M_MMAP_THRESHOLD, 65_536), (_M_TRIM_THRESHOLD, 65_536)):
+        mallopt(parameter, value)
+
+
+def main(arguments: Sequence[str] | None = None) -> Any:
+    """The console script `covey-edge`; returns the exit code."""
+    options = cli.parser().parse_args(arguments)
+    _save_memory()
+    os.umask(0o077)
+    try:
+        _COMMANDS[options.command](options)
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
+        if not isinstance(error, _expected()):
+            raise
+        text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        cli.fail(text)
+        return _exit_code(error)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,215 @@
+"""What the device's owner can ask: its state, its ledger, a prediction. Works while `run` runs."""
+
+from __future__ import annotations
+
+import datetime as dt
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from cryptography import x509
+from numpy.typing import NDArray
+
+from edge_client import cli
+from edge_client.adapters.credentials import load_credentials
+from edge_client.adapters.files import StorageError
+from edge_client.adapters.store import DATABASE, DeviceStore
+from edge_client.events import VersionStatus
+from edge_client.training import LocalTrainer
+from models.manifest import ModelManifest
+from models.weights import decode_weights
+
+TrainerFactory = Callable[[ModelManifest, bytes], LocalTrainer]
+
+
+class ReportError(Exception):
+    """A question that cannot be answered like this; the message says what to do."""
+
+
+class NoModel(ReportError):
+    """There is no version to predict with."""
+
+
+def status(state: Path, *, running: bool) -> dict[str, Any]:
+    """What this device is, has and does, ready for JSON.
+
+    Raises:
+        CredentialError: it is not set up.
+        StorageError: its store cannot be read.
+    """
+    bundle = load_credentials(state).bundle
+    certificate = x509.load_der_x509_certificate(bundle.certificate)
+    answer: dict[str, Any] = {
+        "device_id": bundle.device_id,
+        "fleet": bundle.fleet,
+        "running": running,
+        "certificate_expires": certificate.not_valid_after_utc.isoformat(),
+        "models": [],
+        "active_round": None,
+        "recent_rounds": [],
+        "contributions": 0,
+    }
+    if not (state / DATABASE).exists():
+        return answer
+    with DeviceStore.open(state, read_only=True) as store:
+        versions, rounds, ledger = store.versions(), store.rounds(), store.ledger()
+    served = {v.manifest.name: v.manifest.version for v in versions if v.status is VersionStatus.GOOD}
+    answer["models"] = [
+        {
+            "name": version.manifest.name,
+            "version": version.manifest.version,
+            "status": version.status.value,
+            "serving": version.status is VersionStatus.GOOD
+            and served[version.manifest.name] == version.manifest.version,
+            "reason": version.reason,
+        }
+        for version in versions
+    ]
+    answer["recent_rounds"] = [
+        {
+            "round_id": entry.round_id,
+            "joined_at": _time(entry.joined_at),
+            "phase": entry.phase,
+            "outcome": entry.outcome,
+        }
+        for entry in rounds
+    ]
+    answer["active_round"] = next((r for r in answer["recent_rounds"] if r["outcome"] is None), None)
+    answer["contributions"] = len(ledger)
+    return answer
+
+
+def status_text(answer: dict[str, Any]) -> str:
+    """`status` for a person."""
+    active = answer["active_round"]
+    lines = [
+        f"device         {answer['device_id']} in the fleet {answer['fleet']}",
+        f"running        {'yes' if answer['running'] else 'no'}",
+        f"certificate    until {answer['certificate_expires']}",
+        f"round          {active['round_id'] + ', ' + active['phase'] if active else 'none'}",
+        f"contributions  {answer['contributions']}",
+    ]
+    for model in answer["models"]:
+        serving = ", serving" if model["serving"] else ""
+        reason = f" ({model['reason']})" if model["reason"] else ""
+        lines.append(
+            f"model          {model['name']} v{model['version']}: {model['status']}{serving}{reason}"
+        )
+    return "\n".join(lines)
+
+
+def privacy(state: Path) -> dict[str, Any]:
+    """The ledger, ready for JSON.
+
+    Raises:
+        CredentialError: the device is not set up.
+        StorageError: its store cannot be read.
+    """
+    bundle = load_credentials(state).bundle
+    if not (state / DATABASE).exists():
+        return {"device_id": bundle.device_id, "entries": []}
+    with DeviceStore.open(state, read_only=True) as store:
+        entries = [entry.model_dump(mode="json") for entry in store.ledger()]
+    return {"device_id": bundle.device_id, "unit": "device", "entries": entries}
+
+
+def privacy_text(answer: dict[str, Any]) -> str:
+    """`privacy` for a person."""
+    entries = answer["entries"]
+    if not entries:
+        return f"{answer['device_id']} has contributed nothing yet"
+    headings = ("when", "round", "model", "mode", "clip norm", "noise", "in a sum of", "delta")
+    rows = [
+        (
+            _time(entry["at"]),
+            entry["round_id"][:8],
+            f"{entry['model']} v{entry['base_version']}",
+            entry["event"]["mode"],
+            f"{entry['event']['clip_norm']:g}",
+            f"{entry['event']['noise_multiplier']:g}",
+            f"{entry['event']['minimum_survivors']} or more",
+            f"{entry['delta']:g}",
+        )
+        for entry in entries
+    ]
+    total = f"{len(rows)} contributions of {answer['device_id']}; unit of privacy: the device"
+    return f"{cli.table(headings, rows)}\n{total}"
+
+
+def predict(state: Path, path: Path, model: str | None, trainer: TrainerFactory) -> dict[str, Any]:
+    """Class probabilities for the examples in an NPY file, from the last good version.
+
+    Raises:
+        NoModel: no version of the model is good yet.
+        ReportError: the file holds no examples, or several models could be meant.
+        TrainingError: the examples do not fit the model.
+        StorageError: the store cannot be read.
+    """
+    x = _read(path)
+    for attempt in (1, 2):
+        manifest, graph, weights = None, b"", b""
+        try:
+            manifest, graph, weights = _last_good(state, model)
+            break
+        except StorageError:
+            # `run` may have switched versions and deleted the old one's files in between.
+            if attempt == 2:
+                raise
+    assert manifest is not None  # noqa: S101 - the loop ended by `break`
+    examples = x[np.newaxis] if x.shape == manifest.input.shape else x
+    probabilities = trainer(manifest, graph).predict(decode_weights(weights, manifest), examples)
+    return {
+        "model": manifest.name,
+        "version": manifest.version,
+        "predictions": [
+            {
+                "label": manifest.labels[int(row.argmax())],
+                "probability": round(float(row.max()), 6),
+                "probabilities": {
+                    label: round(float(p), 6) for label, p in zip(manifest.labels, row, strict=True)
+                },
+            }
+            for row in probabilities
+        ],
+    }
+
+
+def prediction_text(answer: dict[str, Any]) -> str:
+    """`predict` for a person."""
+    head = f"{answer['model']} v{answer['version']}"
+    rows = [
+        (str(i), item["label"], f"{item['probability']:.3f}") for i, item in enumerate(answer["predictions"])
+    ]
+    return f"{head}\n{cli.table(('example', 'label', 'probability'), rows)}"
+
+
+def _read(path: Path) -> NDArray[np.float32]:
+    try:
+        x = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise ReportError(f"{path} is no NPY file: {error}") from error
+    if not isinstance(x, np.ndarray) or x.dtype.kind not in "fiu":
+        raise ReportError(f"{path} holds no array of numbers")
+    return x.astype(np.float32)
+
+
+def _last_good(state: Path, model: str | None) -> tuple[ModelManifest, bytes, bytes]:
+    load_credentials(state)
+    if not (state / DATABASE).exists():
+        raise NoModel("this device has no model yet: start `covey-edge run`")
+    with DeviceStore.open(state, read_only=True) as store:
+        good = [v.manifest for v in store.versions() if v.status is VersionStatus.GOOD]
+        names = sorted({manifest.name for manifest in good})
+        if model is None and len(names) > 1:
+            raise ReportError(f"this device has several models, choose one by --model: {', '.join(names)}")
+        chosen = [manifest for manifest in good if model in (None, manifest.name)]
+        if not chosen:
+            missing = f"no good version of {model}" if model else "no model"
+            raise NoModel(f"this device has {missing} yet: it comes while `covey-edge run` runs")
+        manifest = max(chosen, key=lambda manifest: manifest.version)
+        return manifest, store.blobs.read(manifest.graph), store.blobs.read(manifest.weights)
+
+
+def _time(seconds: int) -> str:
+    return dt.datetime.fromtimestamp(seconds, dt.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")

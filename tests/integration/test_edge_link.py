@@ -1,0 +1,254 @@
+"""The device's connection on real brokers: birth, will, reconnect, acknowledgement, refused addresses."""
+
+from __future__ import annotations
+
+import queue
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from deploy.broker import BrokerProcess
+from edge_client.adapters.broker_address import BrokerAddress, InvalidAddress, TlsFiles
+from edge_client.adapters.mqtt import (
+    Inbound,
+    LinkDown,
+    LinkEvent,
+    LinkSettings,
+    LinkUp,
+    MqttLink,
+    MqttVersion,
+    backoff,
+    birth,
+)
+from edge_client.policy import DevicePolicy
+from models import zoo
+from protocol.codec import encode
+from protocol.messages import Refusal, RoundEnd
+from tests.edge_broker import Device, Fleet, Hub, command, running, wait_for
+
+ROUND = "a" * 32
+
+
+class Listener:
+    """A link, and what it heard."""
+
+    def __init__(
+        self, broker: BrokerProcess, device_id: str = "barn-1", version: MqttVersion = "auto"
+    ) -> None:
+        self.events: queue.SimpleQueue[LinkEvent] = queue.SimpleQueue()
+        self.full = False
+        settings = LinkSettings(
+            device_id, BrokerAddress.parse(broker.url), version=version, first_delay=0.1, max_delay=0.5
+        )
+        self.link = MqttLink(settings, self._take)
+        self.link.start()
+
+    def _take(self, event: LinkEvent) -> bool:
+        if self.full and isinstance(event, Inbound):
+            return False
+        self.events.put(event)
+        return True
+
+    def next(self, kind: type[LinkEvent], seconds: float = 15.0) -> LinkEvent:
+        deadline = time.monotonic() + seconds
+        while True:
+            event = self.events.get(timeout=max(0.01, deadline - time.monotonic()))
+            if isinstance(event, kind):
+                return event
+
+    def up(self) -> LinkUp:
+        event = self.next(LinkUp)
+        assert isinstance(event, LinkUp)
+        return event
+
+    def inbound(self) -> Inbound:
+        event = self.next(Inbound)
+        assert isinstance(event, Inbound)
+        return event
+
+
+def end(number: int) -> RoundEnd:
+    return RoundEnd(round_id=f"{number:032x}", completed=True)
+
+
+def test_birth_messages_and_goodbye(broker: BrokerProcess) -> None:
+    with Hub(broker) as hub:
+        listener = Listener(broker)
+        up = listener.up()
+        assert up.version == ("5" if broker.kind == "mosquitto" else "3.1.1")
+        assert listener.link.send("status", birth(up.session, {"watch": 3}, "0.1", "none"), retain=True)
+        wait_for(lambda: hub.serving("barn-1") == {"watch": 3}, 10)
+        hub.send("barn-1", end(1))
+        inbound = listener.inbound()
+        assert inbound.topic == "covey/v1/dev/barn-1/down/msg" and inbound.frame == encode(end(1))
+        inbound.acknowledge()
+        hub.send("barn-2", end(2))
+        listener.link.stop()
+        wait_for(lambda: not hub.online("barn-1"), 10)
+        last = hub.last_status("barn-1")
+        assert last is not None and last.session == up.session and not last.online
+        assert not listener.link.send("msg", b"")
+        assert all(not isinstance(event, Inbound) for event in drain(listener))
+
+
+def drain(listener: Listener) -> list[LinkEvent]:
+    events = []
+    while not listener.events.empty():
+        events.append(listener.events.get())
+    return events
+
+
+def test_a_killed_broker_is_reconnected_with_a_new_session(broker: BrokerProcess) -> None:
+    listener = Listener(broker)
+    try:
+        first = listener.up()
+        broker.kill()
+        listener.next(LinkDown)
+        assert not listener.link.send("msg", b"x")
+        broker.restart()
+        second = listener.up()
+        assert second.session != first.session
+        with Hub(broker) as hub:
+            frame = birth(second.session, {}, "0", "")
+            wait_for(lambda: listener.link.send("status", frame, retain=True), 5)
+            wait_for(lambda: hub.online("barn-1"), 10)
+            hub.send("barn-1", end(1))
+            listener.inbound().acknowledge()
+    finally:
+        listener.link.stop()
+
+
+def test_what_was_not_acknowledged_comes_again(mosquitto: BrokerProcess) -> None:
+    listener = Listener(mosquitto)
+    with Hub(mosquitto) as hub:
+        listener.up()
+        for number in range(3):
+            hub.send("barn-1", end(number))
+        listener.inbound().acknowledge()
+        stale = listener.inbound()
+        listener.full = True  # the third is not even taken
+        time.sleep(0.3)
+        listener.link.stop()
+        again = Listener(mosquitto)
+        try:
+            again.up()
+            assert [again.inbound().frame for _ in range(2)] == [encode(end(1)), encode(end(2))]
+            stale.acknowledge()  # of a connection that is gone: without effect
+        finally:
+            again.link.stop()
+
+
+@pytest.mark.parametrize(("version", "said"), [("5", "5"), ("3.1.1", "3.1.1")])
+def test_a_version_can_be_chosen(mosquitto: BrokerProcess, version: MqttVersion, said: str) -> None:
+    listener = Listener(mosquitto, version=version)
+    assert listener.up().version == said
+    listener.link.stop()
+
+
+def test_a_silent_port_is_given_up_and_tried_again() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        events: queue.SimpleQueue[LinkEvent] = queue.SimpleQueue()
+        address = BrokerAddress("127.0.0.1", server.getsockname()[1], tls=False)
+        link = MqttLink(
+            LinkSettings("barn-1", address, version="5", first_delay=0.05, max_delay=0.1),
+            lambda event: events.put(event) is None,
+        )
+        link.start()
+        server.settimeout(10)
+        for _ in range(2):
+            connection, _ = server.accept()
+            with connection:
+                connection.settimeout(5)
+                assert connection.recv(1)[0] == 0x10  # CONNECT
+        link.stop()
+        assert events.empty()
+
+
+def test_delays_grow_with_jitter_and_stay_bounded() -> None:
+    for failures in range(30):
+        ceiling = min(60.0, 0.5 * 2.0 ** min(failures, 16))
+        delays = [backoff(failures, 0.5, 60.0) for _ in range(50)]
+        assert all(ceiling / 2 <= delay <= ceiling for delay in delays) and len(set(delays)) > 10
+
+
+def test_addresses() -> None:
+    assert str(BrokerAddress.parse("mqtts://hub.example")) == "mqtts://hub.example:8883"
+    assert str(BrokerAddress.parse("mqtt://127.0.0.5:99")) == "mqtt://127.0.0.5:99"
+    assert BrokerAddress.parse("mqtt://[::1]").loopback and BrokerAddress.parse("mqtt://localhost").loopback
+    assert BrokerAddress.parse("mqtt://10.0.0.1", insecure=True).host == "10.0.0.1"
+    for url in (
+        "mqtt://hub.example",
+        "mqtt://10.0.0.1",
+        "mqtt://localhost.evil.example",
+        "http://localhost",
+        "localhost:1883",
+        "mqtts://",
+        "mqtts://user:word@hub",
+        "mqtts://hub/path",
+        "mqtts://hub:port",
+        "mqtts://hub:99999",
+        "mqtts://hub?x=1",
+    ):
+        with pytest.raises(InvalidAddress):
+            BrokerAddress.parse(url)
+
+
+def test_tls_files_that_are_missing_say_so(tmp_path: Path) -> None:
+    settings = LinkSettings(
+        "barn-1",
+        BrokerAddress.parse("mqtts://hub.example"),
+        TlsFiles(tmp_path / "ca.pem", tmp_path / "certificate.pem", tmp_path / "identity.pem"),
+    )
+    with pytest.raises(InvalidAddress, match=r"ca\.pem"):
+        MqttLink(settings, lambda _: True)
+
+
+# --- whole processes -------------------------------------------------------------------------------------
+
+
+def test_a_device_shrugs_off_garbage_and_leaves_a_will(mosquitto: BrokerProcess, tmp_path: Path) -> None:
+    fleet, watch = Fleet(tmp_path), zoo.load("watch")
+    device = Device(fleet.enrolled("barn-1", DevicePolicy()), fleet.data("barn-1", watch.manifest), mosquitto)
+    with Hub(mosquitto) as hub, running(device):
+        wait_for(lambda: hub.online("barn-1"), 30)
+        for frame in (b"", b"\x00", b"\xff" * 5000, b"\x02\x00\x00\x00{}", encode(end(1)) + b"tail"):
+            hub.send_raw("barn-1", frame)
+        wait_for(lambda: "count=5" in device.log.read_text(), 10, "the count of malformed messages")
+        device.kill()
+        wait_for(lambda: not hub.online("barn-1"), 60, "the will")
+        device.start()
+        wait_for(lambda: hub.online("barn-1"), 30)
+
+        second = subprocess.run(
+            command("run", "--state", device.state, "--broker", mosquitto.url, "--data", tmp_path),
+            capture_output=True,
+            text=True,
+            timeout=30,
+            check=False,
+        )
+        assert second.returncode == 4 and "another covey-edge runs" in second.stderr
+        assert device.stop() == 0
+        wait_for(lambda: not hub.online("barn-1"), 10)
+
+
+def test_a_device_without_data_refuses_rounds_and_still_follows_models(
+    mosquitto: BrokerProcess, tmp_path: Path
+) -> None:
+    fleet, watch = Fleet(tmp_path), zoo.load("watch")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    device = Device(fleet.enrolled("barn-1", DevicePolicy()), empty, mosquitto)
+    with Hub(mosquitto) as hub, running(device):
+        from models.weights import encode_weights
+        from tests.integration.test_edge_rounds import Round
+
+        weights = encode_weights(watch.weights.copy())
+        hub.publish(watch.manifest, watch.graph, weights, fleet.operator)
+        wait_for(lambda: hub.serving("barn-1") == {"watch": 1}, 30)
+        Round(hub, fleet, ["barn-1"]).ask()
+        device_id, message, _ = hub.heard.get(timeout=10)
+        assert device_id == "barn-1" and isinstance(message, Refusal)
+        assert message.code == "cohort-too-small" and "minimum_cohort is 5" in message.detail

@@ -1,0 +1,200 @@
+"""The command line: help, exit codes, and errors that say what to do."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from edge_client.adapters.data import NpzDirectory
+from edge_client.adapters.store import DeviceStore
+from edge_client.adapters.worker import Worker, fault_of
+from edge_client.events import (
+    Event,
+    SaveVersion,
+    StoreChunk,
+    TestVersion,
+    Train,
+    TrainingFinished,
+    VersionStatus,
+    VersionTested,
+    WorkFailed,
+)
+from edge_client.main import main
+from edge_client.training import TrainingConfig
+from models import zoo
+from models.examples import InvalidExamples
+from models.weights import encode_weights
+from protocol.identity import SignedDocument
+from protocol.plan import MODEL_KIND
+from protocol.transfer import chunks
+from tests.edge_broker import Fleet
+from tests.edge_fleet import OPERATOR, PERMISSIVE, manifest
+
+WATCH = zoo.load("watch")
+
+
+def run(*arguments: object) -> int:
+    return int(main([str(argument) for argument in arguments]))
+
+
+def install_watch(state: Path, version: int = 1) -> None:
+    """Puts the bundled watch model into a device's store, as `run` would."""
+    model = WATCH.manifest.model_copy(update={"version": version})
+    document = SignedDocument.create(OPERATOR, MODEL_KIND, model.to_bytes())
+    with DeviceStore.open(state) as store:
+        for blob, data in ((model.graph, WATCH.graph), (model.weights, encode_weights(WATCH.weights.copy()))):
+            for chunk, body in chunks(blob, data, range(10)):
+                store.apply([StoreChunk(blob, chunk.index, body)])
+            assert store.blobs.find(blob).complete
+        store.apply([SaveVersion(document, model, VersionStatus.GOOD)])
+
+
+def test_help_has_examples(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (["--help"], *([name, "--help"] for name in ("init", "enroll", "run", "status"))):
+        with pytest.raises(SystemExit) as stop:
+            main(arguments)
+        assert stop.value.code == 0
+        assert "covey-edge" in capsys.readouterr().out.split("example", 1)[-1]
+    with pytest.raises(SystemExit) as stop:
+        main(["dance"])
+    assert stop.value.code == 2
+
+
+def test_the_way_from_nothing_to_enrolled(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    state, fleet = tmp_path / "state", Fleet(tmp_path)
+    for command in ("status", "privacy", "predict"):
+        extra = ["--input", tmp_path / "x.npy"] if command == "predict" else []
+        np.save(tmp_path / "x.npy", np.zeros(3))
+        assert run(command, "--state", state, *extra) == 3
+        assert "covey-edge init" in capsys.readouterr().err
+    assert run("init", "--state", state, "--device-id", "Barn") == 3
+    assert run("init", "--state", state, "--device-id", "barn-1") == 0
+    assert run("init", "--state", state, "--device-id", "barn-1") == 0
+    capsys.readouterr()
+    assert run("run", "--state", state, "--broker", "mqtt://127.0.0.1", "--data", tmp_path) == 3
+    assert "covey-edge enroll" in capsys.readouterr().err
+    bundle = tmp_path / "bundle.json"
+    assert run("enroll", "--state", state, "--bundle", bundle) == 1
+    bundle.write_text("{}")
+    assert run("enroll", "--state", state, "--bundle", bundle) == 1
+    bundle.write_bytes(fleet.bundle((state / "device.csr").read_bytes(), "barn-1").to_bytes())
+    for _ in range(2):
+        assert run("enroll", "--state", state, "--bundle", bundle) == 0
+    capsys.readouterr()
+    assert run("status", "--state", state, "--json") == 0
+    status = json.loads(capsys.readouterr().out)
+    assert (status["device_id"], status["fleet"], status["running"]) == ("barn-1", "barn", False)
+    assert run("status", "--state", state) == 0 and run("privacy", "--state", state) == 0
+    assert "has contributed nothing yet" in capsys.readouterr().out
+    assert run("predict", "--state", state, "--input", tmp_path / "x.npy") == 5
+    assert run("run", "--state", state, "--broker", "mqtt://hub.example", "--data", tmp_path) == 1
+    assert "--insecure" in capsys.readouterr().err
+
+
+def test_predictions_come_from_the_last_good_version(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = Fleet(tmp_path).enrolled("barn-1", PERMISSIVE)
+    install_watch(state)
+    install_watch(state, 2)
+    np.save(tmp_path / "one.npy", np.zeros((100, 6)))
+    np.save(tmp_path / "many.npy", np.ones((3, 100, 6), np.int16))
+    np.save(tmp_path / "wrong.npy", np.zeros((2, 3)))
+    np.save(tmp_path / "words.npy", np.array(["a"]))
+    for name, count in (("one", 1), ("many", 3)):
+        assert run("predict", "--state", state, "--input", tmp_path / f"{name}.npy", "--json") == 0
+        answer = json.loads(capsys.readouterr().out)
+        assert answer["version"] == 2 and len(answer["predictions"]) == count
+        first = answer["predictions"][0]
+        assert sum(first["probabilities"].values()) == pytest.approx(1, abs=1e-4)
+        assert first["label"] == max(first["probabilities"], key=first["probabilities"].get)
+    assert run("predict", "--state", state, "--input", tmp_path / "one.npy", "--model", "watch") == 0
+    assert "watch v2" in capsys.readouterr().out
+    for name in ("wrong", "words", "missing"):
+        assert run("predict", "--state", state, "--input", tmp_path / f"{name}.npy") == 1
+    assert run("predict", "--state", state, "--input", tmp_path / "one.npy", "--model", "digits") == 5
+
+
+def test_the_policy_is_shown_and_installed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    state = tmp_path / "state"
+    assert run("policy", "--state", state) == 0
+    assert json.loads(capsys.readouterr().out)["minimum_cohort"] == 5
+    (tmp_path / "strict.json").write_text('{"minimum_cohort": 50}')
+    assert run("policy", "--state", state, "--file", tmp_path / "strict.json") == 0
+    assert run("policy", "--state", state) == 0
+    assert '"minimum_cohort": 50' in capsys.readouterr().out
+    (tmp_path / "strict.json").write_text('{"minimum_cohort": 1}')
+    assert run("policy", "--state", state, "--file", tmp_path / "strict.json") == 1
+    assert "minimum_cohort" in capsys.readouterr().err
+
+
+def test_a_device_never_imports_what_it_must_not() -> None:
+    code = (
+        "import sys, edge_client.main, edge_client.daemon, edge_client.report, edge_client.adapters.tflite;"
+        "banned = {'tensorflow', 'aggregator', 'deploy', 'dp_accounting', 'scipy', 'rich', 'typer'};"
+        "print(sorted(banned & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+# --- data and worker ---------------------------------------------------------------------------------------
+
+
+def test_a_data_directory_is_checked_before_anything_is_trained(tmp_path: Path) -> None:
+    source = NpzDirectory(tmp_path / "data")
+    assert (fault := source.fault()) is not None and fault.code == "no-data"
+    (tmp_path / "data").mkdir()
+    assert (fault := source.fault()) is not None and fault.code == "no-data"
+    with pytest.raises(InvalidExamples, match="no examples"):
+        source.load(manifest())
+    good = {"x": np.zeros((4, 3), np.float32), "y": np.array([0, 1, 0, 1], np.int32)}
+    path = tmp_path / "data" / "a.npz"
+    bad = [
+        good | {"x": np.zeros((4, 2), np.float32)},
+        good | {"x": np.zeros((4, 3))},
+        good | {"y": np.array([0, 1, 2, 0], np.int32)},
+        good | {"y": np.array([0, -1, 0, 0], np.int32)},
+        good | {"x": np.full((4, 3), np.nan, np.float32)},
+        {"x": good["x"]},
+        good | {"x": np.array([object()] * 4)},
+    ]
+    for arrays in bad:
+        np.savez(path, **arrays)
+        with pytest.raises(InvalidExamples, match=r"a\.npz"):
+            source.load(manifest())
+    path.write_bytes(b"PK not a zip file")
+    with pytest.raises(InvalidExamples):
+        source.load(manifest())
+    np.savez(path, **good)
+    np.savez(tmp_path / "data" / "b.npz", **good)
+    assert source.fault() is None and len(source.load(manifest())) == 8
+
+
+def test_the_worker_turns_every_failure_into_a_fault(tmp_path: Path) -> None:
+    fleet = Fleet(tmp_path)
+    state = fleet.enrolled("barn-1", PERMISSIVE)
+    install_watch(state)
+    data = fleet.data("barn-1", WATCH.manifest)
+    events: list[Event] = []
+    with DeviceStore.open(state) as store:
+        worker = Worker(store.blobs, NpzDirectory(data), events.append)
+        train = Train("a" * 32, WATCH.manifest, TrainingConfig(1, 0.05))
+        diverging = Train("b" * 32, WATCH.manifest, TrainingConfig(3, 1e30))
+        missing = Train("c" * 32, manifest(), TrainingConfig(1, 0.05))
+        worker.start()
+        for job in (TestVersion("d" * 64, WATCH.manifest), train, diverging, missing, train):
+            worker.submit(job)
+        worker.stop(60.0)
+    kinds = [type(event) for event in events]
+    assert kinds == [VersionTested, TrainingFinished, WorkFailed, WorkFailed, TrainingFinished]
+    assert isinstance(events[0], VersionTested) and events[0].fault is None
+    faults = [event.fault for event in events if isinstance(event, WorkFailed)]
+    assert [fault.code for fault in faults] == ["non-finite-update", "storage"]
+    # What an unexpected error says might hold data: only its type goes out.
+    assert fault_of(RuntimeError("x = [1, 2, 3]")).detail == "RuntimeError"
