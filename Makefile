@@ -8,6 +8,8 @@ MAKEFLAGS += --no-print-directory
 
 VENV ?= .venv
 VENV_313 ?= .venv313
+VENV_PEERS ?= .venv-peers
+BENCH ?= secagg
 ARGS ?=
 PYTEST_ARGS ?=
 
@@ -34,10 +36,11 @@ APT := DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recomm
 TEST_PACKAGES := mosquitto
 SLOW_PACKAGES := chromium
 
-.PHONY: help demo test test-slow test-313 test-all lint format setup setup-dev debian debian-slow clean
+.PHONY: help demo test test-slow test-313 test-all lint format bench bench-peers setup setup-dev \
+	debian debian-slow clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 	@echo '  options: make demo ARGS="--devices 6 --rounds 5"   PYTHON=python3.13 make demo   make test PYTEST_ARGS="-k broker"'
 
 demo: $(STAMP)-demo  ## set up, then let ten watches train one model: `covey demo $(ARGS)`
@@ -70,11 +73,16 @@ format: $(STAMP)-dev  ## rewrite the code in the house style
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
+bench: $(STAMP)-dev bench-peers  ## run benchmarks/$(BENCH).py beside its peers: make bench BENCH=secagg ARGS="--json FILE"
+	@$(BIN)/python benchmarks/$(BENCH).py $(ARGS)
+
+bench-peers: $(VENV_PEERS)/.covey-peers  ## only install what we are measured against, apart from everything else
+
 setup: $(STAMP)-demo  ## only install what the demo needs
 setup-dev: $(STAMP)-dev  ## only install what developers need
 
 clean:  ## remove environments, caches and reports
-	rm -rf .venv $(VENV) .venv313 $(VENV_313) demo-report build *.egg-info
+	rm -rf .venv $(VENV) .venv313 $(VENV_313) .venv-peers $(VENV_PEERS) demo-report build *.egg-info
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find protocol models edge_client aggregator deploy tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
 
@@ -109,6 +117,12 @@ $(VENV_313)/.covey-device: pyproject.toml
 	@echo "installing the device's packages into $(VENV_313)"
 	@"$(PYTHON_313)" -m venv "$(VENV_313)"
 	@$(VENV_313)/bin/python $(PIP_INSTALL) -e . 'pytest>=8' 'pytest-timeout>=2.3' 'hypothesis>=6.100'
+	@touch $@
+
+$(VENV_PEERS)/.covey-peers: benchmarks/requirements-peers.txt | $(STAMP)-venv
+	@echo "installing the peers of the benchmarks into $(VENV_PEERS)"
+	@"$(PYTHON)" -m venv --clear "$(VENV_PEERS)"
+	@$(VENV_PEERS)/bin/python $(PIP_INSTALL) -r benchmarks/requirements-peers.txt
 	@touch $@
 
 # Tests that miss a program are skipped, so without root the rest still runs.

@@ -1,0 +1,37 @@
+"""Counts of the work of a round, from n, k, t and d alone: they are the same on every machine."""
+
+from __future__ import annotations
+
+from benchmarks.secagg_case import Case
+
+
+def counts(case: Case, masks: int) -> dict[str, int]:
+    """Operations of one client and of the server.
+
+    Products in GF(2^256 + 297): those of two field elements and those of an element with a small number are
+    counted alike. An X25519 operation is one scalar multiplication; preparing a private key is one as well.
+
+    Args:
+        case: which round.
+        masks: keystreams that the server takes off.
+    """
+    graph, n = case.graph, case.n
+    near, survivors = graph.degree, len(case.survivors)
+    dropouts = n - survivors
+    holders = near + graph.complete
+    # Share-holders who answer, for an average secret; weights are made once where all secrets share them.
+    answers = survivors if graph.complete else round(near * survivors / n)
+    distinct = 1 if graph.complete else n
+    weights = answers * answers + 3 * answers
+    recovery = answers * (2 + answers - graph.threshold)
+    return {
+        "client: keystream bytes": 4 * case.d * (near + 1),
+        "client: field products": 2 * holders * (graph.threshold - 1),
+        "client: X25519": 2 + 3 + 3 * near,
+        "client: Ed25519 signatures": 2,
+        "client: Ed25519 verifications": 2 * near + graph.threshold - graph.complete,
+        "server: keystream bytes": 4 * case.d * masks,
+        "server: field products": n * recovery + distinct * weights,
+        "server: X25519": masks - survivors + 3 * dropouts,
+        "server: Ed25519 verifications": 2 * n + survivors,
+    }

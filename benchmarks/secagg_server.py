@@ -1,0 +1,171 @@
+"""The measured server of `benchmarks/secagg.py`: the real machine in a process of its own.
+
+It gets the frames that devices send and answers with the frames that it would send, so that its CPU time and
+its memory are its own. Nothing in here stands in for anything.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from protocol import ring
+from protocol.codec import decode_from_device, encode
+from protocol.secagg import server
+from protocol.secagg.certificates import CertificateCache
+from protocol.secagg.masking import PARALLEL_WORDS, remove_masks
+from protocol.secagg.packing import SlicePacker
+from protocol.secagg.prg import SLICE_WORDS
+from protocol.secagg.server_state import Failed, Recovered, ServerContext, ServerState
+
+CODEC = "frames to messages and back"
+NOW = 1_800_000_000
+
+_PARTS = {
+    "advertise-keys": "verify check-ins",
+    "share-keys": "take and route shares",
+    "consistency-signature": "verify signatures",
+    "unmasking-shares": "take unmasking shares",
+}
+_CLOSES = {
+    "Advertising": "roster and graph",
+    "Sharing": "take and route shares",
+    "Unmasking": "recover secrets",
+}
+
+
+@dataclass
+class Report:
+    """CPU seconds by part, and what it took."""
+
+    parts: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    peak_bytes: int = 0
+    masks: int = 0
+    parallel_wall_s: float | None = None
+
+    def fastest(self, other: Report) -> Report:
+        """The less of each part, of two runs of one round; the larger peak."""
+        parts = {part: min(seconds, other.parts[part]) for part, seconds in self.parts.items()}
+        walls = [wall for wall in (self.parallel_wall_s, other.parallel_wall_s) if wall is not None]
+        return Report(
+            parts, max(self.peak_bytes, other.peak_bytes), self.masks, min(walls) if walls else None
+        )
+
+    @property
+    def cpu_s(self) -> float:
+        """All parts but the codec, which neither the floor nor the peer has."""
+        return sum(seconds for part, seconds in self.parts.items() if part != CODEC)
+
+
+def peak_bytes() -> int:
+    """The largest resident set that this process ever had (Linux)."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return 1024 * int(line.split()[1])
+    raise OSError("no VmHWM on this system")
+
+
+@contextmanager
+def _timed(report: Report, part: str) -> Iterator[None]:
+    start = time.thread_time()
+    yield
+    report.parts[part] += time.thread_time() - start
+
+
+def serve(
+    connection: Connection, context: ServerContext, length: int, bits: int, repeats: int, workers: int
+) -> None:
+    """Runs one round by the commands that come; the last one is answered with a Report."""
+    report, certificates = Report(), CertificateCache()
+    state: ServerState = server.begin(context)
+    total, packer = np.zeros(length, np.uint32), SlicePacker(bits)
+    while True:
+        command, *arguments = connection.recv()
+        if command == "message":
+            device_id, frame = arguments
+            with _timed(report, CODEC):
+                message, _ = decode_from_device(frame)
+            with _timed(report, _PARTS[message.type]):
+                state = server.handle(state, server.Received(device_id, message, NOW, certificates))  # type: ignore[arg-type]
+        elif command == "request":
+            with _timed(report, "take and route shares"):
+                answer = server.request(state, arguments[0])
+            assert answer is not None
+            with _timed(report, CODEC):
+                frame = encode(answer)
+            connection.send(frame if arguments[1] else None)
+        elif command == "input":
+            start, packed = arguments
+            with _timed(report, "unpack and add inputs"):
+                packer.add(total[start : start + SLICE_WORDS], packed)
+        elif command == "stored":
+            with _timed(report, "unpack and add inputs"):
+                state = server.handle(state, server.InputStored(arguments[0]))
+        elif command == "close":
+            with _timed(report, _CLOSES.get(type(state).__name__, "check quorums")):
+                state = server.handle(state, server.ClosePhase())
+            if isinstance(state, Failed):
+                raise RuntimeError(f"{state.code}: {state.detail}")
+        else:
+            assert isinstance(state, Recovered), "the round is not over"
+            assert not state.misbehaved, "an honest client was blamed"
+            _finish(connection, report, state, total, bits, repeats, workers)
+            return
+
+
+def _finish(
+    connection: Connection,
+    report: Report,
+    state: Recovered,
+    total: NDArray[np.uint32],
+    bits: int,
+    repeats: int,
+    workers: int,
+) -> None:
+    report.masks = len(state.masks)
+    best = float("inf")
+    for again in range(repeats):
+        vector = total if again == repeats - 1 else total.copy()
+        worth = len(total) * len(state.masks) >= PARALLEL_WORDS
+        if again == repeats - 1 and workers > 1 and worth:
+            report.parallel_wall_s, in_workers = _on_several_cores(total.copy(), state, workers)
+            report.peak_bytes += in_workers
+        start = time.thread_time()
+        remove_masks(vector, state.masks)
+        np.bitwise_and(vector, np.uint32(ring.modulus_mask(bits)), out=vector)
+        best = min(best, time.thread_time() - start)
+        del vector
+    report.parts["remove masks"] = best
+    report.peak_bytes += peak_bytes()
+    report.parts = dict(report.parts)
+    connection.send((report, total.tobytes()))
+
+
+def _on_several_cores(vector: NDArray[np.uint32], state: Recovered, workers: int) -> tuple[float, int]:
+    """Wall time of the same work in `workers` processes that are up already, and their peak memory."""
+    executor: Executor
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as executor:
+        list(executor.map(_warm, range(workers)))
+        start = time.perf_counter()
+        remove_masks(vector, state.masks, executor, workers)
+        wall = time.perf_counter() - start
+        return wall, sum(executor.map(_peak_later, range(workers)))
+
+
+def _warm(_: int) -> None:
+    time.sleep(0.5)  # so that every process gets one of these
+
+
+def _peak_later(_: int) -> int:
+    time.sleep(0.2)
+    return peak_bytes()
