@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import datetime as dt
+import getpass
+import ipaddress
 import queue
 import socket
+import ssl
 import subprocess
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from deploy.broker import BrokerProcess
+from deploy.broker import BrokerProcess, find_mosquitto
 from edge_client.adapters.broker_address import BrokerAddress, InvalidAddress, TlsFiles
+from edge_client.adapters.credentials import tls_files
 from edge_client.adapters.mqtt import (
     Inbound,
     LinkDown,
@@ -25,9 +36,11 @@ from edge_client.adapters.mqtt import (
 )
 from edge_client.policy import DevicePolicy
 from models import zoo
+from models.weights import encode_weights
 from protocol.codec import encode
 from protocol.messages import Refusal, RoundEnd
 from tests.edge_broker import Device, Fleet, Hub, command, running, wait_for
+from tests.integration.test_edge_rounds import Round
 
 ROUND = "a" * 32
 
@@ -206,6 +219,92 @@ def test_tls_files_that_are_missing_say_so(tmp_path: Path) -> None:
         MqttLink(settings, lambda _: True)
 
 
+def server_certificate(fleet: Fleet, directory: Path) -> tuple[Path, Path]:
+    """A broker's certificate for 127.0.0.1, from the fleet's CA."""
+    key = Ed25519PrivateKey.generate()
+    now = dt.datetime.now(dt.UTC)
+    issuer = x509.load_der_x509_certificate(fleet.ca)
+    certificate = (
+        x509.CertificateBuilder()
+        .subject_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "hub")]))
+        .issuer_name(issuer.subject)
+        .public_key(key.public_key())
+        .serial_number(99)
+        .not_valid_before(now - dt.timedelta(hours=1))
+        .not_valid_after(now + dt.timedelta(days=1))
+        .add_extension(
+            x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), critical=False
+        )
+        .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
+        .sign(fleet.ca_key, algorithm=None)
+    )
+    paths = directory / "hub.pem", directory / "hub-key.pem"
+    paths[0].write_bytes(certificate.public_bytes(Encoding.PEM))
+    paths[1].write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    return paths
+
+
+@contextmanager
+def tls_broker(fleet: Fleet, directory: Path, *certificate: Path) -> Iterator[int]:
+    """A mosquitto that takes the fleet's devices only, by mutual TLS; yields its port."""
+    program = find_mosquitto()
+    if program is None:
+        pytest.skip("mosquitto is not installed")
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = int(probe.getsockname()[1])
+    (directory / "fleet-ca.pem").write_text(ssl.DER_cert_to_PEM_cert(fleet.ca))
+    configuration = directory / "mosquitto.conf"
+    configuration.write_text(
+        f"listener {port} 127.0.0.1\nuser {getpass.getuser()}\nallow_anonymous true\n"
+        f"cafile {directory / 'fleet-ca.pem'}\ncertfile {certificate[0]}\nkeyfile {certificate[1]}\n"
+        "require_certificate true\nuse_identity_as_username true\n"
+    )
+    with subprocess.Popen([program, "-c", configuration], stderr=subprocess.DEVNULL) as process:
+        try:
+            wait_for(lambda: _listens(port), 10)
+            yield port
+        finally:
+            process.terminate()
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+# paho leaves the socket of a failed handshake to the garbage collector.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.filterwarnings("ignore:unclosed <ssl.SSLSocket:ResourceWarning")
+def test_mutual_tls_with_the_identity_that_signs_rounds(tmp_path: Path) -> None:
+    fleet = Fleet(tmp_path)
+    state = fleet.enrolled("barn-1", DevicePolicy())
+    with tls_broker(fleet, tmp_path, *server_certificate(fleet, tmp_path)) as port:
+
+        def attempt(files: TlsFiles, seconds: float) -> LinkUp | None:
+            events: queue.SimpleQueue[LinkEvent] = queue.SimpleQueue()
+            address = BrokerAddress.parse(f"mqtts://127.0.0.1:{port}")
+            settings = LinkSettings("barn-1", address, files, first_delay=0.1, max_delay=0.2)
+            link = MqttLink(settings, lambda event: events.put(event) is None)
+            link.start()
+            try:
+                event = events.get(timeout=seconds)
+            except queue.Empty:
+                return None
+            finally:
+                link.stop()
+            return event if isinstance(event, LinkUp) else None
+
+        own = tls_files(state)
+        up = attempt(own, 10)
+        assert up is not None and up.version == "5"
+        # A broker that shows a device's certificate, or one of another CA, is not the fleet's.
+        stranger = Fleet(tmp_path / "other")
+        stranger.directory.mkdir()
+        foreign = tls_files(stranger.enrolled("barn-1", DevicePolicy()))
+        assert attempt(TlsFiles(foreign.ca, own.certificate, own.key), 1.0) is None
+        assert attempt(TlsFiles(own.ca, foreign.certificate, foreign.key), 1.0) is None
+
+
 # --- whole processes -------------------------------------------------------------------------------------
 
 
@@ -242,9 +341,6 @@ def test_a_device_without_data_refuses_rounds_and_still_follows_models(
     empty.mkdir()
     device = Device(fleet.enrolled("barn-1", DevicePolicy()), empty, mosquitto)
     with Hub(mosquitto) as hub, running(device):
-        from models.weights import encode_weights
-        from tests.integration.test_edge_rounds import Round
-
         weights = encode_weights(watch.weights.copy())
         hub.publish(watch.manifest, watch.graph, weights, fleet.operator)
         wait_for(lambda: hub.serving("barn-1") == {"watch": 1}, 30)
