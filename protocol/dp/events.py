@@ -1,7 +1,7 @@
 """What a round spent: a record for the transcript, from which anybody can re-compute the ledger.
 
 An event says what happened and never what it costs; costing is the accountant's business
-(`aggregator.privacy`), as in `dp_accounting`.
+(`protocol.dp.accounting`, `aggregator.privacy`), as in `dp_accounting`.
 """
 
 from __future__ import annotations

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 pytest.importorskip("dp_accounting")
 
-from aggregator.privacy import ORDERS, account, renyi_divergence
+from aggregator.privacy import account
+from protocol.dp.divergence import ORDERS, renyi_divergence
 from protocol.dp.events import DPEvent, Mechanism
 from protocol.dp.parameters import PrivacyMode
 

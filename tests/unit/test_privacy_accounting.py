@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import math
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -17,12 +19,15 @@ from aggregator.privacy import (  # noqa: E402
     NoiseUnsolvable,
     account,
     check_budget,
-    discrete_gaussian_sum_divergence,
     gaussian_reference,
+    solve_noise_multiplier,
+)
+from protocol.dp.accounting import spend  # noqa: E402
+from protocol.dp.divergence import (  # noqa: E402
+    discrete_gaussian_sum_divergence,
     renyi_divergence,
     skellam_curvature,
     skellam_divergence,
-    solve_noise_multiplier,
 )
 from protocol.dp.errors import InvalidParameters, RingTooNarrow  # noqa: E402
 from protocol.dp.events import DPEvent, Mechanism, event_for  # noqa: E402
@@ -288,3 +293,26 @@ def test_an_unknown_mechanism_is_never_cheap() -> None:
     assert event.mechanism is Mechanism.SKELLAM
     none = event_for(encoding(privacy(mode=PrivacyMode.NONE, noise_multiplier=0.0)), 10)
     assert account([event] * 3 + [none], 1e-5).epsilon == math.inf
+
+
+@pytest.mark.parametrize("noise", list(NoiseDistribution))
+@pytest.mark.parametrize("mode", [PrivacyMode.DISTRIBUTED, PrivacyMode.CENTRAL])
+@pytest.mark.parametrize(("z", "rounds"), [(0.3, 1), (1.0, 10), (8.0, 500), (300.0, 2)])
+def test_the_device_reckons_what_the_library_does(
+    noise: NoiseDistribution, mode: PrivacyMode, z: float, rounds: int
+) -> None:
+    """The device's accountant has no library; over every regime of epsilon both give the same figure."""
+    event = event_for(encoding(privacy(noise_multiplier=z, noise=noise, mode=mode, bits=28)), 10)
+    for delta in (1e-8, 1e-5, 0.1):
+        ours, library = spend({event: rounds}, delta), account([event] * rounds, delta)
+        assert ours.epsilon == pytest.approx(library.epsilon, rel=1e-9)
+        assert ours.sampler_included == library.sampler_included
+        assert (ours.rounds, ours.delta) == (library.rounds, library.delta)
+
+
+def test_the_device_reckons_without_the_library() -> None:
+    code = (
+        "import sys; import protocol.dp.accounting;"
+        "sys.exit(any(name.split('.')[0] in ('scipy', 'dp_accounting') for name in sys.modules))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,98 @@
+"""The aggregator's accountant: our events, composed and converted by `dp_accounting`.
+
+A single discrete Gaussian is the library's zCDP event. Sums of discrete Gaussians and Skellam noise it lacks;
+their curves are in `protocol.dp.divergence`. No amplification by sampling is ever assumed for these: devices
+that check in when they can are no Poisson sample.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import dp_accounting
+import numpy as np
+from dp_accounting import pld, rdp
+
+from protocol.dp.accounting import Spent, spent_by
+from protocol.dp.divergence import ORDERS, renyi_curve
+from protocol.dp.events import DPEvent, Mechanism
+
+
+@dataclass(frozen=True)
+class RingDpEvent(dp_accounting.DpEvent):  # type: ignore[misc]  # the library has no type stubs
+    """Carries one of our events through the library's composition."""
+
+    event: DPEvent
+
+
+class RingRdpAccountant(rdp.RdpAccountant):  # type: ignore[misc]
+    """The library's Renyi accountant, which also knows integer noise in the ring.
+
+    Guarantee: an upper bound on the Renyi divergence at every order, whatever was composed adaptively.
+    Assumes: one neighbouring relation for all events: a device's vector is replaced by zeros, or the device
+        is added or removed. The bounds are the same, since both move the sum by one clipped vector.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(ORDERS, dp_accounting.NeighboringRelation.REPLACE_SPECIAL)
+
+    def _maybe_compose(self, event: dp_accounting.DpEvent, count: int, do_compose: bool) -> object:
+        if not isinstance(event, RingDpEvent):
+            return super()._maybe_compose(event, count, do_compose)
+        if do_compose:
+            self._rdp += count * np.array(renyi_curve(event.event))
+        return None
+
+
+def account(events: Sequence[DPEvent], delta: float) -> Spent:
+    """Returns what the events cost together, by Renyi composition.
+
+    The conversion is the library's (Canonne, Kamath, Steinke 2020, arXiv 2004.00010, Proposition 12).
+
+    Args:
+        events: in any order; from one population.
+        delta: in (0, 1).
+    """
+    counted = Counter(events)
+    accountant = RingRdpAccountant()
+    for event, count in counted.items():
+        accountant.compose(_library_event(event), count)
+    return spent_by(counted, delta, lambda available: float(accountant.get_epsilon(available)))
+
+
+def _library_event(event: DPEvent) -> dp_accounting.DpEvent:
+    """Maps an event to the library's where it has one."""
+    if event.mechanism is Mechanism.NONE:
+        return dp_accounting.NonPrivateDpEvent()
+    if event.mechanism is Mechanism.DISCRETE_GAUSSIAN and event.shares == 1:
+        # Canonne, Kamath, Steinke 2020, arXiv 2004.00010, Theorem 4, and divergences add over coordinates.
+        return dp_accounting.ZCDpEvent(event.sensitivity_squared / (2 * event.variance))
+    return RingDpEvent(event)
+
+
+def gaussian_reference(
+    noise_multiplier: float,
+    *,
+    rounds: int,
+    delta: float,
+    sampling_probability: float = 1.0,
+    method: Literal["rdp", "pld"] = "pld",
+) -> float:
+    """Returns epsilon of the continuous Gaussian mechanism: the yardstick that plans are compared with.
+
+    Assumes: with `sampling_probability` below 1, that every device joins every round by an independent coin,
+        hidden from everybody (Poisson sampling). Rounds of real fleets do not meet this: simulation only.
+    """
+    if sampling_probability == 1 and method == "pld":
+        # T Gaussian mechanisms are one with noise z / sqrt(T) (Dong, Roth, Su 2019, arXiv 1905.02383,
+        # Corollary 3.3), of which the library knows the closed form.
+        return float(dp_accounting.get_epsilon_gaussian(noise_multiplier / math.sqrt(rounds), delta))
+    event = dp_accounting.GaussianDpEvent(noise_multiplier)
+    if sampling_probability < 1:
+        event = dp_accounting.PoissonSampledDpEvent(sampling_probability, event)
+    accountant = rdp.RdpAccountant() if method == "rdp" else pld.PLDAccountant()
+    return float(accountant.compose(event, rounds).get_epsilon(delta))

@@ -1,0 +1,132 @@
+"""Renyi divergences of integer noise: what one release can tell, at every order, each from its theorem.
+
+`dp_accounting` lacks sums of discrete Gaussians and Skellam noise. The curves here serve both sides: the
+aggregator's accountant composes them through that library, and a device bounds its own epsilon with
+`protocol.dp.accounting`, which needs nothing but the standard library and numpy.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from protocol.dp.events import DPEvent, Mechanism
+
+ORDERS: tuple[float, ...] = (
+    *(1 + x / 100 for x in (1.5, 2, 3, 4, 5, 6, 8)),
+    *(1 + x / 20 for x in range(2, 40)),
+    *(x / 10 for x in range(30, 110)),
+    *range(11, 64),
+    *(64, 72, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384, 448, 512, 768, 1024),
+)
+"""Renyi orders at which curves are evaluated. Epsilon is the minimum over them: each alone is valid."""
+
+
+@lru_cache(maxsize=256)
+def renyi_curve(event: DPEvent) -> tuple[float, ...]:
+    """Bounds the Renyi divergences of an event at `ORDERS`."""
+    return tuple(renyi_divergence(event, order) for order in ORDERS)
+
+
+def renyi_divergence(event: DPEvent, order: float) -> float:
+    """Bounds the Renyi divergence of order alpha > 1 between neighbouring releases of a noisy integer sum."""
+    l2_squared = float(event.sensitivity_squared)
+    l1 = min(math.sqrt(event.dimension * l2_squared), l2_squared)  # Cauchy-Schwarz; |x| <= x^2 for integers
+    if event.mechanism is Mechanism.SKELLAM:
+        nonzeros = min(event.dimension, l2_squared)
+        return skellam_divergence(order, l1, l2_squared, nonzeros, event.variance)
+    if event.mechanism is Mechanism.DISCRETE_GAUSSIAN:
+        return discrete_gaussian_sum_divergence(
+            order, l1, l2_squared, event.variance_per_share, event.shares, event.dimension
+        )
+    return math.inf
+
+
+def skellam_divergence(order: float, l1: float, l2_squared: float, nonzeros: float, variance: float) -> float:
+    """Bounds D_alpha between Skellam noise and the same shifted by an integer vector.
+
+    The least of three bounds, with mu the variance. (a) At integer alpha > 1, alpha Delta_2^2 / (2 mu) +
+    min{ ((2 alpha - 1) Delta_2^2 + 6 Delta_1) / (4 mu^2), 3 Delta_1 / (2 mu) } (Agarwal, Kairouz, Liu 2021,
+    arXiv 2110.04995, Corollary 3.6). (b) At any alpha > 1,
+    alpha M Delta_2^2 / 2 + M Delta_0 / (8 (alpha - 1)), the second term absent at integers, with
+    M = `skellam_curvature(mu)`: proved in docs/explanation/privacy.md; it matters where epsilon is large and
+    the best alpha is below 2. (c) Between integers, the chord of the above: (alpha - 1) D_alpha is convex in
+    alpha and 0 at 1 (van Erven and Harremoes 2014, arXiv 1206.2459, Corollary 2).
+
+    Args:
+        order: alpha > 1.
+        l1: bound on the L1 norm of the shift.
+        l2_squared: bound on its squared L2 norm.
+        nonzeros: bound on the number of coordinates that it moves.
+        variance: of the noise in the sum, per coordinate; n shares of variance v are one Skellam of n v.
+    """
+    curvature = skellam_curvature(variance)
+
+    def at(alpha: int) -> float:
+        """(alpha - 1) D_alpha at an integer."""
+        extra = min(
+            ((2 * alpha - 1) * l2_squared + 6 * l1) / (4 * variance**2),
+            3 * l1 / (2 * variance),
+        )
+        published = alpha * l2_squared / (2 * variance) + extra
+        return (alpha - 1) * min(published, alpha * curvature * l2_squared / 2)
+
+    below = math.floor(order)
+    chord = ((below + 1 - order) * at(below) + (order - below) * at(below + 1)) / (order - 1)
+    if below == order:
+        return chord
+    return min(chord, order * curvature * l2_squared / 2 + curvature * nonzeros / (8 * (order - 1)))
+
+
+@lru_cache(maxsize=64)
+def skellam_curvature(variance: float) -> float:
+    """Returns M with p(k)^2 <= e^M p(k - 1) p(k + 1) for every k, p the Skellam probabilities.
+
+    M is the root of 1 / (2 sinh(M / 2)) - ln(tanh(M / 4)) / 2 = variance, about 1 / variance. Proof, by a
+    maximum principle for the discrete heat equation, in docs/explanation/privacy.md.
+    """
+    low, high = 1e-12, 1e3
+    for _ in range(200):
+        middle = math.sqrt(low * high)
+        left = 1 / (2 * math.sinh(middle / 2)) - math.log(math.tanh(middle / 4)) / 2
+        low, high = (middle, high) if left > variance else (low, middle)
+    return high
+
+
+def discrete_gaussian_sum_divergence(
+    order: float, l1: float, l2_squared: float, local_variance: float, shares: int, dimension: int
+) -> float:
+    """Bounds D_alpha for the sum of `shares` discrete Gaussians, which is no discrete Gaussian itself.
+
+    With sigma^2 the local variance, n the shares and tau = 10 sum_{k<n} exp(-2 pi^2 sigma^2 k / (k + 1)), the
+    minimum of alpha Delta_2^2 / (2 n sigma^2) + tau d,
+    alpha / 2 (Delta_2^2 / (n sigma^2) + 2 tau Delta_1 / (sqrt(n) sigma) + tau^2 d) and
+    alpha / 2 (Delta_2 / (sqrt(n) sigma) + tau sqrt(d))^2
+    (Kairouz, Liu, Steinke 2021, arXiv 2102.06387, Proposition 14). Any m <= n shares may be taken for n,
+    since the others are post-processing of their sum; the best m counts, and more survivors never cost more.
+
+    Assumes: sigma >= 1/2 for m > 1, as the theorem does; below it only m = 1 is used.
+    """
+    counted = np.arange(1, shares + 1 if local_variance >= 0.25 else 2, dtype=np.float64)
+    tau = _tau(local_variance, len(counted))
+    l2_scale = np.sqrt(l2_squared / (counted * local_variance))
+    l1_scale = l1 / np.sqrt(counted * local_variance)
+    bounds = (
+        order / 2 * l2_scale**2 + tau * dimension,
+        order / 2 * (l2_scale**2 + 2 * l1_scale * tau + tau**2 * dimension),
+        order / 2 * (l2_scale + tau * math.sqrt(dimension)) ** 2,
+    )
+    return float(np.min(bounds))
+
+
+@lru_cache(maxsize=64)
+def _tau(local_variance: float, shares: int) -> NDArray[np.float64]:
+    """tau for 1 to `shares` shares, float64, shape (shares,)."""
+    k = np.arange(shares, dtype=np.float64)
+    terms = np.exp(-2 * math.pi**2 * local_variance * k / (k + 1))
+    terms[0] = 0.0  # one share is a discrete Gaussian
+    tau: NDArray[np.float64] = 10 * np.cumsum(terms)
+    return tau
