@@ -35,7 +35,7 @@ from models.weights import decode_weights
 from protocol.dp.parameters import PrivacyMode
 from protocol.plan import Deadlines
 
-NOISE_MULTIPLIER = 0.02
+NOISE_MULTIPLIER = 0.1
 """z of the demo: what ten devices can bear. The epsilon that follows is large, and is printed as it is."""
 
 START_SECONDS = 60.0
