@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import json as json_module
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -16,11 +16,10 @@ from rich.table import Table
 
 from aggregator.operations import RoundView
 from aggregator.records import Campaign, Device, Version
-from aggregator.rounds.report import PhaseReport
+from aggregator.rounds.report import RoundReport
 
 _console = Console(highlight=False)
 _errors = Console(stderr=True, highlight=False)
-_PHASES = ("AdvertiseKeys", "ShareKeys", "MaskedInput", "ConsistencyCheck", "Unmasking")
 
 
 def line(text: str) -> None:
@@ -162,41 +161,43 @@ def round_json(view: RoundView) -> dict[str, Any]:
 
 
 def rounds_table(views: Sequence[RoundView]) -> Table:
-    """Rounds, one a line; phases show how many of the devices that owed an answer gave it."""
-    table = Table("round", "base", "status", *_PHASES, "loss", "accuracy", "epsilon", "seconds", box=None)
+    """Rounds, one a line; it fits 80 columns.
+
+    The column "answers" has a number a phase, from check-in to unmasking: how many devices gave the answer
+    that they owed; yellow where some did not.
+    """
+    table = Table("round", "base", "status", "answers", "loss", "accuracy", "epsilon", "seconds", box=None)
     for view in views:
         r, report = view.record, view.report
-        phases: dict[str, PhaseReport] = {p.phase: p for p in report.phases}
-        cells = []
-        for name in _PHASES:
-            phase = phases.get(name)
-            if phase is None:
-                cells.append("")
-            else:
-                style = "cyan" if phase.ended is None else "yellow" if phase.dropped else "green"
-                cells.append(f"[{style}]{phase.answered}/{phase.expected}[/{style}]")
+        styles = (
+            "cyan" if phase.ended is None else "yellow" if phase.dropped else "green"
+            for phase in report.phases
+        )
+        answers = [f"[{s}]{p.answered}[/{s}]" for s, p in zip(styles, report.phases, strict=True)]
+        phase = report.phases[-1] if report.phases else None
         outcome = {
-            "running": "running",
+            "running": "selected" if phase is None else f"{phase.phase} {phase.answered}/{phase.expected}",
             "completed": f"[green]version {r.version}[/green]",
             "aborted": f"[red]{escape(r.code)}[/red]",
         }[r.status]
-        epsilon = "" if report.epsilon is None else f"{report.epsilon:.2f}"
-        seconds = "" if r.ended_at is None else f"{r.ended_at - r.started_at:.1f}"
         table.add_row(
             f"{r.model} {r.number}",
             str(r.base_version),
             outcome,
-            *cells,
-            _metric(report.metrics, "loss_after"),
-            _metric(report.metrics, "accuracy"),
-            epsilon,
-            seconds,
+            " ".join(answers),
+            _metric(report, "loss_after"),
+            _metric(report, "accuracy"),
+            "" if report.epsilon is None else f"{report.epsilon:.2f}",
+            "" if r.ended_at is None else f"{r.ended_at - r.started_at:.1f}",
         )
     return table
 
 
-def _metric(metrics: Mapping[str, float], name: str) -> str:
-    return f"{metrics[name]:.3f}" if name in metrics else ""
+def _metric(report: RoundReport, name: str) -> str:
+    if name not in report.metrics:
+        return ""
+    noise = report.metric_noise.get(name, 0.0)
+    return f"{report.metrics[name]:.3f}" if noise < 0.001 else f"{report.metrics[name]:.2f}±{noise:.2f}"
 
 
 class Watcher:

@@ -92,7 +92,7 @@ class Finisher:
             released.event,
             traffic,
             version=version,
-            metrics=dict(released.metrics),
+            released=released,
             misbehaved=misbehaved,
         )
         work.announce(version)
@@ -127,7 +127,7 @@ class Finisher:
         code: str = "",
         detail: str = "",
         version: Version | None = None,
-        metrics: dict[str, float] | None = None,
+        released: Release | None = None,
         misbehaved: tuple[str, ...] = (),
     ) -> None:
         writer, state = work.writer, running.state
@@ -140,7 +140,8 @@ class Finisher:
         report = RoundReport(
             phases=state.phases(),
             survivors=state.survivors,
-            metrics=metrics or {},
+            metrics={} if released is None else released.metrics,
+            metric_noise={} if released is None else released.metric_noise,
             traffic=traffic,
             misbehaved=misbehaved,
             epsilon=epsilon_of(events, delta),

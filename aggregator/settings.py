@@ -10,7 +10,12 @@ from typing import TypeVar
 
 from pydantic import ValidationError
 
-from aggregator.rounds.planning import DEFAULT_METRICS, GATHER_SECONDS, CampaignSettings
+from aggregator.rounds.planning import (
+    GATHER_SECONDS,
+    PLAIN_METRICS,
+    PRIVATE_METRICS,
+    CampaignSettings,
+)
 from models.recipes import RECIPES, Recipe
 from protocol.dp.parameters import PrivacyMode, PrivacyParameters
 from protocol.plan import CohortParameters, Deadlines, TrainingParameters
@@ -100,7 +105,7 @@ class CampaignRequest:
                     bits=_given(
                         self.bits, min(MAX_BITS, DATA_BITS + math.ceil(math.log2(max(2, self.cohort))))
                     ),
-                    metric_slots=DEFAULT_METRICS,
+                    metric_slots=PLAIN_METRICS if no_noise else PRIVATE_METRICS,
                 ),
                 cohort=CohortParameters(
                     size=self.cohort,

@@ -17,13 +17,20 @@ from protocol.plan import CohortParameters, Deadlines, Plan, TrainingParameters
 from protocol.round_encoding import METRICS, round_encoding
 
 GATHER_SECONDS = 3.0
-DEFAULT_METRICS = (
-    # Shares of the clip norm: larger ones make the metric's mean less noisy and the update more so.
+PLAIN_METRICS = (
     MetricSlot(name="examples", bound=10_000.0, share=0.05),
     MetricSlot(name="loss_before", bound=10.0, share=0.05),
     MetricSlot(name="loss_after", bound=10.0, share=0.05),
     MetricSlot(name="accuracy", bound=1.0, share=0.05),
 )
+"""What rounds without noise report; the small shares leave the ring to the update."""
+
+PRIVATE_METRICS = (
+    MetricSlot(name="loss_after", bound=4.0, share=0.25),
+    MetricSlot(name="accuracy", bound=1.0, share=0.25),
+)
+"""What rounds with noise report. Each multiplies the sensitivity (both together by 1.06), and a smaller share
+would leave nothing of the metric: its noise is `RoundReport.metric_noise`."""
 
 
 class CampaignSettings(Schema):

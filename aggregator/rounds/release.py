@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -24,11 +25,13 @@ class Release:
     Attributes:
         mean_update: float32, shape (d,).
         metrics: means over the survivors, by name.
+        metric_noise: standard deviation of the noise in each of them.
         event: what the release spent.
     """
 
     mean_update: NDArray[np.float32]
     metrics: Mapping[str, float]
+    metric_noise: Mapping[str, float]
     event: DPEvent
 
     @property
@@ -60,4 +63,11 @@ def release(
     survivors = len(recovered.survivors)
     mean_update, metrics = decode(total, survivors, encoding, noise_key=noise_key)
     total.fill(0)
-    return Release(mean_update, metrics, event_for(encoding, survivors))
+    return Release(mean_update, metrics, metric_noise(encoding, survivors), event_for(encoding, survivors))
+
+
+def metric_noise(encoding: EncodingParameters, survivors: int) -> dict[str, float]:
+    """Standard deviation of the noise in the mean of each metric; a rotation does not change it."""
+    variance = survivors * encoding.local_variance + encoding.central_variance
+    one = math.sqrt(variance) / (encoding.scale * survivors * encoding.privacy.clip_norm)
+    return {slot.name: one * slot.bound / slot.share for slot in encoding.privacy.metric_slots}

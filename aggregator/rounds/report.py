@@ -47,6 +47,7 @@ class RoundReport(Schema):
     Attributes:
         survivors: devices whose input is in the released sum.
         metrics: means over the survivors, by name, with the noise of the privacy mode.
+        metric_noise: standard deviation of the noise in each metric; 0 where the mode adds none.
         misbehaved: devices whose shares did not fit the secret they belong to. Whoever dealt a wrong share
             can frame its holder, so nobody is excluded for this automatically.
         epsilon: spent by the model's population so far, at `delta`; None without noise.
@@ -55,6 +56,7 @@ class RoundReport(Schema):
     phases: tuple[PhaseReport, ...] = ()
     survivors: tuple[str, ...] = ()
     metrics: Mapping[str, float] = Field(default_factory=dict)
+    metric_noise: Mapping[str, float] = Field(default_factory=dict)
     traffic: Mapping[str, Traffic] = Field(default_factory=dict)
     misbehaved: tuple[str, ...] = ()
     epsilon: float | None = None

@@ -167,6 +167,11 @@ def test_a_private_round_states_what_it_cost(bench: Bench, mode: PrivacyMode) ->
     plan = Plan.from_bytes(plan_document.payload)
     encoding = round_encoding(plan, plan_document.digest, bench.parameters)
     assert event == event_for(encoding, 5).model_dump_json().encode()
+    for view in views:
+        for name, noise in view.report.metric_noise.items():
+            assert 0.5 < noise < 20
+            # Metrics are 0 up to 1/64 of their bound here: what is reported is noise; 6 standard deviations.
+            assert abs(view.report.metrics[name]) < 6 * noise + 0.1
 
 
 def test_central_noise_is_fresh_and_reaches_the_version(tmp_path: Path) -> None:
