@@ -20,6 +20,7 @@ from aggregator import cli_output as output
 from aggregator import main as covey
 from aggregator.adapters.broker_address import InvalidAddress
 from aggregator.adapters.keyfiles import UnusableKeys
+from aggregator.cli_options import Json, State
 from aggregator.cli_rounds import rounds_app
 from aggregator.fleet.authority import EnrolmentRefused
 from aggregator.operations import OperationRefused
@@ -29,19 +30,6 @@ from aggregator.repository import RepositoryError
 
 REFUSED = 1
 """Exit code: what was asked for was not done. (2 is a wrong command line, as everywhere.)"""
-
-State = Annotated[
-    Path,
-    typer.Option(
-        "--state",
-        envvar="COVEY_STATE",
-        file_okay=False,
-        help="The aggregator's directory.",
-        default_factory=covey.default_state,
-        show_default="~/.local/state/covey",
-    ),
-]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 class _Commands(typer.core.TyperGroup):

@@ -10,6 +10,7 @@ import typer
 
 from aggregator import cli_output as output
 from aggregator import main as covey
+from aggregator.cli_options import Json, State
 from aggregator.operations import OperationRefused
 from aggregator.records import Campaign
 from aggregator.settings import CampaignRequest
@@ -20,18 +21,6 @@ ABORTED = 3
 """Exit code of `watch`: a round aborted, or the campaign failed."""
 POLL_SECONDS = 0.25
 
-State = Annotated[
-    Path,
-    typer.Option(
-        "--state",
-        envvar="COVEY_STATE",
-        file_okay=False,
-        help="The aggregator's directory.",
-        default_factory=covey.default_state,
-        show_default="~/.local/state/covey",
-    ),
-]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 _LIMITS = Deadlines()
 
 rounds_app = typer.Typer(no_args_is_help=True, help="Rounds of training.")

@@ -223,11 +223,14 @@ class Conductor:
             if machine.expects(running.state, device_id)
         }
         online = self._presence.online() - engaged
-        available = [d.device_id for d in work.writer.devices() if d.device_id in online and not d.excluded]
         size, minimum = settings.cohort.size, settings.cohort.minimum
+        available: list[str] = []
+        if len(online) >= minimum:
+            known = work.writer.devices()
+            available = [d.device_id for d in known if d.device_id in online and d.excluded is None]
         if len(available) < minimum:
             self._patience.pop(campaign.campaign_id, None)
-            note = f"waiting for devices: {len(available)} of at least {minimum} online"
+            note = f"waiting for devices: {len(available) or len(online)} of at least {minimum} online"
             if campaign.note != note:
                 work.writer.update_campaign(campaign.campaign_id, campaign.status, note)
             return

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import zlib
 
+from aggregator.records import Version
 from aggregator.registry.artefacts import ArtefactStore, MissingArtefact
 from aggregator.registry.publishing import artefacts_of
 from aggregator.repository import Reader
@@ -23,11 +24,15 @@ class Downloads:
         """Serves from `store`."""
         self._store = store
         self._published: frozenset[BlobRef] = frozenset()
+        self._newest: tuple[Version, ...] = ()
 
     def answer(self, work: Work, reader: Reader, device_id: str, need: BlobNeed) -> None:
         """Sends the chunks that were asked for. The device asks again for what it did not get."""
         if need.blob not in self._published:
-            self._published = frozenset(artefacts_of(reader))
+            newest = reader.newest_versions()
+            # Asking for what is not there costs one look, not a walk through all versions.
+            if newest != self._newest:
+                self._newest, self._published = newest, frozenset(artefacts_of(reader))
         if need.blob not in self._published:
             logger.warning("%s asks for %s, which no version has", device_id, need.blob.sha256[:12])
             return
