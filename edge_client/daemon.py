@@ -214,7 +214,8 @@ class Daemon:
         stamp = Stamp(int(self._unix()), self._steady(), os.urandom(32))
         try:
             state, outputs = handle(self._profile, self._state, event, stamp)
-        except ProtocolError:
+        except Exception:
+            # A defect must not let one message stop the device for good: the state is as it was before.
             self.counts["rejected"] += 1
             _LOG.exception("event-rejected event=%s", type(event).__name__)
             return []

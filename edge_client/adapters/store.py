@@ -12,6 +12,7 @@ software can; what an SD card's controller keeps is beyond it.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import sqlite3
 from collections.abc import Iterable, Iterator
@@ -49,6 +50,7 @@ from protocol.secagg.client_state import dump_state, load_state
 APPLICATION_ID = 0x436F7665  # "Cove"
 SCHEMA_VERSION = 1
 DATABASE = "device.sqlite"
+_LOG = logging.getLogger("covey.edge.store")
 
 _SCHEMA = """
 CREATE TABLE rounds (
@@ -100,8 +102,9 @@ class RoundSummary:
 class DeviceStore:
     """The device's database and files. One process writes at a time; `read_only` ones may look on."""
 
-    def __init__(self, connection: sqlite3.Connection, blobs: Blobs) -> None:
+    def __init__(self, connection: sqlite3.Connection, blobs: Blobs, *, read_only: bool) -> None:
         self._connection = connection
+        self._read_only = read_only
         self.blobs = blobs
 
     @classmethod
@@ -131,7 +134,7 @@ class DeviceStore:
             except BaseException:
                 connection.close()
                 raise
-        return cls(connection, blobs)
+        return cls(connection, blobs, read_only=read_only)
 
     def close(self) -> None:
         """Closes the database."""
@@ -259,14 +262,24 @@ class DeviceStore:
             StorageError: the database cannot be read.
         """
         with _typed_errors("reading the database"):
+            active = self._active()
+            if active is None and not self._read_only:
+                self._abandon()
             used = frozenset(row[0] for row in self._connection.execute("SELECT round_id FROM rounds"))
             times = self._connection.execute("SELECT at FROM ledger ORDER BY sequence DESC LIMIT 10000")
             return Memory(
                 versions=self.versions(),
-                active=self._active(),
+                active=active,
                 used=used,
                 contributed_at=tuple(row[0] for row in times)[::-1],
             )
+
+    def _abandon(self) -> None:
+        """Erases the secrets of a round that nobody can go on with."""
+        self._connection.execute(
+            "UPDATE rounds SET outcome = 'unreadable', plan = NULL, manifest = NULL, client = NULL,"
+            " upload_sha256 = NULL, upload_size = NULL WHERE client IS NOT NULL"
+        )
 
     def _active(self) -> RoundRecord | None:
         row = self._connection.execute(
@@ -276,13 +289,18 @@ class DeviceStore:
         if row is None:
             return None
         plan, manifest, phase, client, sha256, size, uploaded = row
-        return RoundRecord(
-            document=SignedDocument.model_validate_json(plan),
-            manifest=ModelManifest.from_bytes(manifest),
-            client=load_state(phase, client),
-            upload=BlobRef(sha256=sha256, size=size) if sha256 else None,
-            uploaded=bool(uploaded),
-        )
+        try:
+            return RoundRecord(
+                document=SignedDocument.model_validate_json(plan),
+                manifest=ModelManifest.from_bytes(manifest),
+                client=load_state(phase, client),
+                upload=BlobRef(sha256=sha256, size=size) if sha256 else None,
+                uploaded=bool(uploaded),
+            )
+        except (ValueError, KeyError):
+            # Written by a client that kept rounds otherwise. Leaving one is always safe; its id stays used.
+            _LOG.warning("unreadable-round phase=%s", phase)
+            return None
 
     def versions(self) -> tuple[StoredVersion, ...]:
         """Every version this device remembers; a good one whose files are gone is a candidate again.
@@ -296,13 +314,17 @@ class DeviceStore:
             ).fetchall()
         versions = []
         for document, data, stored, reason in rows:
-            manifest, status = ModelManifest.from_bytes(data), VersionStatus(stored)
+            try:
+                signed = SignedDocument.model_validate_json(document)
+                manifest, status = ModelManifest.from_bytes(data), VersionStatus(stored)
+            except ValueError:
+                # Written by a client that knew other manifests: it is announced again, if it still counts.
+                _LOG.warning("unreadable-version")
+                continue
             whole = self.blobs.has(manifest.graph) and self.blobs.has(manifest.weights)
             if status is VersionStatus.GOOD and not whole:
                 status = VersionStatus.CANDIDATE
-            versions.append(
-                StoredVersion(SignedDocument.model_validate_json(document), manifest, status, reason)
-            )
+            versions.append(StoredVersion(signed, manifest, status, reason))
         return tuple(versions)
 
     def ledger(self) -> tuple[LedgerEntry, ...]:

@@ -1,0 +1,219 @@
+"""The loop: durable before sent, nothing sent when the disk refuses, and a device that goes on."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from edge_client import daemon as daemons
+from edge_client.adapters.credentials import load_credentials
+from edge_client.adapters.data import NpzDirectory
+from edge_client.adapters.files import StorageFull
+from edge_client.adapters.mqtt import Inbound, LinkUp
+from edge_client.adapters.store import DeviceStore
+from edge_client.adapters.worker import Worker
+from edge_client.daemon import Daemon, Inbox, Stop
+from edge_client.events import Durable, Fault, WorkFailed
+from edge_client.profile import Profile
+from models import zoo
+from models.weights import encode_weights
+from protocol.codec import decode_from_device, encode
+from protocol.identity import SignedDocument
+from protocol.messages import (
+    AdvertiseKeys,
+    BlobNeed,
+    ClientAbort,
+    DeviceStatus,
+    FromDevice,
+    Invitation,
+    ModelAnnouncement,
+    ToDevice,
+)
+from protocol.plan import MODEL_KIND, PLAN_KIND
+from protocol.transfer import chunks
+from tests.edge_broker import Fleet
+from tests.edge_fleet import PERMISSIVE, plan
+
+WATCH = zoo.load("watch")
+TOPIC = "covey/v1/dev/barn-1/down/msg"
+
+
+class FakeLink:
+    """Remembers what was sent."""
+
+    def __init__(self) -> None:
+        self.sent: list[FromDevice] = []
+        self.goodbye: DeviceStatus | None = None
+
+    def start(self) -> None:
+        """Connects to nothing."""
+
+    def send(self, channel: str, frame: bytes, *, retain: bool = False) -> bool:
+        """Takes a frame."""
+        self.sent.append(decode_from_device(frame)[0])
+        return True
+
+    def stop(self, status: DeviceStatus | None = None) -> None:
+        """Takes the last status."""
+        self.goodbye = status
+
+
+class Bench:
+    """A daemon whose loop the test turns by hand."""
+
+    def __init__(self, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.fleet = Fleet(directory)
+        state = self.fleet.enrolled("barn-1", PERMISSIVE)
+        credentials = load_credentials(state)
+        self.store = DeviceStore.open(state)
+        self.link, self.inbox = FakeLink(), Inbox()
+        self.acknowledged = 0
+        self.full = False
+        real = self.store.apply
+
+        def apply(outputs: Iterable[Durable]) -> None:
+            outputs = tuple(outputs)
+            if self.full and outputs:
+                raise StorageFull(28, "No space left on device")
+            real(outputs)
+
+        monkeypatch.setattr(self.store, "apply", apply)
+        data = NpzDirectory(self.fleet.data("barn-1", WATCH.manifest))
+        self.worker = Worker(self.store.blobs, data, self.inbox.put)
+        self.daemon = Daemon(
+            Profile.enrolled(credentials.bundle, credentials.identity, policy=PERMISSIVE),
+            self.store,
+            self.link,  # type: ignore[arg-type]
+            self.worker,
+            data,
+            self.inbox,
+            client_version="1",
+            runtime="none",
+        )
+
+    def give(self, message: ToDevice | bytes, body: bytes | memoryview = b"", topic: str = TOPIC) -> None:
+        frame = message if isinstance(message, bytes) else encode(message, body)
+
+        def acknowledge() -> None:
+            self.acknowledged += 1
+
+        self.daemon._take(Inbound(topic, frame, acknowledge))
+
+    def announce(self) -> None:
+        document = SignedDocument.create(self.fleet.operator, MODEL_KIND, WATCH.manifest.to_bytes())
+        self.give(ModelAnnouncement(manifest=document), topic="covey/v1/bcast/model/watch")
+
+    def serve(self) -> None:
+        """Sends the chunks that were asked for, until nothing is asked for any more."""
+        blobs = {
+            WATCH.manifest.graph.sha256: WATCH.graph,
+            WATCH.manifest.weights.sha256: encode_weights(WATCH.weights.copy()),
+        }
+        while needs := [message for message in self.take() if isinstance(message, BlobNeed)]:
+            for need in needs:
+                for chunk, body in chunks(need.blob, blobs[need.blob.sha256], need.indices):
+                    self.give(chunk, body)
+
+    def invite(self) -> None:
+        now = int(time.time())
+        signed = plan(base=WATCH.manifest, issued_at=now, expires_at=now + 600)
+        self.give(Invitation(plan=SignedDocument.create(self.fleet.operator, PLAN_KIND, signed.to_bytes())))
+
+    def take(self) -> list[FromDevice]:
+        sent, self.link.sent = self.link.sent, []
+        return sent
+
+
+@pytest.fixture
+def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    made = Bench(tmp_path, monkeypatch)
+    yield made
+    made.store.close()
+
+
+def test_nothing_is_said_that_the_disk_does_not_know(bench: Bench) -> None:
+    bench.full = True
+    bench.announce()
+    assert bench.take() == [] and bench.acknowledged == 1 and bench.daemon.counts["storage-error"] == 1
+    bench.full = False
+    bench.announce()
+    bench.full = True
+    bench.serve()  # the first chunk is refused: it is asked for again later
+    assert bench.store.load().versions[0].manifest == WATCH.manifest
+    bench.full = False
+    bench.daemon._take(LinkUp(bytes(32), "5"))
+    bench.serve()
+    bench.worker.start()
+    bench.full = True
+    item = bench.inbox.get(20.0)
+    assert item is not None and not isinstance(item, Stop)
+    bench.daemon._take(item)  # tested, and the disk is full: the result waits
+    assert bench.daemon._state.library.serving() == {}
+    bench.full = False
+    bench.daemon._tick(time.monotonic() + daemons.STORAGE_PAUSE_SECONDS + 1)
+    assert bench.daemon._state.library.serving() == {"watch": 1}
+    assert [message for message in bench.take() if isinstance(message, DeviceStatus)]
+
+    bench.full = True
+    bench.invite()
+    assert bench.take() == [] and bench.daemon._state.active is None
+    bench.full = False
+    bench.invite()
+    assert [type(message) for message in bench.take()] == [AdvertiseKeys]
+    bench.full = True
+    bench.daemon._take(WorkFailed("a" * 32, Fault("disk-full", "no space", transient=True)))
+    assert bench.take() == [] and bench.daemon._state.active is not None
+    bench.full = False
+    bench.daemon._tick(time.monotonic() + daemons.STORAGE_PAUSE_SECONDS + 1)
+    assert [type(message) for message in bench.take()] == [ClientAbort]
+    bench.worker.stop()
+
+
+def test_garbage_is_counted_and_acknowledged(bench: Bench) -> None:
+    bench.give(b"garbage")
+    bench.invite()
+    frame = encode(Invitation(plan=SignedDocument.create(bench.fleet.operator, PLAN_KIND, b"{}")))
+    bench.give(frame, topic="covey/v1/bcast/model/watch")
+    assert bench.daemon.counts["malformed"] == 2 and bench.acknowledged == 3
+
+
+def test_a_defect_in_the_core_does_not_stop_the_device(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(daemons, "handle", lambda *_: 1 / 0)
+        bench.announce()
+    assert bench.daemon.counts["rejected"] == 1 and "ZeroDivisionError" in caplog.text
+    bench.announce()
+    assert [type(message) for message in bench.take()] == [BlobNeed]
+
+
+def test_the_inbox_is_bounded_for_the_network_only() -> None:
+    inbox = Inbox()
+    inbound = Inbound(TOPIC, b"", lambda: None)
+    assert all(inbox.from_link(inbound) for _ in range(daemons.QUEUE_LENGTH))
+    assert not inbox.from_link(inbound)
+    assert inbox.from_link(LinkUp(bytes(32), "5"))
+    inbox.put(Stop())
+
+
+def test_the_loop_ends_with_an_offline_status(bench: Bench) -> None:
+    bench.inbox.put(Stop())
+    bench.daemon.run()
+    assert bench.link.goodbye is not None and not bench.link.goodbye.online
+
+
+def test_a_round_that_cannot_be_read_is_left_and_its_id_stays_used(bench: Bench) -> None:
+    bench.announce()
+    bench.serve()
+    bench.invite()
+    assert [type(message) for message in bench.take()] == [AdvertiseKeys]
+    bench.store._connection.execute("UPDATE rounds SET client = x'7b7d'")
+    bench.store._connection.execute("UPDATE versions SET manifest = x'00'")
+    memory = bench.store.load()
+    assert memory.active is None and memory.used == {"a" * 32} and memory.versions == ()
+    assert bench.store.rounds()[0].outcome == "unreadable"
