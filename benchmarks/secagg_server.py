@@ -88,6 +88,7 @@ def serve(
     """Runs one round by the commands that come; the last one is answered with a Report."""
     report, certificates = Report(), CertificateCache()
     state: ServerState = server.begin(context)
+    upload: list[tuple[int, bytes]] = []
     total, packer = np.zeros(length, np.uint32), SlicePacker(bits)
     while True:
         command, *arguments = connection.recv()
@@ -105,12 +106,14 @@ def serve(
                 frame = encode(answer)
             connection.send(frame if arguments[1] else None)
         elif command == "input":
-            start, packed = arguments
-            with _timed(report, "unpack and add inputs"):
-                packer.add(total[start : start + SLICE_WORDS], packed)
+            upload.append((arguments[0], arguments[1]))
         elif command == "stored":
+            # As the aggregator does it: an upload is added once it is complete.
             with _timed(report, "unpack and add inputs"):
+                for start, packed in upload:
+                    packer.add(total[start : start + SLICE_WORDS], packed)
                 state = server.handle(state, server.InputStored(arguments[0]))
+            upload.clear()
         elif command == "close":
             with _timed(report, _CLOSES.get(type(state).__name__, "check quorums")):
                 state = server.handle(state, server.ClosePhase())

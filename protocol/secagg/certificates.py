@@ -37,7 +37,7 @@ class CertificateCache:
         self._known: dict[bytes, _Known] = {}
 
     def verify(self, certificate: bytes, ca: bytes, *, now: int) -> DeviceCertificate:
-        """`protocol.identity.verify_certificate`, at a twentieth of its cost for a certificate known before.
+        """`protocol.identity.verify_certificate`, at a hundredth of its cost for a certificate known before.
 
         Raises:
             BadSignature: what `verify_certificate` would refuse.
