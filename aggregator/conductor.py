@@ -21,6 +21,7 @@ from aggregator.rounds.selection import ready, select
 from aggregator.running import LostBase, RunningRound
 from aggregator.spending import BudgetRefused, check_limit, spent_events
 from aggregator.work import TrafficMeter, Work
+from protocol.dp.events import event_for
 from protocol.errors import IllegalEvent, ProtocolError
 from protocol.messages import BlobChunk, RoundEnd, UploadOffer
 from protocol.round_encoding import round_encoding
@@ -258,7 +259,12 @@ class Conductor:
         document = self._authority.sign_plan(plan)
         if settings.epsilon_limit is not None:
             encoding = round_encoding(plan, document.digest, base.parameter_count)
-            check_limit(spent_events(work.writer), encoding, settings.epsilon_limit)
+            # A round that is running has not spent yet, but it will: at most this.
+            reserved = [
+                event_for(running.encoding, running.encoding.minimum_survivors)
+                for running in self._running.values()
+            ]
+            check_limit([*spent_events(work.writer), *reserved], encoding, settings.epsilon_limit)
         number = campaign.started + 1
         seed = settings.round_seed(number)
         record = Round(

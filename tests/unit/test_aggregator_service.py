@@ -37,7 +37,7 @@ from protocol.plan import MODEL_KIND, Deadlines, Plan
 from protocol.round_encoding import round_encoding
 from protocol.transfer import describe
 from tests.aggregator_bench import Bench
-from tests.aggregator_devices import Outgoing, SimulatedDevice, toy_input
+from tests.aggregator_devices import Outgoing, SimulatedDevice, model_files, toy_input
 
 REQUEST = CampaignRequest(
     "toy",
@@ -200,6 +200,29 @@ def test_the_budget_gate_stops_a_campaign_before_its_round(bench: Bench) -> None
     last = views[-1].report.epsilon
     assert last is not None
     assert 1.5 < last <= 3.0
+
+
+def test_the_budget_gate_counts_what_running_rounds_are_going_to_spend(tmp_path: Path) -> None:
+    """Two models train at the same time; the budget has room for one of the two rounds."""
+    bench = Bench(tmp_path, devices=6)
+    bench.operator.publish(*model_files(1000, name="other"))
+    settings = {"cohort": 3, "privacy": PrivacyMode.DISTRIBUTED, "noise_multiplier": 4.0, "gather_seconds": 0}
+    for device in bench.devices.values():
+        device.mute = {"upload-offer"}
+    bench.start(request(**settings, epsilon_limit=3.0))
+    bench.run_until(lambda: bench.phase() == "MaskedInput")
+    second = bench.start(request(model="other", **settings, epsilon_limit=1.3))
+    bench.run_until(lambda: bench.operator.campaign(second.campaign_id).status != "waiting")
+    assert bench.operator.campaign(second.campaign_id).status == "failed"
+    assert "budget gate" in bench.operator.campaign(second.campaign_id).note
+    for device in bench.devices.values():
+        device.mute = set()
+    bench.run_until(lambda: not bench.operator.campaigns(active=True))
+    (view,) = bench.rounds()
+    assert view.report.epsilon is not None
+    # Alone it would have fitted.
+    assert view.report.epsilon < 1.3
+    bench.close()
 
 
 # --- selection
