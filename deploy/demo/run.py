@@ -38,6 +38,9 @@ from protocol.plan import Deadlines
 NOISE_MULTIPLIER = 0.1
 """z of the demo: what ten devices can bear. The epsilon that follows is large, and is printed as it is."""
 
+BITS = 16
+"""Of the ring: finer steps would drown in the noise, and cost upload and memory."""
+
 START_SECONDS = 60.0
 SETTLE_SECONDS = 30.0
 _POLL_SECONDS = 0.02
@@ -160,6 +163,7 @@ class _Show:
                     min_survivors=survivors,
                     privacy=mode,
                     noise_multiplier=None if mode is PrivacyMode.NONE else NOISE_MULTIPLIER,
+                    bits=BITS,
                     deadlines=_DEADLINES,
                     seed=self.options.seed,
                 )
