@@ -7,6 +7,7 @@ import queue
 import secrets
 import subprocess
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -214,7 +215,8 @@ def test_devices_take_part_in_rounds_and_survive_kills(broker: BrokerProcess, tm
         assert len(run_json("privacy", "--state", state)["entries"]) == 2  # type: ignore[arg-type]
 
         peak = max(device.peak_bytes() for device in devices.values())
-        assert peak < 80 * 2**20, f"{peak / 2**20:.0f} MiB"
+        limit = 80 if find_spec("tflite_runtime") else 95  # ai-edge-litert is larger by itself
+        assert peak < limit * 2**20, f"{peak / 2**20:.0f} MiB"
         assert all(device.stop() == 0 for device in devices.values())
         wait_for(lambda: not any(hub.online(n) for n in names), 10, "the offline statuses")
     assert "Traceback" not in "".join(device.log.read_text() for device in devices.values())
