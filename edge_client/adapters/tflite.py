@@ -88,16 +88,15 @@ class TfliteTrainer:
         generator: np.random.Generator,
     ) -> LocalUpdate:
         """Train on the device's examples from the global weights; see `LocalTrainer.train`."""
-        x = self._scaled(examples.x)
-        self._check_labels(examples.y)
-        before = self._evaluate(weights, x, examples.y)
+        before = self.evaluate(weights, examples)
         step = self._run["train"]
         rate, mu = np.array(config.learning_rate, np.float32), np.array(config.proximal_mu, np.float32)
         self._set_weights(weights)
         for _ in range(config.local_epochs):
-            order = generator.permutation(len(x))
+            order = generator.permutation(len(examples))
             for chosen, mask in _batches(order, self._manifest.train_batch_size):
-                loss = step(x=x[chosen], y=examples.y[chosen], mask=mask, lr=rate, mu=mu)["loss"]
+                x, y = self._scale(examples.x[chosen]), examples.y[chosen]
+                loss = step(x=x, y=y, mask=mask, lr=rate, mu=mu)["loss"]
                 if not np.isfinite(loss):
                     raise NonFiniteUpdate(f"the loss became {float(loss)}")
         trained = np.array(self._run["get_weights"]()["weights"], np.float32)
@@ -106,7 +105,7 @@ class TfliteTrainer:
         if not largest <= MAX_WEIGHT:
             raise NonFiniteUpdate(f"a weight became {largest}, beyond {MAX_WEIGHT:g}")
         delta = trained - weights
-        after = self._evaluate(trained, x, examples.y)
+        after = self.evaluate(trained, examples)
         return LocalUpdate(
             delta=delta,
             example_count=len(examples),
@@ -117,17 +116,13 @@ class TfliteTrainer:
 
     def predict(self, weights: NDArray[np.float32], x: NDArray[np.float32]) -> NDArray[np.float32]:
         """Class probabilities of raw inputs; see `LocalTrainer.predict`."""
-        return np.exp(_log_softmax(self._logits(weights, self._scaled(x)))).astype(np.float32)
+        return np.exp(_log_softmax(self._logits(weights, x))).astype(np.float32)
 
     def evaluate(self, weights: NDArray[np.float32], examples: Examples) -> Evaluation:
         """Loss, accuracy and confusion on labelled examples; see `LocalTrainer.evaluate`."""
         self._check_labels(examples.y)
-        return self._evaluate(weights, self._scaled(examples.x), examples.y)
-
-    def _evaluate(
-        self, weights: NDArray[np.float32], x: NDArray[np.float32], y: NDArray[np.int32]
-    ) -> Evaluation:
-        logits = self._logits(weights, x)
+        y = examples.y
+        logits = self._logits(weights, examples.x)
         predicted = logits.argmax(axis=1)
         classes = len(self._manifest.labels)
         confusion = np.bincount(y * classes + predicted, minlength=classes * classes)
@@ -138,10 +133,11 @@ class TfliteTrainer:
         )
 
     def _logits(self, weights: NDArray[np.float32], x: NDArray[np.float32]) -> NDArray[np.float64]:
-        """Logits (n, classes) of scaled inputs, in batches that bound the memory."""
+        """Logits (n, classes) of raw inputs, in batches that bound the memory."""
+        self._check_inputs(x)
         self._set_weights(weights)
         infer = self._run["infer"]
-        parts = [infer(x=part)["logits"] for part in _slices(x, PREDICTION_BATCH)]
+        parts = [infer(x=self._scale(part))["logits"] for part in _slices(x, PREDICTION_BATCH)]
         logits: NDArray[np.float64] = np.concatenate(parts).astype(np.float64)
         return logits
 
@@ -155,17 +151,24 @@ class TfliteTrainer:
             raise WeightsRejected("a weight is not finite")
         self._run["set_weights"](weights=weights)
 
-    def _scaled(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Raw inputs in the model's scaling.
+    def _check_inputs(self, x: NDArray[np.float32]) -> None:
+        """Refuses what cannot be raw inputs of this model.
 
         Raises:
-            ExamplesRejected: no inputs, another shape or dtype, or a value that is not finite.
+            ExamplesRejected: none at all, or another shape or dtype.
         """
         if x.dtype != np.float32 or x.shape[1:] != self._manifest.input.shape or len(x) == 0:
             raise ExamplesRejected(
                 f"inputs are {x.dtype} of shape {x.shape}, the model takes float32 (n, "
                 f"{', '.join(map(str, self._manifest.input.shape))}) with n at least 1"
             )
+
+    def _scale(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
+        """One batch in the model's scaling; a device has no memory for a scaled copy of all its examples.
+
+        Raises:
+            ExamplesRejected: a value is not finite.
+        """
         scaled: NDArray[np.float32] = (x - self._mean) / self._std
         if not np.isfinite(scaled).all():
             raise ExamplesRejected("an input is not finite")
