@@ -7,6 +7,7 @@ it.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 from pydantic import ConfigDict, TypeAdapter
@@ -208,12 +209,18 @@ PHASES: dict[str, type[Any]] = {
 }
 
 
+@cache
+def _schema(phase: type[Any]) -> TypeAdapter[Any]:
+    # Making one takes longer than a signature, and a megabyte for a moment.
+    return TypeAdapter(phase)
+
+
 def dump_state(state: ClientState) -> tuple[str, bytes]:
     """Returns (phase name, JSON) for the device's durable store. It holds secrets."""
-    return type(state).__name__, TypeAdapter(type(state)).dump_json(state)
+    return type(state).__name__, _schema(type(state)).dump_json(state)
 
 
 def load_state(phase: str, data: bytes) -> ClientState:
     """Restores what `dump_state` made."""
-    state: ClientState = TypeAdapter(PHASES[phase]).validate_json(data)
+    state: ClientState = _schema(PHASES[phase]).validate_json(data)
     return state
