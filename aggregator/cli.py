@@ -21,12 +21,14 @@ from aggregator import main as covey
 from aggregator.adapters.broker_address import InvalidAddress
 from aggregator.adapters.keyfiles import UnusableKeys
 from aggregator.cli_options import Json, State
+from aggregator.cli_privacy import privacy_app
 from aggregator.cli_rounds import rounds_app
 from aggregator.fleet.authority import EnrolmentRefused
 from aggregator.operations import OperationRefused
 from aggregator.registry.artefacts import MissingArtefact
 from aggregator.registry.publishing import PublishRefused
 from aggregator.repository import RepositoryError
+from protocol.dp.errors import PrivacyError
 
 REFUSED = 1
 """Exit code: what was asked for was not done. (2 is a wrong command line, as everywhere.)"""
@@ -71,6 +73,7 @@ app.add_typer(aggregator_app, name="aggregator")
 app.add_typer(device_app, name="device")
 app.add_typer(model_app, name="model")
 app.add_typer(rounds_app, name="round")
+app.add_typer(privacy_app, name="privacy")
 
 
 def main() -> None:
@@ -92,6 +95,7 @@ def _readable_errors() -> Iterator[None]:
         InvalidAddress,
         MissingArtefact,
         OperationRefused,
+        PrivacyError,
         PublishRefused,
         RepositoryError,
         UnusableKeys,

@@ -37,7 +37,7 @@ class DevicePolicy(BaseModel):
     allow_semi_honest: bool = False
     """Whether such a plan may assume that the aggregator follows the protocol."""
     privacy_modes: Annotated[frozenset[PrivacyMode], Field(min_length=1)] = frozenset(
-        {PrivacyMode.CENTRAL, PrivacyMode.DISTRIBUTED}
+        {PrivacyMode.CENTRAL, PrivacyMode.DISTRIBUTED, PrivacyMode.LOCAL}
     )
     """Modes it takes part in; `none` only if it is listed here."""
     allowed_signers: frozenset[Sha256] | None = None

@@ -127,11 +127,11 @@ def write(round_id: str, contents: Iterable[Content], head: bytes) -> tuple[byte
         BrokenTranscript: the contents are no round.
     """
     records = []
-    previous = head
+    newest = head
     for content in contents:
-        data = Record(round_id=round_id, previous=previous, content=content).model_dump_json().encode()
+        data = Record(round_id=round_id, previous=newest, content=content).model_dump_json().encode()
         records.append(data)
-        previous = digest(data)
+        newest = digest(data)
     verify(records, head)
     return tuple(records)
 
@@ -146,17 +146,26 @@ def verify(records: Sequence[bytes], head: bytes) -> tuple[Record, ...]:
         BrokenTranscript: a record is malformed, changed, missing, out of order or of another round.
     """
     parsed: list[Record] = []
-    previous = head
+    expected = head
     for number, data in enumerate(records):
         record = _parse(data)
-        if record.previous != previous:
+        if record.previous != expected:
             raise BrokenTranscript(f"record {number} does not follow on the one before it")
         if record.round_id != (parsed[0].round_id if parsed else record.round_id):
             raise BrokenTranscript(f"record {number} is of another round")
         parsed.append(record)
-        previous = digest(data)
+        expected = digest(data)
     _check_order([record.content.kind for record in parsed])
     return tuple(parsed)
+
+
+def previous(record: bytes) -> bytes:
+    """Returns what a record names as the one before it, which is not verified yet.
+
+    Raises:
+        BrokenTranscript: it is no record.
+    """
+    return _parse(record).previous
 
 
 def _parse(data: bytes) -> Record:

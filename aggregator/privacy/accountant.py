@@ -7,15 +7,13 @@ that check in when they can are no Poisson sample.
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import dp_accounting
 import numpy as np
-from dp_accounting import pld, rdp
+from dp_accounting import rdp
 
 from protocol.dp.accounting import Spent, spent_by
 from protocol.dp.divergence import ORDERS, renyi_curve
@@ -72,27 +70,3 @@ def _library_event(event: DPEvent) -> dp_accounting.DpEvent:
         # Canonne, Kamath, Steinke 2020, arXiv 2004.00010, Theorem 4, and divergences add over coordinates.
         return dp_accounting.ZCDpEvent(event.sensitivity_squared / (2 * event.variance))
     return RingDpEvent(event)
-
-
-def gaussian_reference(
-    noise_multiplier: float,
-    *,
-    rounds: int,
-    delta: float,
-    sampling_probability: float = 1.0,
-    method: Literal["rdp", "pld"] = "pld",
-) -> float:
-    """Returns epsilon of the continuous Gaussian mechanism: the yardstick that plans are compared with.
-
-    Assumes: with `sampling_probability` below 1, that every device joins every round by an independent coin,
-        hidden from everybody (Poisson sampling). Rounds of real fleets do not meet this: simulation only.
-    """
-    if sampling_probability == 1 and method == "pld":
-        # T Gaussian mechanisms are one with noise z / sqrt(T) (Dong, Roth, Su 2019, arXiv 1905.02383,
-        # Corollary 3.3), of which the library knows the closed form.
-        return float(dp_accounting.get_epsilon_gaussian(noise_multiplier / math.sqrt(rounds), delta))
-    event = dp_accounting.GaussianDpEvent(noise_multiplier)
-    if sampling_probability < 1:
-        event = dp_accounting.PoissonSampledDpEvent(sampling_probability, event)
-    accountant = rdp.RdpAccountant() if method == "rdp" else pld.PLDAccountant()
-    return float(accountant.compose(event, rounds).get_epsilon(delta))

@@ -15,6 +15,10 @@ class RingTooNarrow(InvalidParameters):
     """The ring cannot hold the sum at the stated overflow probability."""
 
 
+class CohortTooSmall(InvalidParameters):
+    """A cohort that cannot give the fewest survivors that a sum needs."""
+
+
 class NonFiniteUpdate(PrivacyError):
     """The update or a metric holds NaN or infinity: refused on the device, counted, never sent."""
 

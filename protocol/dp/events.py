@@ -55,7 +55,7 @@ class DPEvent(BaseModel):
     sensitivity_squared: Annotated[int, Field(ge=0)]
     """Squared L2 norm that one client's integers cannot exceed, in squared quantization steps."""
     variance_per_share: _Finite
-    """Variance of one noise share per coordinate: a client's (distributed) or the aggregator's (central)."""
+    """Variance of one noise share per coordinate: a client's (distributed, local) or the aggregator's."""
     dimension: Annotated[int, Field(ge=1)]
     """Coordinates of the released vector, metric slots included."""
     survivors: Annotated[int, Field(ge=1)]
@@ -77,7 +77,7 @@ class DPEvent(BaseModel):
 
     @property
     def shares(self) -> int:
-        """How many independent noise shares count."""
+        """How many independent noise shares count; in local mode a device relies on nobody's but its own."""
         return self.survivors - self.colluders if self.mode is PrivacyMode.DISTRIBUTED else 1
 
     @property

@@ -40,8 +40,8 @@ def encode(
     """Encodes one client's contribution to the sum, its noise share included.
 
     Guarantee: before the noise, the encoded integers have a squared L2 norm of at most
-        `params.norm_bound_squared`, whatever the update holds, and in distributed mode independent noise of
-        variance `params.local_variance` is added to every coordinate, metric slots included.
+        `params.norm_bound_squared`, whatever the update holds, and in distributed and local mode independent
+        noise of variance `params.local_variance` is added to every coordinate, metric slots included.
     Assumes: `key` is fresh for this round and is kept by nobody; the same key with two updates would show
         their difference to whoever sees both results.
 

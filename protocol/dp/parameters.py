@@ -16,7 +16,7 @@ from protocol.ring import MAX_BITS, MIN_BITS
 
 
 class PrivacyMode(enum.StrEnum):
-    """Who adds the noise, and so whom a participant has to trust (`local` and `example` are to follow)."""
+    """Who adds the noise, and so whom a participant has to trust (`example` is to follow)."""
 
     NONE = "none"
     """Clipping only. Allowed only if the plan and the device's policy both say so."""
@@ -24,6 +24,8 @@ class PrivacyMode(enum.StrEnum):
     """The aggregator adds the noise when it releases the sum: trust in the aggregator."""
     DISTRIBUTED = "distributed"
     """Each client adds its share before masking: nobody ever holds an un-noised sum."""
+    LOCAL = "local"
+    """Each client's own noise suffices: nobody has to be trusted, not even to add up masked inputs only."""
 
 
 class NoiseDistribution(enum.StrEnum):
@@ -71,8 +73,9 @@ class PrivacyParameters(BaseModel):
     clip_norm: _FinitePositive
     """C: L2 bound of one update, in the unit of the parameters."""
     noise_multiplier: Annotated[float, Field(ge=0, allow_inf_nan=False)]
-    """z: standard deviation of the noise in the sum of the fewest accepted honest survivors, over the
-    integer sensitivity (rounding included, so that it is the multiplier that the accountant sees)."""
+    """z: standard deviation of the noise in the sum of the fewest accepted honest survivors, or in local mode
+    in each client's own vector, over the integer sensitivity (rounding included, so that it is the multiplier
+    that the accountant sees)."""
     delta: Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
     """The delta at which epsilon is stated."""
     bits: Annotated[int, Field(ge=MIN_BITS, le=MAX_BITS)]

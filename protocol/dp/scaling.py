@@ -14,7 +14,7 @@ import bisect
 import math
 from dataclasses import dataclass, replace
 
-from protocol.dp.errors import InvalidParameters, RingTooNarrow
+from protocol.dp.errors import CohortTooSmall, InvalidParameters, RingTooNarrow
 from protocol.dp.parameters import NoiseDistribution, PrivacyMode, PrivacyParameters
 from protocol.dp.rotation import variance_proxy
 from protocol.dp.rounding import BETA, rounded_norm_bound_squared
@@ -44,7 +44,8 @@ class EncodingParameters:
         rotation_seed: public seed of the rotation.
         radius: L2 bound of the clipped vector, in quantization steps.
         norm_bound_squared: squared L2 norm that no rounded vector exceeds: the squared integer sensitivity.
-        local_variance: variance of each client's noise share per coordinate, in squared steps (distributed).
+        local_variance: variance of each client's noise share per coordinate, in squared steps; 0 where the
+            clients add none.
         central_variance: variance of the aggregator's noise per coordinate, in squared steps (central).
         overflow_probability: bound on the probability that any coordinate of the round's sum overflows.
     """
@@ -103,7 +104,8 @@ def derive_encoding(
     Gaussian; this bound is for a whole round, and rigorous even where all clients send one vector.
 
     Guarantee: with at least `minimum_survivors` of which at most `privacy.colluders` reveal their noise, the
-        noise in the sum has a standard deviation of at least z times the integer sensitivity.
+        noise in the sum has a standard deviation of at least z times the integer sensitivity; in local mode
+        the noise in every client's own vector has.
 
     Args:
         dimension: d >= 1.
@@ -113,13 +115,14 @@ def derive_encoding(
         overflow_probability: in (0, 1), for a whole round.
 
     Raises:
-        InvalidParameters: figures that make no round.
+        CohortTooSmall: it cannot give the survivors that a sum needs.
+        InvalidParameters: other figures that make no round.
         RingTooNarrow: no radius fits; says which width would.
     """
     if dimension < 1:
         raise InvalidParameters(f"an update has at least one element, got {dimension}")
     if not privacy.colluders < minimum_survivors <= maximum_clients:
-        raise InvalidParameters(
+        raise CohortTooSmall(
             f"need colluders < minimum survivors <= maximum clients, "
             f"got {privacy.colluders}, {minimum_survivors}, {maximum_clients}"
         )
@@ -131,7 +134,8 @@ def derive_encoding(
     def candidate(radius: int, bits: int) -> EncodingParameters:
         bound = rounded_norm_bound_squared(radius, dimension + len(privacy.metric_slots))
         variance = privacy.noise_multiplier**2 * bound
-        distributed = privacy.mode is PrivacyMode.DISTRIBUTED
+        sharers = {PrivacyMode.DISTRIBUTED: minimum_survivors - privacy.colluders, PrivacyMode.LOCAL: 1}
+        shares = sharers.get(privacy.mode)
         parameters = EncodingParameters(
             privacy=privacy.model_copy(update={"bits": bits}),
             dimension=dimension,
@@ -140,7 +144,7 @@ def derive_encoding(
             rotation_seed=rotation_seed,
             radius=radius,
             norm_bound_squared=bound,
-            local_variance=variance / (minimum_survivors - privacy.colluders) if distributed else 0.0,
+            local_variance=variance / shares if shares else 0.0,
             central_variance=variance if privacy.mode is PrivacyMode.CENTRAL else 0.0,
             overflow_probability=0.0,
         )

@@ -189,6 +189,14 @@ def test_central_noise_does_not_depend_on_survivors_or_colluders() -> None:
     assert costs[0] == costs[1] == pytest.approx(4.7285, rel=1e-3)
 
 
+def test_local_noise_suffices_alone() -> None:
+    """Neither more survivors nor colluders change what one device's own noise is worth."""
+    params = encoding(privacy(mode=PrivacyMode.LOCAL, colluders=3))
+    assert params.local_variance == params.norm_bound_squared  # z = 1, in every vector
+    costs = [account([event_for(params, n)], 1e-5).epsilon for n in (10, 20)]
+    assert costs[0] == costs[1] == pytest.approx(4.7285, rel=1e-3)
+
+
 def test_a_round_without_noise_costs_infinity() -> None:
     params = encoding(privacy(mode=PrivacyMode.NONE, noise_multiplier=0.0))
     assert account([event_for(params, 10)], 1e-5).epsilon == math.inf

@@ -1,0 +1,281 @@
+"""The commands `covey privacy ...`: what rounds would cost, and what they have cost."""
+
+from __future__ import annotations
+
+import json as json_module
+import math
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from aggregator import cli_output as output
+from aggregator import main as covey
+from aggregator.cli_options import Json, State
+from aggregator.operations import OperationRefused
+from protocol.dp.accounting import Spent
+from protocol.dp.parameters import NoiseDistribution, PrivacyMode
+from protocol.transcript import BrokenTranscript
+
+if TYPE_CHECKING:
+    from aggregator.privacy.forecast import Forecast, Outcome
+
+privacy_app = typer.Typer(no_args_is_help=True, help="Differential privacy: plan it, and see what is spent.")
+
+
+@privacy_app.command("plan")
+def privacy_plan(
+    population: Annotated[int, typer.Option(help="Enrolled devices that may take part.")],
+    cohort: Annotated[int, typer.Option(help="Devices in a full round.")],
+    rounds: Annotated[int, typer.Option(help="How many rounds.")],
+    epsilon: Annotated[
+        float | None, typer.Option(help="What all rounds may cost a device together.", show_default=False)
+    ] = None,
+    noise_multiplier: Annotated[
+        float | None, typer.Option(help="Noise over sensitivity, in place of --epsilon.", show_default=False)
+    ] = None,
+    delta: Annotated[float, typer.Option(help="The delta at which epsilon is stated.")] = 1e-5,
+    mode: Annotated[PrivacyMode, typer.Option(help="Who adds the noise.")] = PrivacyMode.DISTRIBUTED,
+    bits: Annotated[int, typer.Option(help="Bits of one coordinate on the wire, 8 to 32.")] = 16,
+    clip_norm: Annotated[float, typer.Option(help="C, the L2 bound of one update.")] = 1.0,
+    min_survivors: Annotated[
+        int | None, typer.Option(help="Fewest updates in a sum.", show_default="above 2/3 of the cohort")
+    ] = None,
+    colluders: Annotated[int, typer.Option(help="Survivors that may reveal their noise.")] = 0,
+    parameters: Annotated[int, typer.Option(help="Parameters of the model.")] = 50_000,
+    noise: Annotated[NoiseDistribution, typer.Option(help="The integer noise.")] = NoiseDistribution.SKELLAM,
+    plot: Annotated[
+        Path | None, typer.Option(dir_okay=False, help="Draw epsilon against rounds.", show_default=False)
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Works out a campaign before any data is touched: noise, epsilon, utility, bytes.
+
+    Every device counts as one that takes part in all rounds: nothing is assumed of the selection.
+
+    Example: covey privacy plan --population 5000 --cohort 200 --rounds 500 --epsilon 4 --delta 1e-6
+    """
+    from aggregator.privacy.forecast import Intention, forecast
+
+    result = forecast(
+        Intention(
+            population=population,
+            cohort=cohort,
+            rounds=rounds,
+            delta=delta,
+            epsilon=epsilon,
+            noise_multiplier=noise_multiplier,
+            mode=mode,
+            bits=bits,
+            clip_norm=clip_norm,
+            minimum_survivors=min_survivors,
+            colluders=colluders,
+            dimension=parameters,
+            noise=noise,
+        )
+    )
+    content = plan_json(result)
+    if json:
+        sys.stdout.write(json_module.dumps(content) + "\n")
+    else:
+        for text in _plan_lines(result, content):
+            output.line(text)
+    if plot is not None:
+        _draw(result, plot)
+
+
+@privacy_app.command("ledger")
+def privacy_ledger(
+    state: State,
+    delta: Annotated[float, typer.Option(help="The delta at which epsilon is stated.")] = 1e-5,
+    json: Json = False,
+) -> None:
+    """Shows what has been spent, re-computed from the transcript and held against the stored ledger.
+
+    Every device counts as one that was in all rounds. Exit code 1 when transcript and ledger differ.
+
+    Example: covey privacy ledger --json
+    """
+    from aggregator.privacy.ledger import audit_ledger
+
+    with covey.open_operator(state) as operator, operator.repository.read() as reader:
+        try:
+            audit = audit_ledger(reader, delta)
+        except BrokenTranscript as error:
+            raise OperationRefused(f"the transcript cannot be trusted: {error}") from error
+    if json:
+        content = {
+            "population": _spent(audit.population),
+            "models": {name: _spent(spent) for name, spent in audit.models.items()},
+            "rounds": audit.rounds,
+            "matches": not audit.differences,
+            "differences": list(audit.differences),
+        }
+        sys.stdout.write(json_module.dumps(content) + "\n")
+    else:
+        output.line("what was released, for a device that was in every round; unit of privacy: the device")
+        for name, spent in (("all models", audit.population), *audit.models.items()):
+            output.line(
+                f"{name:16}  {spent.rounds:4} releases  epsilon {_epsilon(spent.epsilon)}, delta {delta:g}"
+            )
+        if not audit.differences:
+            output.line(f"the stored ledger agrees with the transcript of {audit.rounds} rounds")
+    for difference in audit.differences:
+        output.fail(difference)
+    if audit.differences:
+        raise typer.Exit(1)
+
+
+def _spent(spent: Spent) -> dict[str, object]:
+    return {
+        "epsilon": _number(spent.epsilon),
+        "delta": spent.delta,
+        "releases": spent.rounds,
+        "unit": spent.unit,
+        "sampler_distance": spent.sampler_distance,
+        "sampler_included": spent.sampler_included,
+    }
+
+
+def plan_json(result: Forecast) -> dict[str, object]:
+    """The forecast for machines; None stands for an infinite epsilon, which JSON lacks."""
+    from aggregator.privacy.references import gaussian_reference, tff_parameters
+
+    intention, encoding = result.intention, result.encoding
+    z = encoding.privacy.noise_multiplier
+
+    def gaussian(*, tight: bool, sampling: float = 1.0) -> float | None:
+        if not z:
+            return None
+        epsilon = gaussian_reference(
+            z,
+            rounds=intention.rounds,
+            delta=intention.delta,
+            sampling_probability=sampling,
+            method="pld" if tight else "rdp",
+        )
+        return _number(epsilon)
+
+    return {
+        "noise_multiplier": z,
+        "epsilon_per_round": _number(result.epsilon_per_round),
+        "epsilon_total": _number(result.epsilon_total),
+        "delta": intention.delta,
+        "clip_norm": encoding.privacy.clip_norm,
+        "scale": encoding.scale,
+        "bits": encoding.bits,
+        "scaled_l2": math.sqrt(encoding.norm_bound_squared),
+        "local_stddev": math.sqrt(encoding.local_variance),
+        "min_survivors": encoding.minimum_survivors,
+        "central_stddev": math.sqrt(encoding.central_variance),
+        "mode": encoding.privacy.mode.value,
+        "noise": encoding.privacy.noise.value,
+        "unit": "device",
+        "population": intention.population,
+        "cohort": intention.cohort,
+        "rounds": intention.rounds,
+        "parameters": intention.dimension,
+        "noise_norm": result.noise_norm,
+        "bytes_per_device": result.bytes_up,
+        "overflow_probability": encoding.overflow_probability,
+        "participations": result.participations,
+        "epsilon_participations": _number(result.epsilon_participations),
+        "colluding": [_outcome(outcome) for outcome in result.colluding],
+        "dropping": [_outcome(outcome) for outcome in result.dropping],
+        "gaussian_epsilon_total": gaussian(tight=True),
+        "gaussian_epsilon_total_rdp": gaussian(tight=False),
+        "gaussian_epsilon_total_if_poisson_sampled": gaussian(
+            tight=False, sampling=intention.cohort / intention.population
+        ),
+        "tff": asdict(tff_parameters(encoding)) if z else None,
+    }
+
+
+def _outcome(outcome: Outcome) -> dict[str, object]:
+    content = asdict(outcome)
+    return {key: _number(value) for key, value in content.items()}
+
+
+def _number(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _epsilon(value: float) -> str:
+    return f"{value:.4g}" if math.isfinite(value) else "unbounded: nothing is promised"
+
+
+def _plan_lines(result: Forecast, content: dict[str, object]) -> list[str]:
+    """The forecast for a person."""
+    intention, encoding = result.intention, result.encoding
+    privacy = encoding.privacy
+    radius = math.sqrt(encoding.norm_bound_squared) / encoding.radius
+    lines = [
+        f"mode               {privacy.mode} ({privacy.noise}); unit of privacy: the device, zeroed out",
+        f"noise multiplier   {privacy.noise_multiplier:g}",
+        f"epsilon            {_epsilon(result.epsilon_per_round)} a round, {_epsilon(result.epsilon_total)} "
+        f"after {intention.rounds}, at delta {intention.delta:g}, for a device in every round",
+        f"                   {_epsilon(result.epsilon_participations)} for one in {result.participations}, "
+        f"the average of a population of {intention.population}",
+        f"noise              norm {result.noise_norm:.4g} in the mean update, "
+        f"{result.noise_norm / privacy.clip_norm:.3g} times the clip norm {privacy.clip_norm:g}",
+        f"ring               {encoding.bits} bits, scale {encoding.scale:.6g}, rounded norm "
+        f"{math.sqrt(encoding.norm_bound_squared):.6g} ({radius:.4f} times the unrounded), "
+        f"overflow below {encoding.overflow_probability:.2g} a round",
+        f"a device's noise   standard deviation {math.sqrt(encoding.local_variance):.6g} steps",
+        f"a device sends     {result.bytes_up:,} bytes of masked input a round",
+        "dropouts           "
+        + "; ".join(
+            f"{o.survivors} of {intention.cohort} answer: epsilon {_epsilon(o.epsilon_total)}, "
+            f"noise {o.noise_norm:.4g}"
+            for o in result.dropping
+        ),
+        "colluders          "
+        + "; ".join(
+            f"{o.colluders} of {o.survivors}: epsilon {_epsilon(o.epsilon_total)}" for o in result.colluding
+        ),
+    ]
+    sampled = content["gaussian_epsilon_total_if_poisson_sampled"]
+    if isinstance(sampled, float):
+        lines.append(
+            f"not claimed        epsilon {sampled:.4g} by amplification, if hidden coins chose every cohort"
+        )
+    return lines
+
+
+def _draw(result: Forecast, path: Path) -> None:
+    """Draws epsilon against rounds."""
+    from aggregator.privacy.forecast import epsilon_curve
+
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise OperationRefused("a plot needs matplotlib: pip install 'covey[demo]'") from error
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    intention, encoding = result.intention, result.encoding
+    points = epsilon_curve(encoding, intention.rounds)
+    if not math.isfinite(points[0][1]):
+        raise OperationRefused("without noise there is no epsilon to draw")
+    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+    axes.plot(*zip(*points, strict=True), label="a device in every round")
+    if intention.epsilon is not None:
+        axes.axhline(intention.epsilon, color="tab:red", linestyle="--", label="budget")
+    if result.participations < intention.rounds:
+        axes.plot(
+            result.participations,
+            result.epsilon_participations,
+            "o",
+            label=f"the average device, in {result.participations} rounds",
+        )
+    axes.set_xlabel("rounds")
+    axes.set_ylabel(f"epsilon at delta {intention.delta:g}")
+    axes.set_title(
+        f"{encoding.privacy.mode}, noise multiplier {encoding.privacy.noise_multiplier:g}, unit: the device"
+    )
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)

@@ -1,0 +1,209 @@
+"""What a campaign would cost in privacy, utility and bytes, before any data is touched."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from pydantic import ValidationError
+
+from aggregator.privacy.budget import Budget
+from aggregator.privacy.solving import solve_noise_multiplier
+from protocol.dp.accounting import spend
+from protocol.dp.errors import CohortTooSmall, InvalidParameters
+from protocol.dp.events import event_for
+from protocol.dp.parameters import NoiseDistribution, PrivacyMode, PrivacyParameters
+from protocol.dp.scaling import EncodingParameters, derive_encoding
+from protocol.ring import packed_size
+
+COLLUDING_FRACTIONS = (0.0, 0.01, 0.05, 0.1, 1 / 3)
+"""Shares of the fewest accepted survivors for which a forecast says what their noise was worth."""
+
+
+@dataclass(frozen=True)
+class Intention:
+    """What somebody thinks of running.
+
+    Attributes:
+        population: enrolled devices that may take part.
+        cohort: devices in a full round.
+        rounds: how many rounds; every device is assumed to be in all of them.
+        delta: the delta at which epsilon is stated.
+        epsilon: what the rounds may cost together; None when the noise multiplier is given.
+        noise_multiplier: z; None when it is to be solved for.
+        minimum_survivors: fewest updates in a sum; by default the smallest number above two thirds.
+        dimension: parameters of the model.
+    """
+
+    population: int
+    cohort: int
+    rounds: int
+    delta: float
+    epsilon: float | None = None
+    noise_multiplier: float | None = None
+    mode: PrivacyMode = PrivacyMode.DISTRIBUTED
+    bits: int = 16
+    clip_norm: float = 1.0
+    minimum_survivors: int | None = None
+    colluders: int = 0
+    dimension: int = 50_000
+    noise: NoiseDistribution = NoiseDistribution.SKELLAM
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What becomes of the guarantee or the noise under one circumstance.
+
+    Attributes:
+        survivors: updates in every sum.
+        colluders: of them, those that reveal their noise.
+        epsilon_total: after all rounds.
+        noise_norm: expected L2 norm of the noise in the mean update, in the unit of the parameters.
+    """
+
+    survivors: int
+    colluders: int
+    epsilon_total: float
+    noise_norm: float
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """An intention with everything that follows from it.
+
+    Attributes:
+        epsilon_per_round: of one round at the fewest accepted survivors.
+        epsilon_total: of all rounds, for a device that is in all of them.
+        participations: rounds that one device is in on average.
+        epsilon_participations: what those cost, the figure of the average device's own ledger.
+        bytes_up: one device's packed masked input.
+        colluding: with the fewest survivors and more and more colluders.
+        dropping: from nobody dropping out to the most that a round accepts.
+    """
+
+    intention: Intention
+    encoding: EncodingParameters
+    epsilon_per_round: float
+    epsilon_total: float
+    participations: int
+    epsilon_participations: float
+    bytes_up: int
+    colluding: tuple[Outcome, ...]
+    dropping: tuple[Outcome, ...]
+
+    @property
+    def noise_norm(self) -> float:
+        """Expected L2 norm of the noise in the mean update, at the fewest accepted survivors."""
+        return noise_norm(self.encoding, self.encoding.minimum_survivors)
+
+
+def forecast(intention: Intention) -> Forecast:
+    """Works out an intention.
+
+    Raises:
+        CohortTooSmall: the cohort is below the fewest survivors, or no cohort at all.
+        RingTooNarrow: the ring overflows; says which width would do.
+        NoiseUnsolvable: no noise reaches the epsilon.
+        InvalidParameters: any other figure that makes no campaign: C of 0, epsilon of 0, delta of 1.
+    """
+    survivors = _check(intention)
+    given = intention.noise_multiplier
+    silent = intention.mode is PrivacyMode.NONE
+    try:
+        privacy = PrivacyParameters(
+            mode=intention.mode,
+            clip_norm=intention.clip_norm,
+            noise_multiplier=0.0 if silent else 1.0 if given is None else given,
+            delta=intention.delta,
+            bits=intention.bits,
+            noise=intention.noise,
+            colluders=intention.colluders,
+        )
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise InvalidParameters(f"{where}: {first['msg']}" if where else first["msg"]) from error
+    if intention.epsilon is not None:
+        privacy = solve_noise_multiplier(
+            privacy,
+            Budget(intention.epsilon, intention.delta),
+            rounds=intention.rounds,
+            dimension=intention.dimension,
+            minimum_survivors=survivors,
+            maximum_clients=intention.cohort,
+        )
+    encoding = derive_encoding(
+        privacy,
+        dimension=intention.dimension,
+        minimum_survivors=survivors,
+        maximum_clients=intention.cohort,
+        rotation_seed=bytes(32),
+    )
+    participations = math.ceil(intention.rounds * intention.cohort / intention.population)
+    return Forecast(
+        intention,
+        encoding,
+        epsilon_per_round=epsilon_after(encoding, 1),
+        epsilon_total=epsilon_after(encoding, intention.rounds),
+        participations=participations,
+        epsilon_participations=epsilon_after(encoding, participations),
+        bytes_up=packed_size(encoding.length, encoding.bits),
+        colluding=tuple(
+            _outcome(encoding, intention.rounds, survivors, colluders)
+            for colluders in sorted({math.floor(fraction * survivors) for fraction in COLLUDING_FRACTIONS})
+        ),
+        dropping=tuple(
+            _outcome(encoding, intention.rounds, count, intention.colluders)
+            for count in sorted(
+                {intention.cohort, (intention.cohort + survivors) // 2, survivors}, reverse=True
+            )
+        ),
+    )
+
+
+def epsilon_after(encoding: EncodingParameters, rounds: int) -> float:
+    """Epsilon of a device that was in `rounds` rounds at the fewest accepted survivors."""
+    return spend({event_for(encoding, encoding.minimum_survivors): rounds}, encoding.privacy.delta).epsilon
+
+
+def epsilon_curve(encoding: EncodingParameters, rounds: int) -> list[tuple[int, float]]:
+    """Epsilon after 1, ..., `rounds` rounds at up to 60 points, for a plot."""
+    points = sorted({max(1, round(rounds * (index / 60) ** 2)) for index in range(1, 61)})
+    return [(count, epsilon_after(encoding, count)) for count in points]
+
+
+def noise_norm(encoding: EncodingParameters, survivors: int) -> float:
+    """Expected L2 norm of the noise in the mean update: sqrt(d) standard deviations of one coordinate."""
+    variance = survivors * encoding.local_variance + encoding.central_variance
+    return math.sqrt(encoding.dimension * variance) / (encoding.scale * survivors)
+
+
+def _check(intention: Intention) -> int:
+    """Refuses figures that the encoding does not look at; returns the fewest survivors."""
+    cohort, population = intention.cohort, intention.population
+    if (intention.epsilon is None) == (intention.noise_multiplier is None) and (
+        intention.mode is not PrivacyMode.NONE or intention.epsilon is not None
+    ):
+        raise InvalidParameters("give either an epsilon to reach or a noise multiplier")
+    if intention.epsilon is not None:
+        Budget(intention.epsilon, intention.delta)  # before anything is worked out
+    if intention.rounds < 1:
+        raise InvalidParameters(f"need at least one round, got {intention.rounds}")
+    survivors = intention.minimum_survivors
+    if survivors is None:
+        survivors = max(2, min(cohort, 2 * cohort // 3 + 1))
+    if not 2 <= survivors <= cohort:
+        raise CohortTooSmall(f"a cohort of {cohort} cannot give the {survivors} updates that a sum needs")
+    if cohort > population:
+        raise CohortTooSmall(f"a population of {population} cannot give a cohort of {cohort}")
+    return survivors
+
+
+def _outcome(encoding: EncodingParameters, rounds: int, survivors: int, colluders: int) -> Outcome:
+    event = event_for(encoding, survivors).model_copy(update={"colluders": colluders})
+    return Outcome(
+        survivors,
+        colluders,
+        spend({event: rounds}, encoding.privacy.delta).epsilon,
+        noise_norm(encoding, survivors),
+    )

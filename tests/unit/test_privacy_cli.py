@@ -1,0 +1,250 @@
+"""`covey privacy`: figures that others published, refusals before any data, and the ledger's audit."""
+
+from __future__ import annotations
+
+import json
+import math
+import sqlite3
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("dp_accounting")
+
+from aggregator import cli
+from aggregator import main as covey
+from aggregator.privacy.forecast import Intention, forecast
+from protocol.dp.errors import CohortTooSmall, InvalidParameters, PrivacyError, RingTooNarrow
+from protocol.dp.parameters import PrivacyMode
+from tests.aggregator_bench import Bench
+from tests.unit.test_aggregator_service import request as campaign_request
+
+KEYS = [
+    "noise_multiplier",
+    "epsilon_per_round",
+    "epsilon_total",
+    "delta",
+    "clip_norm",
+    "scale",
+    "bits",
+    "scaled_l2",
+    "local_stddev",
+    "min_survivors",
+]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path):  # type: ignore[no-untyped-def]
+    """Runs `covey privacy ...`; returns (exit code, output, errors)."""
+    monkeypatch.setenv("COVEY_STATE", str(tmp_path / "state"))
+    monkeypatch.setenv("COLUMNS", "160")
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["covey", "privacy", *map(str, arguments)])
+        code: object = 0
+        try:
+            cli.main()
+        except SystemExit as exit_:
+            code = exit_.code or 0
+        captured = capsys.readouterr()
+        assert isinstance(code, int)
+        return code, captured.out, captured.err
+
+    return call
+
+
+def plan(run: Any, arguments: str) -> dict[str, Any]:
+    code, out, err = run("plan", *arguments.split(), "--json")
+    assert code == 0, err
+    content: dict[str, Any] = json.loads(out)
+    return content
+
+
+def test_the_plan_of_the_tracker(run) -> None:  # type: ignore[no-untyped-def]
+    arguments = "--population 5000 --cohort 200 --rounds 500 --epsilon 4 --delta 1e-6 --bits 16"
+    content = plan(run, arguments)
+    assert list(content)[: len(KEYS)] == KEYS
+    assert 3.999 < content["epsilon_total"] <= 4
+    assert content["epsilon_per_round"] < content["epsilon_total"] / 20
+    assert (content["bits"], content["delta"], content["min_survivors"]) == (16, 1e-6, 134)
+    assert content["bytes_per_device"] == 50_000 * 16 / 8
+    assert content["local_stddev"] == pytest.approx(
+        content["noise_multiplier"] * content["scaled_l2"] / math.sqrt(134)
+    )
+    assert content["participations"] == 20
+    epsilons = [outcome["epsilon_total"] for outcome in content["colluding"]]
+    assert epsilons == sorted(epsilons) and epsilons[0] == content["epsilon_total"] < epsilons[-1]
+    full, *_, fewest = content["dropping"]
+    assert full["epsilon_total"] < fewest["epsilon_total"] == content["epsilon_total"]
+    text = run("plan", *arguments.split())[1]
+    assert "28.3597" in text and "colluders" in text and "100,000 bytes" in text
+
+
+ALL = "--population 100 --cohort 100 --min-survivors 100 --parameters 50000 --delta 1e-5"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "key", "published", "tolerance"),
+    [
+        # dp-accounting 0.6.0: GaussianDpEvent(1.0), PLD, delta 1e-5.
+        ("--rounds 1 --noise-multiplier 1 --bits 24", "gaussian_epsilon_total", 4.3772, 1e-4),
+        # The same composed 500 times, by RDP and by PLD.
+        ("--rounds 500 --noise-multiplier 1 --bits 24", "gaussian_epsilon_total_rdp", 354.86, 0.006),
+        ("--rounds 500 --noise-multiplier 1 --bits 24", "gaussian_epsilon_total", 344.45, 0.006),
+        # Central discrete Gaussian: zCDP of the continuous one (Canonne, Kamath, Steinke 2020, Theorem 4).
+        (
+            "--rounds 500 --noise-multiplier 1 --bits 24 --mode central --noise discrete_gaussian",
+            "epsilon_total",
+            354.86,
+            0.01,
+        ),
+        # Skellam at a fine scale comes near it (Agarwal, Kairouz, Liu 2021, section 3).
+        ("--rounds 500 --noise-multiplier 1 --bits 24", "epsilon_total", 354.86, 0.5),
+        # dp-accounting's calibration: z for epsilon 354.86 is 1.
+        ("--rounds 500 --epsilon 354.9 --bits 24", "noise_multiplier", 1.0, 1e-3),
+    ],
+)
+def test_published_figures(run, arguments: str, key: str, published: float, tolerance: float) -> None:  # type: ignore[no-untyped-def]
+    assert plan(run, f"{ALL} {arguments}")[key] == pytest.approx(published, abs=tolerance)
+
+
+def test_amplification_is_shown_and_never_claimed(run) -> None:  # type: ignore[no-untyped-def]
+    """dp-accounting 0.6.0: Poisson q = 0.1, T = 500, z = 1, RDP 18.16."""
+    content = plan(
+        run, "--population 1000 --cohort 100 --rounds 500 --noise-multiplier 1 --delta 1e-5 --bits 24"
+    )
+    assert content["gaussian_epsilon_total_if_poisson_sampled"] == pytest.approx(18.16, abs=0.006)
+    assert content["epsilon_total"] > 354
+
+
+def test_the_parameters_of_tff(run) -> None:  # type: ignore[no-untyped-def]
+    """TFF 0.87 `ddp_secure_aggregator` at z = 1, n = 100, 16 bits, d = 50,000, C = 0.1, beta 0."""
+    content = plan(run, f"{ALL} --rounds 1 --noise-multiplier 1 --bits 16 --clip-norm 0.1")
+    assert content["tff"]["scale"] == pytest.approx(78_450.76, abs=0.01)
+    assert content["tff"]["scaled_l2"] == pytest.approx(8101.861, abs=1e-3)
+    assert content["tff"]["local_stddev"] == pytest.approx(784.5076, abs=1e-4)
+    # TFF multiplies z by the unrounded norm and allows 3.9 standard deviations where we allow 7.4.
+    assert 0.5 < content["scale"] / content["tff"]["scale"] < 0.6
+    assert content["local_stddev"] * 10 / content["scaled_l2"] == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error"),
+    [
+        ({"clip_norm": 0.0}, InvalidParameters),
+        ({"clip_norm": math.nan}, InvalidParameters),
+        ({"epsilon": 0.0}, InvalidParameters),
+        ({"epsilon": -1.0}, InvalidParameters),
+        ({"delta": 1.0}, InvalidParameters),
+        ({"bits": 7}, InvalidParameters),
+        ({"rounds": 0}, InvalidParameters),
+        ({"dimension": 0}, InvalidParameters),
+        ({"noise_multiplier": 1.0}, InvalidParameters),
+        ({"epsilon": None}, InvalidParameters),
+        ({"mode": PrivacyMode.NONE}, InvalidParameters),
+        ({"bits": 8}, RingTooNarrow),
+        ({"bits": 12, "epsilon": 0.01}, RingTooNarrow),
+        ({"cohort": 1}, CohortTooSmall),
+        ({"cohort": 20, "minimum_survivors": 30}, CohortTooSmall),
+        ({"population": 100}, CohortTooSmall),
+        ({"colluders": 150}, CohortTooSmall),
+    ],
+)
+def test_impossible_campaigns_are_refused_by_type(changes: dict[str, Any], error: type[PrivacyError]) -> None:
+    good: dict[str, Any] = {"population": 5000, "cohort": 200, "rounds": 50, "delta": 1e-6, "epsilon": 4.0}
+    with pytest.raises(error):
+        forecast(Intention(**{**good, **changes}))
+
+
+def test_a_refusal_is_a_sentence_and_exit_code_1(run) -> None:  # type: ignore[no-untyped-def]
+    good = ["--population", "5000", "--cohort", "200", "--rounds", "50", "--epsilon", "4"]
+    code, out, err = run("plan", *good, "--bits", "8", "--json")
+    assert (code, out) == (1, "") and "bits would do" in err and "Traceback" not in err
+    code, _, err = run("plan", *good, "--clip-norm", "0")
+    assert code == 1 and "clip_norm" in err
+
+
+def test_without_noise_nothing_is_promised(run) -> None:  # type: ignore[no-untyped-def]
+    arguments = "--population 10 --cohort 10 --rounds 3 --mode none"
+    content = plan(run, arguments)
+    assert content["epsilon_total"] is None and content["noise_norm"] == 0
+    assert "nothing is promised" in run("plan", *arguments.split())[1]
+
+
+def test_a_plot_is_drawn(run, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    pytest.importorskip("matplotlib")
+    target = tmp_path / "epsilon.png"
+    good = ["--population", "500", "--cohort", "50", "--rounds", "50", "--epsilon", "4", "--bits", "20"]
+    assert run("plan", *good, "--plot", target)[0] == 0
+    assert target.read_bytes().startswith(b"\x89PNG")
+
+
+# --- the ledger ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def state(tmp_path: Path) -> Path:
+    """An aggregator after two private rounds, and one that was aborted before anything was released."""
+    state = tmp_path / "state"
+    covey.init(state)
+    bench = Bench(state)
+    private = {"privacy": PrivacyMode.DISTRIBUTED, "noise_multiplier": 2.0}
+    bench.finish(bench.start(campaign_request(rounds=2, **private)))
+    for name in ("device-0", "device-1", "device-2"):
+        bench.devices[name].mute = {"share-keys"}
+    bench.finish(bench.start(campaign_request(**private)))
+    bench.close()
+    return state
+
+
+def test_the_ledger_is_recomputed_from_the_transcript(run, state: Path) -> None:  # type: ignore[no-untyped-def]
+    code, out, _ = run("ledger", "--json")
+    content = json.loads(out)
+    assert (code, content["matches"], content["differences"], content["rounds"]) == (0, True, [], 3)
+    assert content["population"]["releases"] == 2
+    assert content["models"].keys() == {"toy"}
+    assert content["models"]["toy"] == content["population"]
+    with covey.open_operator(state) as operator:
+        reported = [view.report.epsilon for view in operator.rounds() if view.record.version]
+    assert content["population"]["epsilon"] == pytest.approx(reported[-1])
+    assert "agrees with the transcript of 3 rounds" in run("ledger")[1]
+
+
+def edit(state: Path, statement: str) -> None:
+    connection = sqlite3.connect(state / "aggregator.db")
+    assert connection.execute(statement).rowcount >= 1
+    connection.commit()
+    connection.close()
+
+
+def test_an_edited_ledger_is_told_from_the_transcript(run, state: Path) -> None:  # type: ignore[no-untyped-def]
+    with covey.open_operator(state) as operator, operator.repository.read() as reader:
+        first = reader.ledger()[0]
+    cheaper = first.event.replace(b'"survivors":', b'"survivors":9')
+    connection = sqlite3.connect(state / "aggregator.db")
+    connection.execute("UPDATE privacy_ledger SET event = ? WHERE round_id = ?", (cheaper, first.round_id))
+    connection.commit()
+    connection.close()
+    code, out, err = run("ledger", "--json")
+    assert code == 1 and "another event" in err
+    assert not json.loads(out)["matches"]
+    edit(state, "DELETE FROM privacy_ledger WHERE seq = (SELECT min(seq) FROM privacy_ledger)")
+    code, _, err = run("ledger")
+    assert code == 1 and "not in the ledger" in err
+
+
+def test_a_round_left_out_of_the_transcript_breaks_it(run, state: Path) -> None:  # type: ignore[no-untyped-def]
+    edit(
+        state,
+        "DELETE FROM transcripts WHERE round_id = (SELECT round_id FROM rounds WHERE number = 1 LIMIT 1)",
+    )
+    code, _, err = run("ledger")
+    assert code == 1 and "transcript cannot be trusted" in err
+
+
+def test_an_untouched_aggregator_has_spent_nothing(run, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    covey.init(tmp_path / "state")
+    content = json.loads(run("ledger", "--json")[1])
+    assert content["population"]["epsilon"] == 0 and content["models"] == {}
