@@ -13,12 +13,14 @@ from pydantic import TypeAdapter, ValidationError
 
 from edge_client import policy
 from edge_client.events import Fault
+from edge_client.ledger import History
 from edge_client.models import Library
 from edge_client.participation import ActiveRound
-from edge_client.policy import History, Proposal
+from edge_client.policy import Proposal
 from edge_client.profile import Profile
 from models.manifest import ModelManifest
 from protocol.dp.errors import PrivacyError
+from protocol.dp.events import event_for
 from protocol.errors import BadSignature, MalformedMessage
 from protocol.fields import RoundId
 from protocol.identity import SignedDocument, verify_certificate
@@ -109,7 +111,7 @@ def consider(desk: Desk, document: SignedDocument, now: int) -> Verdict:
         _refuse_history(desk, plan)
         or _refuse_policy(desk, plan, document.key_id, now)
         or _refuse_device(desk, plan, now)
-        or _judge_version(desk, plan, document)
+        or _judge_version(desk, plan, document, now)
     )
 
 
@@ -162,7 +164,7 @@ def _supersedes(plan: Plan, active: Plan) -> bool:
     )
 
 
-def _judge_version(desk: Desk, plan: Plan, document: SignedDocument) -> Verdict:
+def _judge_version(desk: Desk, plan: Plan, document: SignedDocument, now: int) -> Verdict:
     round_id, shelf = plan.round_id, desk.library.shelf(plan.model)
     if plan.manifest_sha256 in shelf.bad:
         reason = shelf.bad[plan.manifest_sha256]
@@ -189,7 +191,9 @@ def _judge_version(desk: Desk, plan: Plan, document: SignedDocument) -> Verdict:
     if unknown:
         return Refused(round_id, "unknown-metric", f"this device has no metric {unknown[0]}")
     try:
-        round_encoding(plan, document.digest, manifest.parameter_count)
+        encoding = round_encoding(plan, document.digest, manifest.parameter_count)
+        planned = event_for(encoding, plan.cohort.minimum_survivors)
     except PrivacyError as error:
         return Refused(round_id, "bad-plan", str(error)[:MAX_DETAIL])
-    return Accepted(plan, manifest)
+    refusal = policy.check_epsilon(desk.profile.policy, planned, desk.history, now)
+    return Refused(round_id, refusal.code, refusal.detail) if refusal else Accepted(plan, manifest)

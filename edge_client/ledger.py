@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Annotated, Self
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from protocol.dp.events import DPEvent
+from protocol.dp.accounting import Spent, spend
+from protocol.dp.events import DPEvent, Mechanism
 from protocol.fields import RoundId, Sha256, Slug, UnixTime
+
+DAY = 86_400
 
 
 class LedgerEntry(BaseModel):
@@ -29,3 +35,80 @@ class LedgerEntry(BaseModel):
     signer: Sha256
     delta: Annotated[float, Field(gt=0, lt=1)]
     event: DPEvent
+
+
+@dataclass(frozen=True)
+class DaySpent:
+    """Contributions of one day that were protected alike; a year of them takes a few kilobytes.
+
+    Attributes:
+        day: days since 1970.
+        count: how many.
+    """
+
+    day: int
+    event: DPEvent
+    count: int
+
+
+@dataclass(frozen=True)
+class History:
+    """What this device has contributed so far.
+
+    Attributes:
+        contributed_at: when masked inputs of the last day were made, seconds since 1970, ascending.
+        days: every contribution there ever was, by day.
+    """
+
+    contributed_at: tuple[int, ...] = ()
+    days: tuple[DaySpent, ...] = ()
+
+    @classmethod
+    def of(cls, entries: Iterable[LedgerEntry]) -> Self:
+        """The history that a ledger tells."""
+        ordered = sorted(entries, key=lambda entry: entry.at)
+        days = Counter((entry.at // DAY, entry.event) for entry in ordered)
+        return cls(
+            tuple(entry.at for entry in ordered),
+            tuple(DaySpent(day, event, count) for (day, event), count in days.items()),
+        )
+
+    def within_day(self, now: int) -> int:
+        """Contributions in the 24 hours before `now`; those that a corrected clock put after it count too."""
+        return sum(at > now - DAY for at in self.contributed_at)
+
+    def with_contribution(self, at: int, event: DPEvent) -> History:
+        """The history after one more; times that are older than a day are forgotten, what was spent never."""
+        days = {(spent.day, spent.event): spent.count for spent in self.days}
+        days[at // DAY, event] = days.get((at // DAY, event), 0) + 1
+        return History(
+            (*(time for time in self.contributed_at if time > at - DAY), at),
+            tuple(DaySpent(day, spent, count) for (day, spent), count in days.items()),
+        )
+
+    def events(self, now: int, period_days: int) -> Counter[DPEvent]:
+        """Contributions with noise in the last `period_days` days, today included.
+
+        Days are counted whole, and those after `now` too, so that a wrong clock hides nothing.
+        """
+        first = now // DAY - period_days + 1
+        found: Counter[DPEvent] = Counter()
+        for spent in self.days:
+            if spent.day >= first and spent.event.mechanism is not Mechanism.NONE:
+                found[spent.event] += spent.count
+        return found
+
+    def without_noise(self) -> int:
+        """Contributions to which no epsilon belongs: the owner's policy allowed the mode `none`."""
+        return sum(spent.count for spent in self.days if spent.event.mechanism is Mechanism.NONE)
+
+    def spent(self, now: int, period_days: int, delta: float, planned: DPEvent | None = None) -> Spent:
+        """Bounds what the last `period_days` days cost this device, and one planned contribution on top.
+
+        Guarantee: computed here from the device's own record and the signed plan; nothing that the aggregator
+            says about costs enters.
+        """
+        events = self.events(now, period_days)
+        if planned is not None:
+            events[planned] += 1
+        return spend(events, delta)

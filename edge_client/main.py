@@ -201,7 +201,7 @@ def _predict(options: argparse.Namespace) -> None:
 def _privacy(options: argparse.Namespace) -> None:
     from edge_client import report
 
-    ledger = report.privacy(options.state)
+    ledger = report.privacy(options.state, int(time.time()))
     cli.say(cli.as_json(ledger) if options.json else report.privacy_text(ledger))
 
 

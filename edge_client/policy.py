@@ -11,11 +11,11 @@ from typing import Annotated, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from edge_client.ledger import DAY, History
+from protocol.dp.events import DPEvent, Mechanism
 from protocol.dp.parameters import PrivacyMode
 from protocol.fields import MAX_COHORT, Sha256
 from protocol.plan import Plan
-
-DAY = 86_400
 
 
 class InvalidPolicy(ValueError):
@@ -45,6 +45,13 @@ class DevicePolicy(BaseModel):
     maximum_local_epochs: Annotated[int, Field(ge=1)] = 20
     maximum_rounds_per_day: Annotated[int, Field(ge=1)] = 500
     """Contributions in any 24 hours."""
+    maximum_epsilon: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = 30.0
+    """What all contributions of one period may cost together, at `delta`. The default stops noise that is
+    noise in name only; an owner who relies on it sets less. None is no limit. Contributions without noise
+    have no epsilon: `privacy_modes` decides about them."""
+    epsilon_period_days: Annotated[int, Field(ge=1, le=3650)] = 30
+    delta: Annotated[float, Field(gt=0, lt=0.1, allow_inf_nan=False)] = 1e-5
+    """The delta of `maximum_epsilon`; the plan's own has no say in it."""
     maximum_clip_norm: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     maximum_plan_seconds: Annotated[int, Field(ge=1)] = 7 * DAY
     """Longest life of a plan: a device is bound to one round at a time."""
@@ -85,25 +92,6 @@ class PolicyRefusal:
 
 
 @dataclass(frozen=True)
-class History:
-    """What this device has contributed so far.
-
-    Attributes:
-        contributed_at: when masked inputs were made, seconds since 1970, ascending.
-    """
-
-    contributed_at: tuple[int, ...] = ()
-
-    def within_day(self, now: int) -> int:
-        """Contributions in the 24 hours before `now`; those that a corrected clock put after it count too."""
-        return sum(at > now - DAY for at in self.contributed_at)
-
-    def with_contribution(self, at: int) -> History:
-        """The history after one more; what is older than a day is forgotten."""
-        return History((*(time for time in self.contributed_at if time > at - DAY), at))
-
-
-@dataclass(frozen=True)
 class Proposal:
     """A plan with what its signature says.
 
@@ -138,6 +126,34 @@ def check(
         or _check_cohort(policy, plan)
         or _check_privacy(policy, plan)
         or _check_effort(policy, plan, history, now)
+    )
+
+
+def check_epsilon(policy: DevicePolicy, planned: DPEvent, history: History, now: int) -> PolicyRefusal | None:
+    """Refuses a round that would take this device beyond its own epsilon, whatever the aggregator reckons.
+
+    Guarantee: if every contribution passes here first, those of any `epsilon_period_days` days cost at most
+        `maximum_epsilon` at the policy's delta.
+    Assumes: at least the plan's minimum of survivors add the noise that the plan asks of them, and at most
+        its number of colluders reveal theirs; in central mode, that the aggregator adds it.
+
+    Args:
+        policy: the device's.
+        planned: what the round costs at the fewest survivors that it accepts.
+        history: what the device contributed so far.
+        now: current time, seconds since 1970.
+    """
+    if policy.maximum_epsilon is None or planned.mechanism is Mechanism.NONE:
+        return None
+    period, delta = policy.epsilon_period_days, policy.delta
+    projected = history.spent(now, period, delta, planned)
+    if projected.epsilon <= policy.maximum_epsilon:
+        return None
+    already = history.spent(now, period, delta)
+    return PolicyRefusal(
+        "epsilon-exceeded",
+        f"with this round epsilon would be {projected.epsilon:.4g} at delta {delta:g} over {period} days, of "
+        f"which {already.epsilon:.4g} is spent; maximum_epsilon is {policy.maximum_epsilon:g}",
     )
 
 

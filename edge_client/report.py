@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,11 @@ from cryptography import x509
 from numpy.typing import NDArray
 
 from edge_client import cli
-from edge_client.adapters.credentials import load_credentials
+from edge_client.adapters.credentials import POLICY, load_credentials, load_policy
 from edge_client.adapters.files import StorageError
 from edge_client.adapters.store import DATABASE, DeviceStore
 from edge_client.events import VersionStatus
+from edge_client.ledger import DAY, History, LedgerEntry
 from edge_client.training import LocalTrainer
 from models.manifest import ModelManifest
 from models.weights import decode_weights
@@ -99,8 +101,12 @@ def status_text(answer: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def privacy(state: Path) -> dict[str, Any]:
-    """The ledger, ready for JSON.
+def privacy(state: Path, now: int) -> dict[str, Any]:
+    """The ledger, ready for JSON, and what it amounts to by the device's own reckoning.
+
+    Args:
+        state: the state directory; the period, limit and delta are those of the policy in it.
+        now: seconds since 1970.
 
     Raises:
         CredentialError: the device is not set up.
@@ -108,10 +114,28 @@ def privacy(state: Path) -> dict[str, Any]:
     """
     bundle = load_credentials(state).bundle
     if not (state / DATABASE).exists():
-        return {"device_id": bundle.device_id, "entries": []}
-    with DeviceStore.open(state, read_only=True) as store:
-        entries = [entry.model_dump(mode="json") for entry in store.ledger()]
-    return {"device_id": bundle.device_id, "unit": "device", "entries": entries}
+        ledger: tuple[LedgerEntry, ...] = ()
+    else:
+        with DeviceStore.open(state, read_only=True) as store:
+            ledger = store.ledger()
+    policy, history = load_policy(state / POLICY), History.of(ledger)
+    days, delta = policy.epsilon_period_days, policy.delta
+    return {
+        "device_id": bundle.device_id,
+        "unit": "device",
+        "epsilon": _finite(history.spent(now, days, delta).epsilon),
+        "epsilon_period_days": days,
+        "maximum_epsilon": policy.maximum_epsilon,
+        "epsilon_ever": _finite(history.spent(now, now // DAY + 1, delta).epsilon),
+        "delta": delta,
+        "without_noise": history.without_noise(),
+        "entries": [entry.model_dump(mode="json") for entry in ledger],
+    }
+
+
+def _finite(epsilon: float) -> float | None:
+    """JSON has no infinity."""
+    return epsilon if math.isfinite(epsilon) else None
 
 
 def privacy_text(answer: dict[str, Any]) -> str:
@@ -133,8 +157,24 @@ def privacy_text(answer: dict[str, Any]) -> str:
         )
         for entry in entries
     ]
-    total = f"{len(rows)} contributions of {answer['device_id']}; unit of privacy: the device"
-    return f"{cli.table(headings, rows)}\n{total}"
+    limit, noisy = answer["maximum_epsilon"], len(rows) - answer["without_noise"]
+    lines = [
+        cli.table(headings, rows),
+        f"{len(rows)} contributions of {answer['device_id']}; unit of privacy: the device",
+    ]
+    if noisy:
+        lines.append(
+            f"epsilon {_epsilon(answer['epsilon'])} in the last {answer['epsilon_period_days']} days "
+            f"({'no limit' if limit is None else f'limit {limit:g}'}), {_epsilon(answer['epsilon_ever'])} in "
+            f"all, at delta {answer['delta']:g}"
+        )
+    if answer["without_noise"]:
+        lines.append(f"{answer['without_noise']} of them without noise: no epsilon bounds those")
+    return "\n".join(lines)
+
+
+def _epsilon(value: float | None) -> str:
+    return "unbounded" if value is None else f"{value:.4g}"
 
 
 def predict(state: Path, path: Path, model: str | None, trainer: TrainerFactory) -> dict[str, Any]:

@@ -44,9 +44,9 @@ from edge_client.invitation import (
     Waiting,
     consider,
 )
+from edge_client.ledger import DaySpent, History
 from edge_client.models import Library, StoredVersion
 from edge_client.participation import ActiveRound, RoundRequest, Step
-from edge_client.policy import History
 from edge_client.profile import Profile
 from models.manifest import InvalidManifest
 from protocol.errors import BadSignature
@@ -75,7 +75,7 @@ class SessionState:
         library: its models.
         active: the round it is in.
         used: ids of every round it ever joined; none is joined twice.
-        history: what it contributed in the last day.
+        history: what it contributed.
         unfit: why it cannot take part in rounds right now.
     """
 
@@ -99,6 +99,7 @@ class Memory:
     active: RoundRecord | None = None
     used: frozenset[str] = frozenset()
     contributed_at: tuple[int, ...] = ()
+    spent: tuple[DaySpent, ...] = ()
 
 
 Result = tuple[SessionState, Outputs]
@@ -110,7 +111,7 @@ def restore(memory: Memory) -> SessionState:
         library=models.restore(memory.versions),
         active=participation.restore(memory.active) if memory.active else None,
         used=memory.used,
-        history=History(memory.contributed_at),
+        history=History(memory.contributed_at, memory.spent),
     )
 
 
@@ -280,7 +281,7 @@ def _adopt(state: SessionState, step: Step) -> Result:
     history = state.history
     for output in outputs:
         if isinstance(output, SaveContribution):
-            history = history.with_contribution(output.entry.at)
+            history = history.with_contribution(output.entry.at, output.entry.event)
     ended = state.active is not None and active is None
     state = replace(state, active=active, history=history)
     return state, (*outputs, _keep(state)) if ended else outputs

@@ -45,6 +45,7 @@ from edge_client.events import (
     TrainingFinished,
     VersionTested,
 )
+from edge_client.ledger import History
 from edge_client.masked_input import packed_slices
 from edge_client.models import StoredVersion
 from edge_client.policy import DevicePolicy
@@ -236,6 +237,7 @@ class Disk:
             active=active[0] if active else None,
             used=frozenset(self.rounds),
             contributed_at=tuple(item.entry.at for item in self.ledger),
+            spent=History.of(item.entry for item in self.ledger).days,
         )
 
 

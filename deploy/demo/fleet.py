@@ -159,5 +159,8 @@ def fleet(
 def device_policy(mode: PrivacyMode, survivors: int) -> DevicePolicy:
     """The policy of the demo's devices: the demo's own mode, and no sum of fewer than `survivors`."""
     return DevicePolicy(
-        minimum_cohort=survivors, minimum_survivors=survivors, privacy_modes=frozenset({mode})
+        minimum_cohort=survivors,
+        minimum_survivors=survivors,
+        privacy_modes=frozenset({mode}),
+        maximum_epsilon=None,  # a dozen devices cannot keep to a useful one; the report prints what it is
     )

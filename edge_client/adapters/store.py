@@ -39,10 +39,11 @@ from edge_client.events import (
     StoreChunk,
     VersionStatus,
 )
-from edge_client.ledger import LedgerEntry
+from edge_client.ledger import DAY, DaySpent, LedgerEntry
 from edge_client.models import StoredVersion
 from edge_client.session import Memory
 from models.manifest import ModelManifest
+from protocol.dp.events import DPEvent
 from protocol.fields import BlobRef
 from protocol.identity import SignedDocument
 from protocol.secagg.client_state import dump_state, load_state
@@ -272,7 +273,16 @@ class DeviceStore:
                 active=active,
                 used=used,
                 contributed_at=tuple(row[0] for row in times)[::-1],
+                spent=self._spent(),
             )
+
+    def _spent(self) -> tuple[DaySpent, ...]:
+        """Every contribution, by day; the database adds them up, so that an old ledger is soon read."""
+        rows = self._connection.execute(
+            f"SELECT at / {DAY} AS day, json_extract(entry, '$.event') AS event, count(*) FROM ledger"  # noqa: S608
+            " GROUP BY day, event ORDER BY day"
+        )
+        return tuple(DaySpent(day, DPEvent.model_validate_json(event), count) for day, event, count in rows)
 
     def _abandon(self) -> None:
         """Erases the secrets of a round that nobody can go on with."""

@@ -38,7 +38,7 @@ from protocol.secagg.masking import apply_masks
 from protocol.secagg.server_state import Collecting, Failed, Recovered, ServerContext, ServerState
 from tests.edge_broker import FLEET, Device, Fleet, Hub, command, running, wait_for
 
-POLICY = DevicePolicy(minimum_cohort=3, minimum_survivors=2)
+POLICY = DevicePolicy(minimum_cohort=3, minimum_survivors=2, maximum_epsilon=None)
 WATCH = zoo.load("watch")
 WEIGHTS = encode_weights(np.array(WATCH.weights))
 

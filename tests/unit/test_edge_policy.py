@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from edge_client.events import ConditionsChanged, Fault, VersionTested
-from edge_client.policy import DAY, DevicePolicy, History, InvalidPolicy, Proposal, check
+from edge_client import report
+from edge_client.adapters.store import DeviceStore
+from edge_client.events import ConditionsChanged, Fault, SaveContribution, VersionTested
+from edge_client.ledger import DAY, DaySpent, History, LedgerEntry
+from edge_client.main import enrol, initialise, set_policy
+from edge_client.policy import DevicePolicy, InvalidPolicy, Proposal, check, check_epsilon
+from protocol.dp.events import DPEvent, event_for
 from protocol.dp.parameters import MetricSlot, PrivacyMode, PrivacyParameters
+from protocol.dp.scaling import derive_encoding
 from protocol.identity import SignedDocument, key_id
 from protocol.messages import AdvertiseKeys, Invitation, Refusal
 from protocol.plan import PLAN_KIND, CohortParameters, TrainingParameters
@@ -19,12 +27,14 @@ from tests.edge_fleet import (
     OPERATOR,
     PERMISSIVE,
     STRANGER,
+    Aggregator,
     FakeDevice,
     announcement,
     invitation,
     manifest,
     plan,
 )
+from tests.unit.test_edge_enrolment import bundle_for
 
 SIGNER = key_id(OPERATOR.public_key())
 CENTRAL = PrivacyParameters(
@@ -40,6 +50,16 @@ def refused(policy: DevicePolicy, history: History | None = None, **changes: Any
     proposal = Proposal(plan(**{**GOOD, **changes}), SIGNER)
     refusal = check(policy, FLEET, proposal, history or History(), NOW)
     return (refusal.code, refusal.detail) if refusal else ("", "")
+
+
+def event(noise_multiplier: float = 1.0, mode: PrivacyMode = PrivacyMode.DISTRIBUTED) -> DPEvent:
+    privacy = PrivacyParameters(
+        mode=mode, clip_norm=1.0, noise_multiplier=noise_multiplier, delta=1e-5, bits=24
+    )
+    encoding = derive_encoding(
+        privacy, dimension=100, minimum_survivors=5, maximum_clients=10, rotation_seed=bytes(32)
+    )
+    return event_for(encoding, 5)
 
 
 def test_the_defaults_agree_to_an_ordinary_plan() -> None:
@@ -121,7 +141,7 @@ def test_contributions_of_a_day_are_counted() -> None:
     assert refused(policy, History((NOW - DAY - 1, NOW - DAY, NOW - 5))) == ("", "")
     code, detail = refused(policy, History((NOW - DAY + 1, NOW - 5)))
     assert code == "too-many-rounds" and "2 contributions" in detail
-    assert History((NOW - 2 * DAY, NOW - 5)).with_contribution(NOW).contributed_at == (NOW - 5, NOW)
+    assert History((NOW - 2 * DAY, NOW - 5)).with_contribution(NOW, event()).contributed_at == (NOW - 5, NOW)
 
 
 def test_policies_are_strict() -> None:
@@ -134,11 +154,148 @@ def test_policies_are_strict() -> None:
         b'{"privacy_modes": []}',
         b'{"privacy_modes": ["loud"]}',
         b'{"maximum_clip_norm": NaN}',
+        b'{"maximum_epsilon": 0}',
+        b'{"maximum_epsilon": Infinity}',
+        b'{"epsilon_period_days": 0}',
+        b'{"delta": 0.5}',
         b'{"allowed_signers": ["abc"]}',
     ):
         with pytest.raises(InvalidPolicy):
             DevicePolicy.from_bytes(data)
     assert DevicePolicy.from_bytes(DevicePolicy().to_bytes()) == DevicePolicy()
+
+
+# --- the device's own epsilon ----------------------------------------------------------------------------
+
+
+def test_the_device_refuses_what_would_exceed_its_epsilon_with_figure_and_rule() -> None:
+    policy = DevicePolicy(maximum_epsilon=10.0, epsilon_period_days=7)
+    history, taken = History(), 0
+    while (refusal := check_epsilon(policy, event(), history, NOW)) is None:
+        history, taken = history.with_contribution(NOW, event()), taken + 1
+    assert taken == 3  # sqrt(4) of the Gaussian's epsilon is beyond 10
+    spent = history.spent(NOW, 7, 1e-5).epsilon
+    projected = history.spent(NOW, 7, 1e-5, event()).epsilon
+    assert spent <= 10 < projected
+    assert refusal.code == "epsilon-exceeded"
+    for word in (f"{projected:.4g}", f"{spent:.4g}", "maximum_epsilon is 10", "7 days", "1e-05"):
+        assert word in refusal.detail
+
+
+def test_the_figure_is_that_of_the_aggregators_accountant() -> None:
+    privacy = pytest.importorskip("aggregator.privacy")
+    history = History().with_contribution(NOW, event()).with_contribution(NOW, event(2.0))
+    expected = privacy.account([event(), event(2.0)], 1e-5)
+    assert history.spent(NOW, 1, 1e-5).epsilon == pytest.approx(expected.epsilon, rel=1e-12)
+
+
+def test_noise_in_name_only_is_refused_by_default() -> None:
+    """Mode `none` needs the owner's word; a plan with hardly any noise is the same under another name."""
+    refusal = check_epsilon(DevicePolicy(), event(0.05), History(), NOW)
+    assert refusal is not None and "maximum_epsilon is 30" in refusal.detail
+    assert check_epsilon(DevicePolicy(maximum_epsilon=None), event(0.05), History(), NOW) is None
+
+
+def test_only_the_period_counts_and_a_clock_that_was_ahead_hides_nothing() -> None:
+    policy = DevicePolicy(maximum_epsilon=6.0, epsilon_period_days=2)
+
+    def refused_after(at: int) -> bool:
+        return check_epsilon(policy, event(), History().with_contribution(at, event()), NOW) is not None
+
+    assert [refused_after(NOW - days * DAY) for days in (2, 1, 0, -1, -400)] == [False, *[True] * 4]
+
+
+def test_contributions_without_noise_are_counted_apart() -> None:
+    """The owner allowed them: no limit is meant for them, and no epsilon hides them."""
+    silent = event(0.0, PrivacyMode.NONE)
+    history = History().with_contribution(NOW, silent).with_contribution(NOW, event())
+    assert check_epsilon(DevicePolicy(), silent, history, NOW) is None
+    assert check_epsilon(DevicePolicy(), event(), history, NOW) is None
+    assert history.without_noise() == 1
+    assert history.days == (DaySpent(NOW // DAY, silent, 1), DaySpent(NOW // DAY, event(), 1))
+
+
+NOISY = CENTRAL.model_copy(update={"mode": PrivacyMode.DISTRIBUTED})
+
+
+def test_the_gate_stands_at_the_desk_and_after_a_reboot() -> None:
+    devices = [FakeDevice(f"device-{i}") for i in range(4)]
+    for device in devices:
+        device.install()
+        device.take()
+    aggregator = Aggregator(devices, plan(privacy=NOISY))
+    aggregator.run()
+    aggregator.end()
+    device = devices[0]
+    strict = PERMISSIVE.model_copy(update={"maximum_epsilon": 6.0})
+    device.profile = type(device.profile)(**{**vars(device.profile), "policy": strict})
+    for boot in (False, True):
+        if boot:
+            device.reboot()
+            device.take()
+        # A plan that calls its delta 0.9 makes nothing cheaper.
+        loud = plan("b" * 32, privacy=NOISY.model_copy(update={"delta": 0.9}))
+        refusal = answer(device, invitation(loud))
+        assert isinstance(refusal, Refusal) and refusal.code == "epsilon-exceeded"
+        assert "maximum_epsilon is 6" in refusal.detail
+
+
+def test_the_ledger_and_the_gate_survive_reenrolment(tmp_path: Path) -> None:
+    now = int(time.time())
+    enrol(tmp_path, bundle_for(initialise(tmp_path, "barn-1"), "barn-1", now=now))
+    entries = [contribution("a" * 32, now), contribution("b" * 32, now, event(2.0))]
+    with DeviceStore.open(tmp_path) as store:
+        store.apply([SaveContribution(entry) for entry in entries])
+    # The client is installed anew and enrolled with another certificate of another fleet's operator.
+    enrol(tmp_path, bundle_for(initialise(tmp_path, "barn-1"), "barn-1", now=now + 60))
+    with DeviceStore.open(tmp_path) as store:
+        memory = store.load()
+    assert set(memory.spent) == set(History.of(entries).days) and len(memory.spent) == 2
+    history = History(memory.contributed_at, memory.spent)
+    assert check_epsilon(DevicePolicy(maximum_epsilon=6.0), event(), history, now) is not None
+
+
+def contribution(round_id: str, at: int, cost: DPEvent | None = None) -> LedgerEntry:
+    return LedgerEntry(
+        round_id=round_id,
+        at=at,
+        fleet=FLEET,
+        model="watch",
+        base_version=1,
+        plan_sha256="0" * 64,
+        signer="0" * 64,
+        delta=1e-5,
+        event=cost or event(),
+    )
+
+
+def test_the_owner_sees_the_epsilon_spent(tmp_path: Path) -> None:
+    now = int(time.time())
+    enrol(tmp_path, bundle_for(initialise(tmp_path, "barn-1"), "barn-1", now=now))
+    assert report.privacy(tmp_path, now)["epsilon"] == 0
+    set_policy(tmp_path, DevicePolicy(maximum_epsilon=8.0, epsilon_period_days=10))
+    with DeviceStore.open(tmp_path) as store:
+        for round_id, at, cost in (
+            ("a" * 32, now - 20 * DAY, event()),
+            ("b" * 32, now, event()),
+            ("c" * 32, now, event(0.0, PrivacyMode.NONE)),
+        ):
+            store.apply([SaveContribution(contribution(round_id, at, cost))])
+    shown = report.privacy(tmp_path, now)
+    assert shown["epsilon"] == pytest.approx(4.7285, rel=1e-2) and shown["maximum_epsilon"] == 8.0
+    assert shown["epsilon_ever"] > shown["epsilon"] and shown["without_noise"] == 1
+    text = report.privacy_text(shown)
+    assert f"epsilon {shown['epsilon']:.4g} in the last 10 days (limit 8)" in text
+    assert "1 of them without noise" in text
+
+
+def test_a_long_ledger_is_soon_reckoned() -> None:
+    """Ten years of daily rounds: days with one and the same event, whose curve is worked out once."""
+    days = tuple(DaySpent(NOW // DAY - back, event(), 3) for back in range(3650))
+    history = History((), days)
+    began = time.perf_counter()
+    assert history.spent(NOW, 3650, 1e-5).rounds == 10_950
+    assert time.perf_counter() - began < 2
 
 
 # --- at the check-in desk --------------------------------------------------------------------------------
