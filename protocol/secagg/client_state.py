@@ -210,17 +210,18 @@ PHASES: dict[str, type[Any]] = {
 
 
 @cache
-def _schema(phase: type[Any]) -> TypeAdapter[Any]:
+def _schema(phase: str) -> TypeAdapter[Any]:
     # Making one takes longer than a signature, and a megabyte for a moment.
-    return TypeAdapter(phase)
+    return TypeAdapter(PHASES[phase])
 
 
 def dump_state(state: ClientState) -> tuple[str, bytes]:
     """Returns (phase name, JSON) for the device's durable store. It holds secrets."""
-    return type(state).__name__, _schema(type(state)).dump_json(state)
+    phase = type(state).__name__
+    return phase, _schema(phase).dump_json(state)
 
 
 def load_state(phase: str, data: bytes) -> ClientState:
     """Restores what `dump_state` made."""
-    state: ClientState = _schema(PHASES[phase]).validate_json(data)
+    state: ClientState = _schema(phase).validate_json(data)
     return state
