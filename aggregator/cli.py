@@ -18,7 +18,6 @@ import typer.main
 
 from aggregator import cli_output as output
 from aggregator import main as covey
-from aggregator.adapters.broker_address import InvalidAddress
 from aggregator.adapters.keyfiles import UnusableKeys
 from aggregator.cli_options import Json, State
 from aggregator.cli_privacy import privacy_app
@@ -28,6 +27,7 @@ from aggregator.operations import OperationRefused
 from aggregator.registry.artefacts import MissingArtefact
 from aggregator.registry.publishing import PublishRefused
 from aggregator.repository import RepositoryError
+from protocol.broker_address import InvalidAddress
 from protocol.dp.errors import PrivacyError
 
 REFUSED = 1

@@ -24,16 +24,17 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from aggregator.adapters import keyfiles
-from aggregator.adapters.broker_address import BrokerAddress, TlsFiles
 from aggregator.adapters.mqtt import MqttTransport
 from aggregator.adapters.objects import DirectoryStore
 from aggregator.adapters.sql import SqlRepository
+from aggregator.adapters.tls import TlsFiles
 from aggregator.clock import SystemClock
 from aggregator.fleet.authority import Authority
 from aggregator.operations import LiveRound, Model, OperationRefused, Operator, RoundView
 from aggregator.records import Campaign, Device, Version
 from aggregator.service import Service
 from aggregator.settings import CampaignRequest
+from protocol.broker_address import BrokerAddress
 from protocol.enrolment import EnrolmentBundle
 from protocol.fields import Slug
 

@@ -128,15 +128,16 @@ def _enroll(options: argparse.Namespace) -> None:
 
 
 def _run(options: argparse.Namespace) -> None:
-    from edge_client.adapters.broker_address import BrokerAddress, TlsFiles
     from edge_client.adapters.credentials import POLICY, load_credentials, load_policy, tls_files
     from edge_client.adapters.data import NpzDirectory
     from edge_client.adapters.files import Lock
     from edge_client.adapters.mqtt import LinkSettings, MqttLink
     from edge_client.adapters.store import DeviceStore
+    from edge_client.adapters.tls import TlsFiles
     from edge_client.adapters.worker import Worker
     from edge_client.daemon import Daemon, Inbox, Stop
     from edge_client.profile import Profile
+    from protocol.broker_address import BrokerAddress
 
     _start_logging(options.log_level)
     credentials = load_credentials(options.state)
@@ -258,12 +259,12 @@ def _exit_code(error: Exception) -> int:
 
 def _expected() -> tuple[type[Exception], ...]:
     """What a command may raise for a reason that its user can do something about."""
-    from edge_client.adapters.broker_address import InvalidAddress
     from edge_client.adapters.credentials import CredentialError
     from edge_client.adapters.files import StorageError
     from edge_client.policy import InvalidPolicy
     from edge_client.report import ReportError
     from edge_client.training import TrainingError
+    from protocol.broker_address import InvalidAddress
     from protocol.errors import ProtocolError
 
     return (

@@ -20,9 +20,10 @@ from paho.mqtt.enums import CallbackAPIVersion, MQTTProtocolVersion
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 
-from aggregator.adapters.broker_address import BrokerAddress, TlsFiles
+from aggregator.adapters.tls import TlsFiles
 from aggregator.transport import Connected, Delivery, Disconnected, Inbound
 from protocol import topics
+from protocol.broker_address import BrokerAddress
 from protocol.codec import MAX_FRAME_BYTES
 
 logger = logging.getLogger(__name__)

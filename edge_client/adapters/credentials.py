@@ -23,8 +23,8 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from pydantic import TypeAdapter, ValidationError
 
-from edge_client.adapters.broker_address import TlsFiles
 from edge_client.adapters.files import private_directory, storage_errors, write_durably
+from edge_client.adapters.tls import TlsFiles
 from edge_client.policy import DevicePolicy
 from protocol.enrolment import EnrolmentBundle
 from protocol.errors import BadSignature

@@ -20,8 +20,9 @@ from paho.mqtt.enums import CallbackAPIVersion, MQTTProtocolVersion
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 
-from edge_client.adapters.broker_address import BrokerAddress, TlsFiles
+from edge_client.adapters.tls import TlsFiles
 from protocol import topics
+from protocol.broker_address import BrokerAddress
 from protocol.codec import MAX_FRAME_BYTES, encode
 from protocol.messages import DeviceStatus
 

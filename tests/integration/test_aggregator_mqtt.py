@@ -11,11 +11,11 @@ import pytest
 from paho.mqtt.enums import CallbackAPIVersion
 
 from aggregator.adapters import mqtt
-from aggregator.adapters.broker_address import BrokerAddress
 from aggregator.adapters.mqtt import MqttTransport
 from aggregator.transport import Connected, Delivery, Disconnected, Inbound
 from deploy.broker import BrokerProcess
 from protocol import topics
+from protocol.broker_address import BrokerAddress
 
 TOPIC = topics.up("barn-1", "msg")
 

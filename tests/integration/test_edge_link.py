@@ -21,7 +21,6 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from deploy.broker import BrokerProcess, find_mosquitto
-from edge_client.adapters.broker_address import BrokerAddress, InvalidAddress, TlsFiles
 from edge_client.adapters.credentials import tls_files
 from edge_client.adapters.mqtt import (
     Inbound,
@@ -34,9 +33,11 @@ from edge_client.adapters.mqtt import (
     backoff,
     birth,
 )
+from edge_client.adapters.tls import TlsFiles
 from edge_client.policy import DevicePolicy
 from models import zoo
 from models.weights import encode_weights
+from protocol.broker_address import BrokerAddress, InvalidAddress
 from protocol.codec import encode
 from protocol.messages import Refusal, RoundEnd
 from tests.edge_broker import Device, Fleet, Hub, command, running, wait_for

@@ -14,15 +14,16 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from aggregator import main as covey
 from aggregator.adapters import keyfiles
-from aggregator.adapters.broker_address import BrokerAddress, InvalidAddress, TlsFiles
 from aggregator.adapters.keyfiles import UnusableKeys
 from aggregator.adapters.objects import DirectoryStore
+from aggregator.adapters.tls import TlsFiles
 from aggregator.fleet.authority import EnrolmentRefused
 from aggregator.fleet.presence import Change, Presence
 from aggregator.operations import OperationRefused
 from aggregator.registry.artefacts import MissingArtefact
 from aggregator.registry.publishing import PublishRefused, document_of
 from aggregator.settings import CampaignRequest
+from protocol.broker_address import BrokerAddress, InvalidAddress
 from protocol.fields import BlobRef
 from protocol.identity import create_request, verify_certificate
 from protocol.messages import DeviceStatus
