@@ -58,6 +58,10 @@ def round_start(
     clip_norm: Annotated[
         float | None, typer.Option(help="L2 bound of one update.", show_default="the model's recipe")
     ] = None,
+    adaptive_clip: Annotated[
+        float | None,
+        typer.Option(help="Let C follow this quantile of the updates' norms.", show_default="C is fixed"),
+    ] = None,
     bits: Annotated[
         int | None,
         typer.Option(min=8, max=32, help="Bits of one coordinate on the wire.", show_default="by the cohort"),
@@ -114,6 +118,7 @@ def round_start(
         privacy=privacy,
         noise_multiplier=noise_multiplier,
         clip_norm=clip_norm,
+        adaptive_quantile=adaptive_clip,
         bits=bits,
         delta=delta,
         deadlines=Deadlines(

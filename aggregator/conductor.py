@@ -14,6 +14,7 @@ from aggregator.records import Campaign, Round
 from aggregator.registry.publishing import manifest_of
 from aggregator.repository import Reader, Repository
 from aggregator.rounds import machine
+from aggregator.rounds.clipping import adapted
 from aggregator.rounds.events import DeviceOffline, DeviceOnline, MessageReceived, Reconnected, Tick
 from aggregator.rounds.planning import CampaignSettings, make_plan
 from aggregator.rounds.report import RoundReport
@@ -254,6 +255,8 @@ class Conductor:
         if version is None:
             raise LostBase(f"{campaign.model} has no version: publish one with `covey model publish`")
         base = manifest_of(version)
+        last = work.writer.rounds(campaign_id=campaign.campaign_id, last=1)
+        settings = adapted(settings, last[0] if last else None)
         round_id = self._entropy()[:16].hex()
         plan = make_plan(settings, self._authority.fleet, round_id, base, version.manifest_sha256, work.at)
         document = self._authority.sign_plan(plan)

@@ -17,7 +17,7 @@ from aggregator.rounds.planning import (
     CampaignSettings,
 )
 from models.recipes import RECIPES, Recipe
-from protocol.dp.parameters import PrivacyMode, PrivacyParameters
+from protocol.dp.parameters import AdaptiveClipping, PrivacyMode, PrivacyParameters
 from protocol.plan import CohortParameters, Deadlines, TrainingParameters
 from protocol.ring import MAX_BITS
 
@@ -46,6 +46,8 @@ class CampaignRequest:
         minimum: check-ins that a round needs; by default the smallest number above two thirds of the cohort.
         min_survivors: masked inputs that a sum needs; by default as many as `minimum`.
         privacy: who adds noise.
+        adaptive_quantile: the clip norm follows this quantile of the update norms, from `clip_norm` on; fixed
+            when None.
         bits: width of the ring; by default 16 and what the cohort's sum needs on top.
         gather_seconds: how long to wait for a full cohort when the minimum is there.
         epsilon_limit: no round starts that would take the fleet beyond it.
@@ -63,6 +65,7 @@ class CampaignRequest:
     privacy: PrivacyMode = PrivacyMode.NONE
     noise_multiplier: float | None = None
     clip_norm: float | None = None
+    adaptive_quantile: float | None = None
     bits: int | None = None
     delta: float = DEFAULT_DELTA
     deadlines: Deadlines = field(default_factory=Deadlines)
@@ -105,6 +108,9 @@ class CampaignRequest:
                     bits=_given(
                         self.bits, min(MAX_BITS, DATA_BITS + math.ceil(math.log2(max(2, self.cohort))))
                     ),
+                    adaptive=None
+                    if self.adaptive_quantile is None
+                    else AdaptiveClipping(quantile=self.adaptive_quantile),
                     metric_slots=PLAIN_METRICS if no_noise else PRIVATE_METRICS,
                 ),
                 cohort=CohortParameters(

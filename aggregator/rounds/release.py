@@ -70,4 +70,4 @@ def metric_noise(encoding: EncodingParameters, survivors: int) -> dict[str, floa
     """Standard deviation of the noise in the mean of each metric; a rotation does not change it."""
     variance = survivors * encoding.local_variance + encoding.central_variance
     one = math.sqrt(variance) / (encoding.scale * survivors * encoding.privacy.clip_norm)
-    return {slot.name: one * slot.bound / slot.share for slot in encoding.privacy.metric_slots}
+    return {slot.name: one * slot.bound / slot.share for slot in encoding.privacy.slots}

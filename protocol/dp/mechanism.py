@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from protocol import ring
+from protocol.dp.adaptive import CLIP_VOTE, vote
 from protocol.dp.clipping import clip, clip_factor, l2_norm
 from protocol.dp.errors import NoiseKeyError, NonFiniteUpdate, TooFewSurvivors, UpdateShapeError
 from protocol.dp.parameters import NoiseDistribution, PrivacyMode
@@ -62,6 +63,8 @@ def encode(
     if update.dtype != np.float32 or update.shape != (params.dimension,):
         raise UpdateShapeError(f"need float32 ({params.dimension},), got {update.dtype} {update.shape}")
     vector = np.empty(params.length, np.float32)
+    if privacy.adaptive is not None:
+        metrics = {**metrics, CLIP_VOTE: vote(l2_norm(update), privacy.clip_norm)}
     vector[params.dimension :] = _metric_coordinates(metrics, params)
     clip(update, privacy.clip_norm, out=vector[: params.dimension])
     if privacy.rotation:
@@ -103,7 +106,8 @@ def decode(
         noise_key: 32 secret bytes in central mode, else None.
 
     Returns:
-        The mean update, float32, shape (d,), and the mean of every metric by name.
+        The mean update, float32, shape (d,), and the mean of every metric by name, that of the votes on an
+        adaptive clip norm included.
 
     Raises:
         TooFewSurvivors: fewer than the noise was sized for.
@@ -130,7 +134,7 @@ def decode(
         unrotate(mean, params.rotation_seed)
     metrics = {
         slot.name: float(coordinate) * slot.bound / (slot.share * params.privacy.clip_norm)
-        for slot, coordinate in zip(params.privacy.metric_slots, mean[params.dimension :], strict=True)
+        for slot, coordinate in zip(params.privacy.slots, mean[params.dimension :], strict=True)
     }
     return mean[: params.dimension].copy(), metrics
 
@@ -149,7 +153,7 @@ def noise_sampler(params: EncodingParameters) -> IntegerSampler:
 
 def _metric_coordinates(metrics: Mapping[str, float], params: EncodingParameters) -> list[float]:
     """Clips every metric to its bound and scales it to its share of the clip norm."""
-    slots = params.privacy.metric_slots
+    slots = params.privacy.slots
     if metrics.keys() != {slot.name for slot in slots}:
         raise UpdateShapeError(
             f"need the metrics {sorted(slot.name for slot in slots)}, got {sorted(metrics)}"

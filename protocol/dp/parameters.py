@@ -64,6 +64,23 @@ class MetricSlot(BaseModel):
     """Which fraction of the clip norm the slot may use."""
 
 
+CLIP_VOTE = "clip_vote"
+"""Name of the mean vote among the metrics of a round."""
+
+
+class AdaptiveClipping(BaseModel):
+    """How the clip norm moves between the rounds of a campaign (`protocol.dp.adaptive`)."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+
+    quantile: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = 0.5
+    """gamma: which quantile of the update norms the clip norm follows."""
+    learning_rate: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] = 0.2
+    """eta: the clip norm moves by at most e^eta in a round."""
+    share: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] = 0.1
+    """Which fraction of the clip norm the vote may use; the noise of the mean vote is z / (share * n)."""
+
+
 class PrivacyParameters(BaseModel):
     """The privacy section of a training plan. Unit of privacy: the device."""
 
@@ -82,6 +99,8 @@ class PrivacyParameters(BaseModel):
     """b: width of the ring Z_{2^b}, which is what one coordinate costs on the wire."""
     noise: NoiseDistribution = NoiseDistribution.SKELLAM
     metric_slots: Annotated[tuple[MetricSlot, ...], Field(max_length=16)] = ()
+    adaptive: AdaptiveClipping | None = None
+    """Adds a vote on the clip norm to every vector; without it the clip norm is fixed."""
     rotation: bool = True
     """Whether a randomised Hadamard transform spreads the update evenly before it is rounded."""
     colluders: Annotated[int, Field(ge=0)] = 0
@@ -96,4 +115,13 @@ class PrivacyParameters(BaseModel):
         names = [slot.name for slot in self.metric_slots]
         if len(set(names)) != len(names):
             raise ValueError(f"metric names repeat: {names}")
+        if CLIP_VOTE in names:
+            raise ValueError(f"{CLIP_VOTE} is no metric of its own: set `adaptive`")
         return self
+
+    @property
+    def slots(self) -> tuple[MetricSlot, ...]:
+        """Everything that rides behind the update: the metric slots, then the vote."""
+        if self.adaptive is None:
+            return self.metric_slots
+        return (*self.metric_slots, MetricSlot(name=CLIP_VOTE, bound=1.0, share=self.adaptive.share))

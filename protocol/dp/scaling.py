@@ -68,8 +68,8 @@ class EncodingParameters:
 
     @property
     def length(self) -> int:
-        """Elements of the ring vector: the update, then one for each metric slot."""
-        return self.dimension + len(self.privacy.metric_slots)
+        """Elements of the ring vector: the update, then one for each slot."""
+        return self.dimension + len(self.privacy.slots)
 
     @property
     def total_clip_norm(self) -> float:
@@ -84,7 +84,7 @@ class EncodingParameters:
 
 def total_clip_norm(privacy: PrivacyParameters) -> float:
     """Returns C sqrt(1 + sum of share^2), the L2 bound of update and metric slots together."""
-    return privacy.clip_norm * math.sqrt(1 + sum(slot.share**2 for slot in privacy.metric_slots))
+    return privacy.clip_norm * math.sqrt(1 + sum(slot.share**2 for slot in privacy.slots))
 
 
 def derive_encoding(
@@ -132,7 +132,7 @@ def derive_encoding(
         raise InvalidParameters(f"a rotation seed has 16 to 64 bytes, got {len(rotation_seed)}")
 
     def candidate(radius: int, bits: int) -> EncodingParameters:
-        bound = rounded_norm_bound_squared(radius, dimension + len(privacy.metric_slots))
+        bound = rounded_norm_bound_squared(radius, dimension + len(privacy.slots))
         variance = privacy.noise_multiplier**2 * bound
         sharers = {PrivacyMode.DISTRIBUTED: minimum_survivors - privacy.colluders, PrivacyMode.LOCAL: 1}
         shares = sharers.get(privacy.mode)
