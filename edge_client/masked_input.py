@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import numpy as np
-
 from edge_client.training import LocalUpdate
-from protocol import ring
 from protocol.dp.mechanism import EncodingParameters, encode
 from protocol.secagg.masking import Mask, masked_slices
+from protocol.secagg.packing import SlicePacker
+from protocol.secagg.prg import SLICE_WORDS
 
 
 def metrics_of(update: LocalUpdate) -> dict[str, float]:
@@ -42,7 +41,7 @@ def packed_slices(
         slot.name: available[slot.name] for slot in encoding.privacy.metric_slots if slot.name in available
     }
     vector = encode(update.delta, wanted, encoding, noise_key)
-    mask = np.uint32(ring.modulus_mask(encoding.bits))
+    packer = SlicePacker(encoding.bits, min(len(vector), SLICE_WORDS))
     # Slices are multiples of `ring.GROUP`, so that each packs to whole bytes; the last may end anywhere.
     for _, part in masked_slices(vector, masks):
-        yield ring.pack(np.bitwise_and(part, mask, out=part), encoding.bits)
+        yield packer.pack(part)

@@ -16,6 +16,7 @@ from aggregator.repository import Reader, Writer
 from protocol import ring
 from protocol.dp.mechanism import EncodingParameters
 from protocol.fields import BlobRef
+from protocol.secagg.packing import SlicePacker
 
 SLICE = 65_536
 """Elements in a slice: a multiple of `ring.GROUP`, so that slices begin at whole bytes."""
@@ -51,14 +52,14 @@ def add_input(
     """
     _check(writer.chunks(round_id, device_id), blob, encoding)
     writer.note_input(round_id, device_id, blob.sha256)
+    packer = SlicePacker(encoding.bits, min(encoding.length, SLICE))
     start = 0
     for packed in _regroup(writer.chunks(round_id, device_id), SLICE // ring.GROUP * encoding.bits):
         count = min(SLICE, encoding.length - start)
-        values = ring.unpack(packed, count, encoding.bits)
         before = writer.sum_slice(round_id, start)
-        if before is not None:
-            values += np.frombuffer(before, _ELEMENT)
-        writer.put_sum_slice(round_id, start, values.astype(_ELEMENT, copy=False).tobytes())
+        total = np.zeros(count, np.uint32) if before is None else np.frombuffer(before, _ELEMENT).copy()
+        packer.add(total, packed)
+        writer.put_sum_slice(round_id, start, total.astype(_ELEMENT, copy=False).tobytes())
         start += count
     writer.drop_upload(round_id, device_id)
 

@@ -13,7 +13,6 @@ from protocol import ring
 from protocol.ring import GROUP, PackedLengthError, PaddingError
 from protocol.secagg.prg import SLICE_WORDS
 
-_GROUPS = SLICE_WORDS // GROUP
 _LOW_WORD = np.uint64(2**32 - 1)
 
 
@@ -25,26 +24,28 @@ class SlicePacker:
     touching an element alone.
     """
 
-    def __init__(self, bits: int) -> None:
-        """Makes the temporaries, about 1 MiB.
+    def __init__(self, bits: int, longest: int = SLICE_WORDS) -> None:
+        """Makes the temporaries, about 16 bytes an element of the longest slice.
 
         Args:
             bits: width of the ring.
+            longest: elements of the longest slice; a device with a small model has no memory for more.
 
         Raises:
             RingWidthError: `bits` is outside [8, 32].
         """
         self._bits, self._mask = bits, ring.modulus_mask(bits)
-        self._bytes = np.zeros(_GROUPS * bits + 8, np.uint8)  # a 64-bit read may reach 8 bytes further
-        self._pairs = np.empty((_GROUPS, 4), np.uint64)
-        self._lanes = np.empty(_GROUPS * 4, np.uint64)
-        self._column = np.empty(_GROUPS, np.uint64)
+        groups = -(-longest // GROUP)
+        self._bytes = np.zeros(groups * bits + 8, np.uint8)  # a 64-bit read may reach 8 bytes further
+        self._pairs = np.empty((groups, 4), np.uint64)
+        self._lanes = np.empty(groups * 4, np.uint64)
+        self._column = np.empty(groups, np.uint64)
 
     def pack(self, values: NDArray[np.uint32]) -> bytes:
         """Reduces a slice mod 2^bits and packs it: `ring.pack` of its low bits.
 
         Args:
-            values: uint32, shape (m,), m at most SLICE_WORDS; a multiple of 8, but for the last slice.
+            values: uint32, shape (m,), m at most `longest`; a multiple of 8, but for the last slice.
         """
         count, bits = len(values), self._bits
         groups = -(-count // GROUP)
@@ -81,7 +82,7 @@ class SlicePacker:
         """Adds a packed slice to `total`, in place, modulo 2^32: `total += ring.unpack(...)`.
 
         Args:
-            total: uint32, shape (m,), m at most SLICE_WORDS.
+            total: uint32, shape (m,), m at most `longest`.
             packed: as many elements.
 
         Raises:
