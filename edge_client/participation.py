@@ -186,7 +186,7 @@ def request_received(
     event: secagg.Event
     if isinstance(message, Roster):
         entropy = derive_key(stamp.entropy, purpose="edge/share-keys")
-        event = secagg.RosterReceived(message, entropy, stamp.unix)
+        event = secagg.RosterReceived(message, entropy, stamp.unix, profile.certificates)
     elif isinstance(message, ShareDelivery):
         event = secagg.SharesReceived(message)
     elif isinstance(message, SurvivorSet):

@@ -9,6 +9,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 
 from edge_client.policy import DevicePolicy
 from protocol.enrolment import EnrolmentBundle
+from protocol.secagg.certificates import CertificateCache
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class Profile:
         model_signers: public keys that may sign model manifests, by key id.
         policy: what it agrees to.
         models: names of the models that it follows; every one when None.
+        certificates: of other devices, as verified in earlier rounds.
     """
 
     device_id: str
@@ -35,6 +37,7 @@ class Profile:
     model_signers: Mapping[str, Ed25519PublicKey]
     policy: DevicePolicy
     models: frozenset[str] | None = None
+    certificates: CertificateCache = field(default_factory=CertificateCache, repr=False, compare=False)
 
     @classmethod
     def enrolled(
