@@ -22,6 +22,7 @@ from aggregator.adapters.keyfiles import UnusableKeys
 from aggregator.cli_options import Json, State
 from aggregator.cli_privacy import privacy_app
 from aggregator.cli_rounds import rounds_app
+from aggregator.cli_secagg import secagg_app
 from aggregator.fleet.authority import EnrolmentRefused
 from aggregator.operations import OperationRefused
 from aggregator.registry.artefacts import MissingArtefact
@@ -74,6 +75,7 @@ app.add_typer(device_app, name="device")
 app.add_typer(model_app, name="model")
 app.add_typer(rounds_app, name="round")
 app.add_typer(privacy_app, name="privacy")
+app.add_typer(secagg_app, name="secagg")
 
 
 def main() -> None:
