@@ -26,7 +26,10 @@ from protocol import ring
 from protocol.codec import decode_from_device
 from protocol.dp.parameters import PrivacyMode
 from protocol.errors import MalformedMessage
+from protocol.identity import SignedDocument
 from protocol.messages import BlobChunk
+from protocol.plan import Plan
+from protocol.round_encoding import round_encoding
 
 MODEL = Path(zoo.__file__).parent / "watch"
 BITS = 18
@@ -83,7 +86,6 @@ def finish(running: Fleet, campaign_id: str, seconds: float = 60.0) -> None:
 @pytest.mark.timeout(180)
 def test_one_masked_input_is_uniform_on_the_wire_and_gone_from_storage() -> None:
     people = watch.load()[:4]
-    count = zoo.load("watch").manifest.parameter_count
     with (
         BrokerProcess() as broker,
         ProcessGroup() as processes,
@@ -123,7 +125,9 @@ def test_one_masked_input_is_uniform_on_the_wire_and_gone_from_storage() -> None
     assert view.record.status == "completed", view.record
     assert len(view.report.survivors) == 4
     assert len(uploads) == 4
-    length = count + 4  # and the metric slots
+    document = SignedDocument.model_validate_json(view.record.plan)
+    plan = Plan.from_bytes(document.payload)
+    length = round_encoding(plan, document.digest, zoo.load("watch").manifest.parameter_count).length
     for data in uploads:
         assert len(data) == ring.packed_size(length, BITS)
         assert chi_squared(ring.unpack(data, length, BITS), BITS) < CHI_SQUARED_LIMIT
