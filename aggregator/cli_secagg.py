@@ -52,9 +52,8 @@ def secagg_parameters(
         )
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
-        raise typer.BadParameter(
-            f"--{str(first['loc'][0]).removesuffix('_fraction')}: {first['msg']}"
-        ) from error
+        option = str(first["loc"][0]).removesuffix("_fraction")
+        raise typer.BadParameter(f"--{option}: {first['msg']}") from error
     graph = parameters(cohort, assumptions)
     costs = device_costs(graph, dimension, bits)
     seconds = estimate_seconds(costs)
@@ -107,7 +106,7 @@ def estimate_seconds(costs: DeviceCosts) -> float:
         "keystream_bytes": _seconds(lambda: apply_masks(vector, [Mask(private, False)])) / (4 * len(vector)),
     }
     counts = asdict(costs)
-    return sum(counts[name] * seconds for name, seconds in per_call.items())
+    return float(sum(counts[name] * seconds for name, seconds in per_call.items()))
 
 
 def _seconds(call: Callable[[], object]) -> float:
