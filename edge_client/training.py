@@ -46,7 +46,7 @@ class WeightsRejected(TrainingError):
 
 
 class ExamplesRejected(TrainingError):
-    """Examples that the model cannot be given: none, another shape, or a label beyond the last class."""
+    """Examples that the model cannot be given: none, another shape, or a target that it does not have."""
 
 
 class NonFiniteUpdate(TrainingError):
@@ -55,11 +55,11 @@ class NonFiniteUpdate(TrainingError):
 
 @dataclass(frozen=True, slots=True)
 class TrainingConfig:
-    """Hyperparameters of one round's local training; the batch size is the model's.
+    """Hyperparameters of one round's local training; batch size and optimizer are the model's.
 
     Attributes:
         local_epochs: passes over the device's examples, at least 1.
-        learning_rate: step size of plain stochastic gradient descent, over 0.
+        learning_rate: step size of the model's optimizer, over 0.
         proximal_mu: weight of the FedProx term (Li et al. 2020, arXiv 1812.06127); 0 is FedAvg.
         seed: of the order of examples, for callers that bring no generator of their own.
     """
@@ -92,19 +92,18 @@ class Evaluation:
     """How weights do on labelled examples.
 
     Attributes:
-        loss: mean cross-entropy in nats.
-        accuracy: share of examples whose most likely class is the true one.
-        confusion: int64 (classes, classes); rows are true classes, columns predicted ones.
+        loss: mean loss, the one that the model is trained to lower; cross-entropies are in nats.
+        accuracy: share of examples whose most likely class is the true one; with several labels, share of
+            labels that are right; for values, share of their variance that is explained, at least 0.
+        confusion: int64 (classes, classes); rows are true classes, columns predicted ones. With several
+            labels (2, 2) over all of them; for values (0, 0).
+        example_count: number of examples.
     """
 
     loss: float
     accuracy: float
     confusion: NDArray[np.int64]
-
-    @property
-    def example_count(self) -> int:
-        """Number of examples."""
-        return int(self.confusion.sum())
+    example_count: int
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -116,7 +115,7 @@ class LocalUpdate:
         example_count: examples trained on.
         loss_before: mean loss on them under the global weights.
         loss_after: mean loss on them under the local weights.
-        accuracy: share of them that the local weights get right.
+        accuracy: share of them that the local weights get right, as in `Evaluation`.
     """
 
     delta: NDArray[np.float32]
@@ -152,7 +151,7 @@ class LocalTrainer(Protocol):
             weights: global parameters, float32, shape (d,); not changed.
             examples: raw inputs and labels.
             config: hyperparameters.
-            generator: decides the order of examples, and nothing else does.
+            generator: decides the order of examples and what dropout drops, and nothing else does.
 
         Raises:
             WeightsRejected: the weights do not fit the model.
@@ -162,7 +161,7 @@ class LocalTrainer(Protocol):
         ...
 
     def predict(self, weights: NDArray[np.float32], x: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Class probabilities (n, classes), float32, of raw inputs x (n, *example shape).
+        """Probabilities or values (n, labels), float32, of raw inputs x (n, *example shape).
 
         Raises:
             WeightsRejected: the weights do not fit the model.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,26 +26,30 @@ class Examples:
     Attributes:
         name: whose data it is, such as `person-03`.
         x: raw inputs, float32, shape (n, *example shape).
-        y: class indices, int32, shape (n,).
+        y: class indices, int32, shape (n,); or labels (0 or 1) or raw values, float32, shape (n, k).
     """
 
     name: str
     x: NDArray[np.float32]
-    y: NDArray[np.int32]
+    y: NDArray[Any]
 
     def __post_init__(self) -> None:
         """Refuse arrays that do not belong together.
 
         Raises:
-            InvalidExamples: wrong dtype or rank, different lengths, a negative label, or an input that is not
-                finite.
+            InvalidExamples: wrong dtype or rank, different lengths, a negative class, or an input or target
+                that is not finite.
         """
-        if self.x.dtype != np.float32 or self.y.dtype != np.int32:
-            raise InvalidExamples(f"x must be float32 and y int32, not {self.x.dtype} and {self.y.dtype}")
-        if self.x.ndim < 2 or self.y.ndim != 1 or len(self.x) != len(self.y):
-            raise InvalidExamples(f"x {self.x.shape} and y {self.y.shape} are not n examples with n labels")
-        if not np.isfinite(self.x).all() or (len(self.y) > 0 and int(self.y.min()) < 0):
-            raise InvalidExamples("inputs must be finite and labels at least 0")
+        ranks = {np.dtype(np.int32): 1, np.dtype(np.float32): 2}
+        if self.x.dtype != np.float32 or self.y.dtype not in ranks:
+            raise InvalidExamples(
+                f"x must be float32, y int32 classes or float32 values, not {self.x.dtype} and {self.y.dtype}"
+            )
+        if self.x.ndim < 2 or self.y.ndim != ranks[self.y.dtype] or len(self.x) != len(self.y):
+            raise InvalidExamples(f"x {self.x.shape} and y {self.y.shape} are not n examples with n targets")
+        negative = self.y.ndim == 1 and len(self.y) > 0 and int(self.y.min()) < 0
+        if negative or not (np.isfinite(self.x).all() and np.isfinite(self.y).all()):
+            raise InvalidExamples("inputs and values must be finite, and labels at least 0")
 
     def __len__(self) -> int:
         """Number of examples."""

@@ -24,22 +24,24 @@ import tensorflow as tf
 from numpy.typing import NDArray
 
 from models import flatbuffer
-from models.layers.primitives import Tensor, sparse_cross_entropy
-from models.manifest import InputSpec, ModelManifest, SignatureSpec, describe
+from models.manifest import (
+    DropoutSpec,
+    InputSpec,
+    LossName,
+    ModelManifest,
+    OptimizerSpec,
+    SignatureSpec,
+    TargetSpec,
+    describe,
+)
 from models.network import Network
 from models.parity import prove_parity
+from models.program import TrainingForm, build_program, signatures_of
 from models.weights import encode_weights
 
 GRAPH_FILE = "model.tflite"
 WEIGHTS_FILE = "weights.bin"
 MANIFEST_FILE = "manifest.json"
-
-SIGNATURES = (
-    SignatureSpec(name="train", inputs=("x", "y", "mask", "lr", "mu"), outputs=("loss",)),
-    SignatureSpec(name="infer", inputs=("x",), outputs=("logits",)),
-    SignatureSpec(name="get_weights", inputs=(), outputs=("weights",)),
-    SignatureSpec(name="set_weights", inputs=("weights",), outputs=("count",)),
-)
 
 
 @dataclass(frozen=True)
@@ -59,40 +61,71 @@ class ExportedModel:
 
 
 def export(
-    model: Any, *, name: str, labels: Sequence[str], scaling: InputSpec, train_batch_size: int
+    model: Any,
+    *,
+    name: str,
+    labels: Sequence[str],
+    scaling: InputSpec,
+    train_batch_size: int,
+    loss: LossName = "sparse_categorical_crossentropy",
+    target: TargetSpec | None = None,
+    optimizer: OptimizerSpec | None = None,
+    accumulation: int = 1,
 ) -> ExportedModel:
-    """Version 1 of a Keras classifier as a trainable graph, a weights file and a manifest.
+    """Version 1 of a Keras model as a trainable graph, a weights file and a manifest.
+
+    Weights that are not trainable become constants of the graph, and do not travel.
 
     Args:
-        model: built Keras model, Sequential or functional, from one input to logits.
+        model: built Keras model, Sequential or functional, from one input to logits or values (n, k).
         name: slug of the model.
-        labels: class names, one for each logit.
+        labels: names of the classes, or of the predicted labels or values.
         scaling: the input as the device measures it.
-        train_batch_size: examples in one training step.
+        train_batch_size: examples in one call of `train`.
+        loss: what training lowers; the model gives one logit for `binary_crossentropy`.
+        target: scaling of predicted values; by default none.
+        optimizer: what a step does with a gradient; by default plain gradient descent.
+        accumulation: calls of `train` that make one step of the optimizer.
 
     Raises:
         UnsupportedLayer: a layer cannot be exported; names it, the reason and the alternative.
         UnsupportedModel: the model as a whole cannot be exported.
         NonBuiltinOperator: the converter used an operator that the small runtimes lack.
         ParityError: the graph's gradients differ from TensorFlow's.
+        ValueError: the model does not fit its input, labels or loss.
     """
     network = Network(model)
-    if network.example_shape != scaling.shape or network.classes != len(labels):
+    outputs = 1 if loss == "binary_crossentropy" else len(labels)
+    if network.example_shape != scaling.shape or network.classes != outputs:
         raise ValueError(
-            f"the model maps {network.example_shape} to {network.classes} classes, "
-            f"the manifest says {scaling.shape} and {len(labels)} labels"
+            f"the model maps {network.example_shape} to {network.classes} outputs, "
+            f"the manifest says {scaling.shape} and {len(labels)} labels, which need {outputs}"
         )
-    graph = flatbuffer.finish(_convert(_program(network, train_batch_size)))
+    if network.vocabulary != scaling.vocabulary:
+        scaling = InputSpec.model_validate(dict(scaling) | {"vocabulary": network.vocabulary})
+    form = TrainingForm(
+        batch=train_batch_size,
+        loss=loss,
+        target=target or default_target(loss, len(labels)),
+        optimizer=optimizer or OptimizerSpec(),
+        accumulation=accumulation,
+    )
+    signatures = signatures_of(network, form)
+    graph = flatbuffer.finish(_convert(build_program(network, form), signatures))
     weights = network.flat_weights()
     manifest = ModelManifest(
         name=name,
         version=1,
         graph=describe(graph),
         weights=describe(encode_weights(weights)),
-        signatures=SIGNATURES,
+        signatures=signatures,
         input=scaling,
         labels=tuple(labels),
-        loss="sparse_categorical_crossentropy",
+        loss=loss,
+        target=form.target,
+        optimizer=form.optimizer,
+        accumulation=accumulation,
+        dropouts=tuple(DropoutSpec(size=size, rate=rate) for size, rate in network.dropouts),
         train_batch_size=train_batch_size,
         parameter_count=network.parameter_count,
         parameters=tuple(network.parameters),
@@ -101,60 +134,17 @@ def export(
     return ExportedModel(manifest, graph, weights)
 
 
-def _program(network: Network, batch: int) -> Any:
-    """The four entry points, as functions over two variables: the parameters, and where training started."""
-    count = network.parameter_count
-    module = tf.Module()
-    module.theta = tf.Variable(tf.zeros([count]), name="theta")
-    module.anchor = tf.Variable(tf.zeros([count]), name="anchor")
-
-    def train(x: Tensor, y: Tensor, mask: Tensor, lr: Tensor, mu: Tensor) -> dict[str, Tensor]:
-        theta = module.theta.read_value()
-        values = network.split(theta)
-        with tf.GradientTape() as tape:
-            tape.watch(values)
-            loss = sparse_cross_entropy(network.forward(values, x), y, mask)
-        gradients = tape.gradient(loss, values)
-        gradient = tf.concat([tf.reshape(part, [-1]) for part in gradients], 0)
-        # FedProx (Li et al. 2020, arXiv 1812.06127, eq. 2): the gradient of mu/2 |theta - anchor|^2.
-        pull = mu * (theta - module.anchor.read_value())
-        module.theta.assign(theta - lr * (gradient + pull))
-        return {"loss": loss}
-
-    def infer(x: Tensor) -> dict[str, Tensor]:
-        return {"logits": network.forward(network.split(module.theta.read_value()), x)}
-
-    def get_weights() -> dict[str, Tensor]:
-        return {"weights": module.theta.read_value()}
-
-    def set_weights(weights: Tensor) -> dict[str, Tensor]:
-        module.theta.assign(weights)
-        module.anchor.assign(weights)
-        return {"count": tf.size(weights)}
-
-    shape = network.example_shape
-    inputs: dict[str, tuple[Any, list[Any]]] = {
-        "train": (
-            train,
-            [
-                tf.TensorSpec([batch, *shape], tf.float32, "x"),
-                tf.TensorSpec([batch], tf.int32, "y"),
-                tf.TensorSpec([batch], tf.float32, "mask"),
-                tf.TensorSpec([], tf.float32, "lr"),
-                tf.TensorSpec([], tf.float32, "mu"),
-            ],
-        ),
-        "infer": (infer, [tf.TensorSpec([None, *shape], tf.float32, "x")]),
-        "get_weights": (get_weights, []),
-        "set_weights": (set_weights, [tf.TensorSpec([count], tf.float32, "weights")]),
-    }
-    for name, (function, signature) in inputs.items():
-        setattr(module, name, tf.function(function, input_signature=signature))
-    return module
+def default_target(loss: LossName, count: int) -> TargetSpec:
+    """The target of a loss; predicted values are taken as they are."""
+    if loss in {"sparse_categorical_crossentropy", "binary_crossentropy"}:
+        return TargetSpec()
+    if loss == "multi_label_crossentropy":
+        return TargetSpec(shape=(count,), dtype="float32")
+    return TargetSpec(shape=(count,), dtype="float32", mean=(0.0,) * count, std=(1.0,) * count)
 
 
-def _convert(module: Any) -> bytes:
-    signatures = {spec.name: getattr(module, spec.name).get_concrete_function() for spec in SIGNATURES}
+def _convert(module: Any, specs: Sequence[SignatureSpec]) -> bytes:
+    signatures = {spec.name: getattr(module, spec.name).get_concrete_function() for spec in specs}
     with tempfile.TemporaryDirectory() as directory:
         # The gradients are in the train function already; saved ones would be traced for unknown batch sizes.
         options = tf.saved_model.SaveOptions(experimental_custom_gradients=False)

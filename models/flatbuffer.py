@@ -29,6 +29,7 @@ def finish(data: bytes) -> bytes:
     model = flatbuffer_utils.convert_bytearray_to_object(bytearray(data))
     operators_of(model)
     _drop_initial_values(model)
+    _share_constants(model)
     _drop_debug_names(model)
     return bytes(flatbuffer_utils.convert_object_to_bytearray(model))
 
@@ -73,8 +74,24 @@ def _drop_initial_values(model: Any) -> None:
         raise NonBuiltinOperator(
             f"expected one subgraph of initial values at the end, found {sorted(called)}"
         )
-    for tensor in model.subgraphs.pop().tensors:
-        model.buffers[tensor.buffer].data = None
+    dropped = {tensor.buffer for tensor in model.subgraphs.pop().tensors}
+    # A small constant, such as a single zero, may have its bytes in common with an initial value.
+    for buffer in dropped - {tensor.buffer for graph in model.subgraphs for tensor in graph.tensors}:
+        model.buffers[buffer].data = None
+
+
+def _share_constants(model: Any) -> None:
+    """Keep the bytes of a constant once: training and inference have their own copies of a frozen layer."""
+    first: dict[bytes, int] = {}
+    for graph in model.subgraphs:
+        for tensor in graph.tensors:
+            data = model.buffers[tensor.buffer].data
+            if data is None or len(data) == 0:
+                continue
+            kept = first.setdefault(bytes(data), tensor.buffer)
+            if kept != tensor.buffer:
+                model.buffers[tensor.buffer].data = None
+                tensor.buffer = kept
 
 
 def _drop_debug_names(model: Any) -> None:

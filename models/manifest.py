@@ -27,6 +27,14 @@ TRAINABLE_SIGNATURES = frozenset({"train", "infer", "get_weights", "set_weights"
 
 Dimension = Annotated[int, Field(ge=1, le=2**26)]
 Shape = Annotated[tuple[Dimension, ...], Field(max_length=8)]
+LossName = Literal[
+    "sparse_categorical_crossentropy",
+    "binary_crossentropy",
+    "multi_label_crossentropy",
+    "mean_squared_error",
+    "huber",
+]
+"""What training lowers: one class of many, of two, any number of labels, or values (the last two)."""
 TensorName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,63}$")]
 ParameterName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_./-]{0,127}$")]
 Label = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[^\x00-\x1f\x7f]+$")]
@@ -51,11 +59,12 @@ class InputSpec(Schema):
 
     The graph sees `(x - mean) / std`, with one mean and one standard deviation for each entry of the last
     axis (the channels), in the units of the raw input. They are constants of the model, never statistics of
-    anybody's data.
+    anybody's data. Where `vocabulary` is given, the input is ids, whole numbers from 0 to below it.
     """
 
     shape: Annotated[tuple[Dimension, ...], Field(min_length=1, max_length=4)]
     dtype: Literal["float32"] = "float32"
+    vocabulary: Annotated[int, Field(ge=1, le=2**24)] | None = None
     mean: Annotated[tuple[Finite, ...], Field(min_length=1, max_length=4096)]
     std: Annotated[tuple[Scale, ...], Field(min_length=1, max_length=4096)]
 
@@ -64,7 +73,42 @@ class InputSpec(Schema):
         channels = self.shape[-1]
         if len(self.mean) != channels or len(self.std) != channels:
             raise ValueError(f"an input of shape {self.shape} needs {channels} means and standard deviations")
+        if self.vocabulary is not None and (any(self.mean) or set(self.std) != {1.0}):
+            raise ValueError("ids are not scaled: their means are 0 and standard deviations 1")
         return self
+
+
+class TargetSpec(Schema):
+    """What a model is to predict of one example.
+
+    A class is an int32 scalar; several labels or values are float32 (k,), and values are predicted as
+    `(y - mean) / std`, with constants of the model as in `InputSpec`.
+    """
+
+    shape: Annotated[tuple[Dimension, ...], Field(max_length=1)] = ()
+    dtype: Literal["int32", "float32"] = "int32"
+    mean: Annotated[tuple[Finite, ...], Field(max_length=1024)] = ()
+    std: Annotated[tuple[Scale, ...], Field(max_length=1024)] = ()
+
+
+class OptimizerSpec(Schema):
+    """What one step does with a gradient; the learning rate comes with every call.
+
+    `momentum` uses `beta_1`, and `adam` (Kingma and Ba 2015, arXiv 1412.6980) all three. Their state lives in
+    the graph for one round: `set_weights` sets it to zero, and it never leaves the device.
+    """
+
+    kind: Literal["sgd", "momentum", "adam"] = "sgd"
+    beta_1: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
+    beta_2: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.999
+    epsilon: Annotated[float, Field(ge=1e-12, le=1.0)] = 1e-7
+
+
+class DropoutSpec(Schema):
+    """One dropout: entries of one example, and the share of them that a training step sets to 0."""
+
+    size: Annotated[int, Field(ge=1, le=2**20)]
+    rate: Annotated[float, Field(gt=0.0, lt=1.0)]
 
 
 class ParameterSpec(Schema):
@@ -84,7 +128,8 @@ class ModelManifest(Schema):
     """One version of one model: artefacts by digest, entry points, input, labels and parameter layout.
 
     The weights file is one flat little-endian float32 vector of `parameter_count` elements, tiled exactly by
-    `parameters` in order.
+    `parameters` in order. `labels` name the classes, or the predicted labels or values. One step of the
+    optimizer takes `accumulation` batches of `train_batch_size`.
     """
 
     schema_version: Literal[1] = 1
@@ -94,8 +139,12 @@ class ModelManifest(Schema):
     weights: BlobRef
     signatures: Annotated[tuple[SignatureSpec, ...], Field(min_length=1, max_length=16)]
     input: InputSpec
-    labels: Annotated[tuple[Label, ...], Field(min_length=2, max_length=1024)]
-    loss: Literal["sparse_categorical_crossentropy"]
+    labels: Annotated[tuple[Label, ...], Field(min_length=1, max_length=1024)]
+    loss: LossName
+    target: TargetSpec = TargetSpec()
+    optimizer: OptimizerSpec = OptimizerSpec()
+    accumulation: Annotated[int, Field(ge=1, le=1024)] = 1
+    dropouts: Annotated[tuple[DropoutSpec, ...], Field(max_length=64)] = ()
     train_batch_size: Annotated[int, Field(ge=1, le=4096)]
     parameter_count: Annotated[int, Field(ge=1, le=MAX_PARAMETERS)]
     parameters: Annotated[tuple[ParameterSpec, ...], Field(min_length=1, max_length=2048)]
@@ -113,8 +162,33 @@ class ModelManifest(Schema):
             raise ValueError(f"signatures are {names}, needed once each: {sorted(TRAINABLE_SIGNATURES)}")
         if len(set(self.labels)) != len(self.labels):
             raise ValueError("two labels have the same name")
+        self._check_target()
         self._check_layout()
         return self
+
+    @property
+    def regression(self) -> bool:
+        """Whether values are predicted, and not classes or labels."""
+        return self.loss in {"mean_squared_error", "huber"}
+
+    @property
+    def output_count(self) -> int:
+        """Entries of the graph's output for one example: one where two classes share a logit."""
+        return 1 if self.loss == "binary_crossentropy" else len(self.labels)
+
+    def _check_target(self) -> None:
+        labels, target = len(self.labels), self.target
+        if self.loss in {"sparse_categorical_crossentropy", "binary_crossentropy"}:
+            if labels < 2 or (self.loss == "binary_crossentropy" and labels != 2):
+                raise ValueError(f"{labels} labels do not fit the loss {self.loss}")
+            expected = TargetSpec()
+        else:
+            scales = {"mean": target.mean, "std": target.std} if self.regression else {}
+            expected = TargetSpec(shape=(labels,), dtype="float32", **scales)
+            if self.regression and not len(target.mean) == len(target.std) == labels:
+                raise ValueError(f"{labels} values need as many means and standard deviations")
+        if target != expected:
+            raise ValueError(f"the target does not fit the loss {self.loss} with {labels} labels")
 
     def _check_layout(self) -> None:
         offset = 0

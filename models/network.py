@@ -1,8 +1,8 @@
-"""A Keras model as a chain of lowered layers over one flat parameter vector. Needs TensorFlow."""
+"""A Keras model as lowered layers over one flat parameter vector. Needs TensorFlow."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,9 +10,11 @@ import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
 
+from models.layers.dense import Embedding
 from models.layers.lowering import LoweredLayer, UnsupportedLayer
 from models.layers.primitives import Tensor
 from models.layers.registry import lower
+from models.layers.shape import Dropout
 from models.manifest import ParameterSpec
 
 
@@ -22,21 +24,33 @@ class UnsupportedModel(ValueError):
 
 @dataclass(frozen=True)
 class _Step:
-    """Apply one layer: to which tensor, into which, with which parameters."""
+    """Apply one layer: to which tensors, into which."""
 
     layer: LoweredLayer
+    sources: tuple[int, ...]
+    target: int
+
+
+@dataclass(frozen=True)
+class _Rename:
+    """A tensor of an outer model is also one of a model inside it, or the other way round."""
+
     source: int
     target: int
-    parameters: slice
 
 
 class Network:
     """The builtin-only form of a Keras model with one input and one output of logits.
 
     Attributes:
-        parameters: layout of the flat vector: layer by layer, each in Keras's order.
+        parameters: layout of the flat vector: layer by layer, each in Keras's order; trainable weights only.
+        variables: the Keras variables behind `parameters`.
         example_shape: shape of one example.
         classes: number of logits.
+        dropouts: (entries of one example, rate) of each Dropout layer, in the order of use.
+        vocabulary: one over the largest id that an Embedding at the input takes; None for other inputs.
+        layer_count: layers, without inputs and models around layers.
+        frozen_count: weights that are constants of the graph.
     """
 
     def __init__(self, model: Any) -> None:
@@ -46,7 +60,7 @@ class Network:
             UnsupportedModel: not exactly one input and one output, or a shape that is not fixed.
             UnsupportedLayer: a layer that has no builtin-only form.
         """
-        if not model.built or len(model.inputs) != 1 or len(model.outputs) != 1:
+        if not getattr(model, "built", False) or len(model.inputs or ()) != 1 or len(model.outputs) != 1:
             raise UnsupportedModel(f"model {model.name!r} must be built, with one input and one output")
         self.example_shape: tuple[int, ...] = tuple(model.inputs[0].shape[1:])
         if None in self.example_shape or len(model.outputs[0].shape) != 2:
@@ -56,12 +70,29 @@ class Network:
         self.classes = int(model.outputs[0].shape[1])
         self._input = id(model.inputs[0])
         self._output = id(model.outputs[0])
-        self._model = model
         self.parameters: list[ParameterSpec] = []
-        self._steps: list[_Step] = []
-        self._trace()
+        self.variables: list[Any] = []
+        self.dropouts: list[tuple[int, float]] = []
+        self.vocabulary: int | None = None
+        self._lowered: dict[int, LoweredLayer] = {}
+        # For each layer: where its weights are, as an index into the parameters or as a constant.
+        self._weights: dict[int, list[int | NDArray[np.float32]]] = {}
+        self._steps: list[_Step | _Rename] = []
+        for layer in _leaves(model):
+            self._add(layer)
+        self._trace(model)
         if not self.parameters:
             raise UnsupportedModel(f"model {model.name!r} has no parameters to train")
+        _refuse_final_probabilities(self._last())
+        # Some refusals need the shapes that reach a layer.
+        self.forward(self.split(tf.zeros([self.parameter_count])), tf.zeros([1, *self.example_shape]))
+        self.layer_count = len(self._lowered)
+        self.frozen_count = sum(
+            int(weight.size)
+            for weights in self._weights.values()
+            for weight in weights
+            if not isinstance(weight, int)
+        )
 
     @property
     def parameter_count(self) -> int:
@@ -69,9 +100,8 @@ class Network:
         return sum(parameter.size for parameter in self.parameters)
 
     def flat_weights(self) -> NDArray[np.float32]:
-        """The Keras model's present weights as one float32 vector (d,), in the order of `parameters`."""
-        variables = [v for layer in self._model.layers for v in layer.weights]
-        return np.concatenate([np.asarray(v, np.float32).ravel() for v in variables])
+        """The Keras model's present trainable weights as one float32 vector (d,), as in `parameters`."""
+        return np.concatenate([np.asarray(v, np.float32).ravel() for v in self.variables])
 
     def split(self, flat: Tensor) -> list[Tensor]:
         """The parameters in a flat vector (d,)."""
@@ -80,30 +110,117 @@ class Network:
             for parameter in self.parameters
         ]
 
-    def forward(self, values: Sequence[Tensor], x: Tensor) -> Tensor:
-        """Logits (n, classes) of scaled inputs x (n, *example_shape) under the parameters `values`."""
+    def forward(self, values: Sequence[Tensor], x: Tensor, keep: Tensor | None = None) -> Tensor:
+        """Logits (n, classes) of scaled inputs x (n, *example_shape) under the parameters `values`.
+
+        Args:
+            values: trainable parameters, in the order of `parameters`.
+            x: scaled inputs.
+            keep: the masks of all dropouts side by side, (n, sum of their entries); None for inference.
+        """
+        sizes = [size for size, _ in self.dropouts]
+        masks = iter(tf.split(keep, sizes, 1) if keep is not None and len(sizes) > 1 else [keep])
         tensors = {self._input: x}
         for step in self._steps:
-            tensors[step.target] = step.layer.forward(values[step.parameters], tensors[step.source])
+            if isinstance(step, _Rename):
+                tensors[step.target] = tensors[step.source]
+                continue
+            sources = [tensors[source] for source in step.sources]
+            weights = [
+                values[weight] if isinstance(weight, int) else tf.constant(weight)
+                for weight in self._weights[id(step.layer.layer)]
+            ]
+            if keep is not None and isinstance(step.layer, Dropout):
+                result = step.layer.drop(sources[0], next(masks))
+            else:
+                result = step.layer.forward(weights, sources[0] if len(sources) == 1 else sources)
+            tensors[step.target] = result
         return tensors[self._output]
 
-    def _trace(self) -> None:
-        """Follow the model's layers, which Keras keeps in an order where inputs come first."""
-        offset = 0
-        for layer in self._model.layers:
-            if type(layer) is tf.keras.layers.InputLayer:
+    def _add(self, layer: Any) -> None:
+        """Lower a layer and lay out its weights; a layer that occurs again keeps its place."""
+        if id(layer) in self._lowered:
+            return
+        self._lowered[id(layer)] = lower(layer)
+        trainable = {id(variable) for variable in layer.trainable_weights}
+        places: list[int | NDArray[np.float32]] = []
+        for variable in layer.weights:
+            if id(variable) not in trainable:
+                places.append(np.asarray(variable, np.float32))
                 continue
-            lowered = lower(layer)
-            nodes = layer.inbound_nodes
-            if len(nodes) != 1 or len(nodes[0].keras_inputs) != 1:
+            places.append(len(self.parameters))
+            name, shape = _parameter_name(layer, variable), tuple(variable.shape)
+            if any(name == parameter.name for parameter in self.parameters):
                 raise UnsupportedLayer(
-                    layer, "it is shared or has several inputs", "use each layer once, one after another"
+                    layer, f"another layer has a weight {name}", "give it a name of its own"
                 )
-            first = len(self.parameters)
-            for variable in layer.weights:
-                name = f"{layer.name}/{variable.name.rsplit('/', 1)[-1].split(':')[0]}"
-                shape = tuple(variable.shape)
-                self.parameters.append(ParameterSpec(name=name, shape=shape, offset=offset))
-                offset += self.parameters[-1].size
-            span = slice(first, len(self.parameters))
-            self._steps.append(_Step(lowered, id(nodes[0].keras_inputs[0]), id(nodes[0].outputs), span))
+            self.parameters.append(ParameterSpec(name=name, shape=shape, offset=self.parameter_count))
+            self.variables.append(variable)
+        self._weights[id(layer)] = places
+
+    def _trace(self, model: Any) -> None:
+        """Follow the calls of a model's layers from input to output, and into models that are layers."""
+        for node in _calls(model):
+            layer = node.layer
+            sources = tuple(id(tensor) for tensor in node.keras_inputs)
+            if _is_model(layer):
+                self._steps.append(_Rename(sources[0], id(layer.inputs[0])))
+                self._trace(layer)
+                self._steps.append(_Rename(id(layer.outputs[0]), id(node.outputs)))
+                continue
+            lowered = self._lowered[id(layer)]
+            unknown = [name for name, value in node.call_kwargs.items() if value not in (None, False)]
+            if unknown:
+                raise UnsupportedLayer(layer, f"it is called with {unknown}", "call it on its inputs alone")
+            if isinstance(lowered, Dropout):
+                size = int(np.prod(node.keras_inputs[0].shape[1:]))
+                self.dropouts.append((size, lowered.rate))
+            if isinstance(lowered, Embedding) and sources == (self._input,):
+                self.vocabulary = int(layer.input_dim)
+            self._steps.append(_Step(lowered, sources, id(node.outputs)))
+
+    def _last(self) -> Any:
+        """The Keras layer that gives the logits."""
+        return next(step for step in reversed(self._steps) if isinstance(step, _Step)).layer.layer
+
+
+def _is_model(layer: Any) -> bool:
+    return isinstance(layer, tf.keras.Model)
+
+
+def _leaves(model: Any) -> Iterator[Any]:
+    """All layers that compute, also those of models that are layers; inputs come first."""
+    for layer in model.layers:
+        if _is_model(layer):
+            if len(layer.inputs or ()) != 1 or len(layer.outputs or ()) != 1:
+                raise UnsupportedLayer(
+                    layer, "it is a model without exactly one input and one output", "use its layers"
+                )
+            yield from _leaves(layer)
+        elif type(layer) is not tf.keras.layers.InputLayer:
+            yield layer
+
+
+def _calls(model: Any) -> Iterator[Any]:
+    """The calls of a model's layers, inputs first."""
+    by_depth = model._nodes_by_depth
+    for depth in sorted(by_depth, reverse=True):
+        for node in by_depth[depth]:
+            if type(node.layer) is not tf.keras.layers.InputLayer:
+                yield node
+
+
+def _parameter_name(layer: Any, variable: Any) -> str:
+    """`layer/kernel`, or `layer/cell/kernel`."""
+    path = str(variable.name).split(":")[0]
+    return path if path.startswith(f"{layer.name}/") else f"{layer.name}/{path.rsplit('/', 1)[-1]}"
+
+
+def _refuse_final_probabilities(layer: Any) -> None:
+    name = getattr(getattr(layer, "activation", None), "__name__", "")
+    if isinstance(layer, tf.keras.layers.Softmax) or name in {"softmax", "sigmoid"}:
+        raise UnsupportedLayer(
+            layer,
+            f"its {name or 'softmax'} is already part of the loss",
+            "remove it: the last layer gives logits, and predictions are made probabilities on the device",
+        )

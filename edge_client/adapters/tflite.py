@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from edge_client import scoring
 from edge_client.training import (
     MAX_WEIGHT,
     Evaluation,
@@ -88,24 +89,27 @@ class TfliteTrainer:
         generator: np.random.Generator,
     ) -> LocalUpdate:
         """Train on the device's examples from the global weights; see `LocalTrainer.train`."""
-        before = self.evaluate(weights, examples)
-        step = self._run["train"]
-        rate, mu = np.array(config.learning_rate, np.float32), np.array(config.proximal_mu, np.float32)
+        y = scoring.scaled_targets(self._manifest, examples.y)
+        before = self._evaluate(weights, examples.x, y)
+        fixed = {
+            "lr": np.array(config.learning_rate, np.float32),
+            "mu": np.array(config.proximal_mu, np.float32),
+        }
         self._set_weights(weights)
         for _ in range(config.local_epochs):
             order = generator.permutation(len(examples))
-            for chosen, mask in _batches(order, self._manifest.train_batch_size):
-                x, y = self._scale(examples.x[chosen]), examples.y[chosen]
-                loss = step(x=x, y=y, mask=mask, lr=rate, mu=mu)["loss"]
+            for chosen, more in _calls(self._manifest, order, generator):
+                x = self._scale(examples.x[chosen])
+                loss = self._call("train", x=x, y=y[chosen], **fixed, **more)["loss"]
                 if not np.isfinite(loss):
                     raise NonFiniteUpdate(f"the loss became {float(loss)}")
-        trained = np.array(self._run["get_weights"]()["weights"], np.float32)
+        trained = np.array(self._call("get_weights")["weights"], np.float32)
         largest = float(np.abs(trained).max())
         # Written so that NaN is refused.
         if not largest <= MAX_WEIGHT:
             raise NonFiniteUpdate(f"a weight became {largest}, beyond {MAX_WEIGHT:g}")
         delta = trained - weights
-        after = self.evaluate(trained, examples)
+        after = self._evaluate(trained, examples.x, y)
         return LocalUpdate(
             delta=delta,
             example_count=len(examples),
@@ -115,31 +119,36 @@ class TfliteTrainer:
         )
 
     def predict(self, weights: NDArray[np.float32], x: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Class probabilities of raw inputs; see `LocalTrainer.predict`."""
-        return np.exp(_log_softmax(self._logits(weights, x))).astype(np.float32)
+        """Probabilities or values of raw inputs; see `LocalTrainer.predict`."""
+        return scoring.predictions(self._manifest, self._outputs(weights, x))
 
     def evaluate(self, weights: NDArray[np.float32], examples: Examples) -> Evaluation:
         """Loss, accuracy and confusion on labelled examples; see `LocalTrainer.evaluate`."""
-        self._check_labels(examples.y)
-        y = examples.y
-        logits = self._logits(weights, examples.x)
-        predicted = logits.argmax(axis=1)
-        classes = len(self._manifest.labels)
-        confusion = np.bincount(y * classes + predicted, minlength=classes * classes)
-        return Evaluation(
-            loss=float(-_log_softmax(logits)[np.arange(len(y)), y].mean()),
-            accuracy=float((predicted == y).mean()),
-            confusion=confusion.reshape(classes, classes).astype(np.int64),
-        )
+        y = scoring.scaled_targets(self._manifest, examples.y)
+        return self._evaluate(weights, examples.x, y)
 
-    def _logits(self, weights: NDArray[np.float32], x: NDArray[np.float32]) -> NDArray[np.float64]:
-        """Logits (n, classes) of raw inputs, in batches that bound the memory."""
+    def _evaluate(self, weights: NDArray[np.float32], x: NDArray[np.float32], y: NDArray[Any]) -> Evaluation:
+        return scoring.evaluate(self._manifest, self._outputs(weights, x), y)
+
+    def _outputs(self, weights: NDArray[np.float32], x: NDArray[np.float32]) -> NDArray[np.float64]:
+        """The graph's outputs (n, k) for raw inputs, in batches that bound the memory."""
         self._check_inputs(x)
         self._set_weights(weights)
-        infer = self._run["infer"]
-        parts = [infer(x=self._scale(part))["logits"] for part in _slices(x, PREDICTION_BATCH)]
-        logits: NDArray[np.float64] = np.concatenate(parts).astype(np.float64)
-        return logits
+        parts = [self._call("infer", x=self._scale(part))["logits"] for part in _slices(x, PREDICTION_BATCH)]
+        outputs: NDArray[np.float64] = np.concatenate(parts).astype(np.float64)
+        return outputs
+
+    def _call(self, entry: str, **inputs: NDArray[Any]) -> dict[str, NDArray[Any]]:
+        """Run an entry point.
+
+        Raises:
+            ModelRejected: the runtime cannot run it.
+        """
+        try:
+            outputs: dict[str, NDArray[Any]] = self._run[entry](**inputs)
+        except (RuntimeError, ValueError) as error:
+            raise ModelRejected(f"the runtime cannot run {entry}: {_first_line(error)}") from error
+        return outputs
 
     def _set_weights(self, weights: NDArray[np.float32]) -> None:
         if weights.dtype != np.float32 or weights.shape != (self.parameter_count,):
@@ -149,7 +158,7 @@ class TfliteTrainer:
             )
         if not np.isfinite(weights).all():
             raise WeightsRejected("a weight is not finite")
-        self._run["set_weights"](weights=weights)
+        self._call("set_weights", weights=weights)
 
     def _check_inputs(self, x: NDArray[np.float32]) -> None:
         """Refuses what cannot be raw inputs of this model.
@@ -172,32 +181,47 @@ class TfliteTrainer:
         scaled: NDArray[np.float32] = (x - self._mean) / self._std
         if not np.isfinite(scaled).all():
             raise ExamplesRejected("an input is not finite")
+        vocabulary = self._manifest.input.vocabulary
+        # The runtime looks ids up as they are: one beyond the table must never reach it.
+        if vocabulary is not None and not (scaled.min() >= 0 and scaled.max() <= vocabulary - 1):
+            raise ExamplesRejected(f"an id is not one of the model's {vocabulary}")
         return scaled
 
-    def _check_labels(self, y: NDArray[np.int32]) -> None:
-        classes = len(self._manifest.labels)
-        if len(y) and not (int(y.min()) >= 0 and int(y.max()) < classes):
-            raise ExamplesRejected(f"a label is not one of the model's {classes} classes")
 
+def _calls(
+    manifest: ModelManifest, order: NDArray[np.int64], generator: np.random.Generator
+) -> Iterator[tuple[NDArray[np.int64], dict[str, NDArray[np.float32]]]]:
+    """The calls of `train` for one epoch: indices of a batch, and what else the graph takes.
 
-def _batches(order: NDArray[np.int64], size: int) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
-    """Indices and weights of batches of one fixed size; the last is filled up with examples of weight 0."""
-    for start in range(0, len(order), size):
+    Batches have one fixed size; the last is filled up with examples of weight 0. Several calls make one step
+    of the optimizer where the manifest says so; the last of them says that it is.
+    """
+    size, per_step = manifest.train_batch_size, manifest.accumulation
+    starts = range(0, len(order), size)
+    for number, start in enumerate(starts, start=1):
         chosen = order[start : start + size]
         mask = np.zeros(size, np.float32)
         mask[: len(chosen)] = 1.0
-        yield np.resize(chosen, size), mask
+        more = {"mask": mask}
+        if manifest.dropouts:
+            more["keep"] = _kept(manifest, generator)
+        if per_step > 1:
+            more["last"] = np.array(number % per_step == 0 or number == len(starts), np.float32)
+        yield np.resize(chosen, size), more
+
+
+def _kept(manifest: ModelManifest, generator: np.random.Generator) -> NDArray[np.float32]:
+    """Masks of all dropouts side by side: 0 for what is dropped, 1 / (1 - rate) for what is kept."""
+    parts = []
+    for dropout in manifest.dropouts:
+        kept = generator.random((manifest.train_batch_size, dropout.size), np.float32) >= dropout.rate
+        parts.append(kept.astype(np.float32) / np.float32(1.0 - dropout.rate))
+    return np.concatenate(parts, axis=1)
 
 
 def _slices(x: NDArray[np.float32], size: int) -> Iterator[NDArray[np.float32]]:
     for start in range(0, len(x), size):
         yield x[start : start + size]
-
-
-def _log_softmax(logits: NDArray[np.float64]) -> NDArray[np.float64]:
-    shifted: NDArray[np.float64] = logits - logits.max(axis=1, keepdims=True)
-    shifted -= np.log(np.exp(shifted).sum(axis=1, keepdims=True))
-    return shifted
 
 
 def _check_file(manifest: ModelManifest, graph: bytes) -> None:
@@ -225,13 +249,17 @@ def _check_tensors(manifest: ModelManifest, run: dict[str, Any]) -> None:
     scalar: tuple[int, ...] = ()
     expected = {
         ("train", "x"): (batch, *shape),
-        ("train", "y"): (batch,),
+        ("train", "y"): (batch, *manifest.target.shape),
         ("train", "mask"): (batch,),
         ("train", "lr"): scalar,
         ("train", "mu"): scalar,
         ("infer", "x"): (-1, *shape),
         ("set_weights", "weights"): (manifest.parameter_count,),
     }
+    if manifest.dropouts:
+        expected["train", "keep"] = (batch, sum(dropout.size for dropout in manifest.dropouts))
+    if manifest.accumulation > 1:
+        expected["train", "last"] = scalar
     for (name, tensor), wanted in expected.items():
         details = run[name].get_input_details()
         found = tuple(details[tensor]["shape_signature"].tolist()) if tensor in details else None

@@ -7,46 +7,111 @@ from collections.abc import Sequence
 import tensorflow as tf
 
 from models.layers import primitives
+from models.layers.convolving import Pair, convolution, depthwise
 from models.layers.lowering import Activated
 from models.layers.primitives import Tensor
 
+keras = tf.keras.layers
+MAX_GROUPS = 8
+
 
 class _Convolution(Activated):
+    """What all have in common. One axis is treated as an image of height 1."""
+
     def check(self) -> None:
         super().check()
+        self.need_channels_last()
         layer = self.layer
-        self.refuse_unless(
-            layer.data_format == "channels_last", "its data format is channels_first", "use channels_last"
-        )
         self.refuse_unless(
             layer.padding in {"valid", "same"}, f"its padding is {layer.padding}", "use valid or same"
         )
-        self.refuse_unless(layer.groups == 1, f"it has {layer.groups} groups", "use groups=1")
+
+    @property
+    def flat(self) -> bool:
+        """Whether there is one axis only."""
+        return len(self.layer.kernel_size) == 1
+
+    def pair(self, values: Sequence[int]) -> Pair:
+        """An option for two axes."""
+        return (1, int(values[0])) if len(values) == 1 else (int(values[0]), int(values[1]))
+
+    def run(self, x: Tensor, w: Tensor) -> Tensor:
+        """A convolution with the layer's options."""
+        layer = self.layer
+        padding = layer.padding.upper()
+        return convolution(x, w, self.pair(layer.strides), padding, self.pair(layer.dilation_rate))
+
+    def run_depthwise(self, x: Tensor, w: Tensor) -> Tensor:
+        """A depthwise convolution with the layer's options."""
+        layer = self.layer
+        # The operator has one stride for both axes; an image of height 1 has one row either way.
+        return depthwise(x, w, int(layer.strides[-1]), layer.padding.upper(), self.pair(layer.dilation_rate))
+
+    def need_equal_strides(self) -> None:
+        """Refuse strides that the depthwise operator does not have."""
         self.refuse_unless(
-            all(rate == 1 for rate in layer.dilation_rate),
-            "it is dilated",
-            "use a stride or pooling before it",
+            len(set(self.layer.strides)) == 1, "its strides differ by axis", "use equal strides"
         )
 
+    def image(self, x: Tensor) -> Tensor:
+        """x as an image."""
+        return tf.expand_dims(x, 1) if self.flat else x
 
-class Conv2D(_Convolution):
-    """Two-dimensional convolution with strides."""
+    def kernel(self, w: Tensor) -> Tensor:
+        """A kernel as one of an image."""
+        return tf.expand_dims(w, 0) if self.flat else w
 
-    handles = (tf.keras.layers.Conv2D,)
+    def unwrapped(self, y: Tensor) -> Tensor:
+        """An image as the layer's output."""
+        return tf.squeeze(y, [1]) if self.flat else y
+
+
+class Convolution(_Convolution):
+    """Convolution with strides or dilation, over all channels or in a few groups of them."""
+
+    handles = (keras.Conv1D, keras.Conv2D)
+
+    def check(self) -> None:
+        super().check()
+        self.refuse_unless(
+            self.layer.groups <= MAX_GROUPS,
+            f"it has {self.layer.groups} groups",
+            f"use at most {MAX_GROUPS}, or a DepthwiseConv2D",
+        )
 
     def forward(self, values: Sequence[Tensor], x: Tensor) -> Tensor:
-        layer = self.layer
-        y = primitives.convolution(x, values[0], tuple(layer.strides), layer.padding.upper())
-        return self.with_bias(y, values)
+        groups, image, kernel = self.layer.groups, self.image(x), self.kernel(values[0])
+        if groups == 1:
+            return self.unwrapped(self.with_bias(self.run(image, kernel), values))
+        parts = zip(tf.split(image, groups, -1), tf.split(kernel, groups, -1), strict=True)
+        y = primitives.concatenate([self.run(part, filters) for part, filters in parts], 3)
+        return self.unwrapped(self.with_bias(y, values))
 
 
-class Conv1D(_Convolution):
-    """One-dimensional convolution with strides: a two-dimensional one over an image of height 1."""
+class Depthwise(_Convolution):
+    """Convolution of each channel by itself."""
 
-    handles = (tf.keras.layers.Conv1D,)
+    handles = (keras.DepthwiseConv1D, keras.DepthwiseConv2D)
+
+    def check(self) -> None:
+        super().check()
+        self.need_equal_strides()
 
     def forward(self, values: Sequence[Tensor], x: Tensor) -> Tensor:
-        layer = self.layer
-        image, kernel = tf.expand_dims(x, 1), tf.expand_dims(values[0], 0)
-        y = primitives.convolution(image, kernel, (1, layer.strides[0]), layer.padding.upper())
-        return tf.squeeze(self.with_bias(y, values), [1])
+        y = self.run_depthwise(self.image(x), self.kernel(values[0]))
+        return self.unwrapped(self.with_bias(y, values))
+
+
+class Separable(_Convolution):
+    """A depthwise convolution and one of kernel size 1 behind it."""
+
+    handles = (keras.SeparableConv1D, keras.SeparableConv2D)
+
+    def check(self) -> None:
+        super().check()
+        self.need_equal_strides()
+
+    def forward(self, values: Sequence[Tensor], x: Tensor) -> Tensor:
+        y = self.run_depthwise(self.image(x), self.kernel(values[0]))
+        y = convolution(y, self.kernel(values[1]), (1, 1), "VALID")
+        return self.unwrapped(self.with_bias(y, values))

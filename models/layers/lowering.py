@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
-from models.layers import primitives
-from models.layers.primitives import Tensor
+from models.layers.nonlinear import ACTIVATIONS
+from models.layers.primitives import Tensor, add_bias
 
 
 class UnsupportedLayer(ValueError):
@@ -18,12 +18,6 @@ class UnsupportedLayer(ValueError):
         self.layer_name: str = layer.name
         self.reason = reason
         self.alternative = alternative
-
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "linear": lambda x: x,
-    "relu": primitives.relu,
-}
 
 
 class LoweredLayer(ABC):
@@ -42,8 +36,6 @@ class LoweredLayer(ABC):
             UnsupportedLayer: an option of the layer has no builtin-only form.
         """
         self.layer = layer
-        if layer.weights and not layer.trainable:
-            raise UnsupportedLayer(layer, "it is frozen", "set trainable = True or leave the layer out")
         self.check()
 
     def check(self) -> None:
@@ -52,31 +44,30 @@ class LoweredLayer(ABC):
 
     @abstractmethod
     def forward(self, values: Sequence[Tensor], x: Tensor) -> Tensor:
-        """The layer's output for a batch x; `values` stand for its weights, in Keras's order."""
+        """The layer's output for a batch x; `values` stand for its weights, in Keras's order.
+
+        x is a list of tensors for a layer that joins several.
+        """
 
     def refuse_unless(self, condition: bool, reason: str, alternative: str) -> None:
         """Raise `UnsupportedLayer` for this layer if a condition does not hold."""
         if not condition:
             raise UnsupportedLayer(self.layer, reason, alternative)
 
-    def activate(self, x: Tensor) -> Tensor:
-        """Apply the layer's own activation; a layer that has none but stands for one is a ReLU."""
-        return ACTIVATIONS[activation_name(self.layer) if hasattr(self.layer, "activation") else "relu"](x)
+    def need_channels_last(self) -> None:
+        """Refuse a layer that wants its channels first."""
+        form = getattr(self.layer, "data_format", "channels_last")
+        self.refuse_unless(form == "channels_last", "its data format is channels_first", "use channels_last")
 
 
-def activation_name(layer: Any) -> str:
+def activation_name(layer: Any, attribute: str = "activation") -> str:
     """The name of a layer's activation.
 
     Raises:
-        UnsupportedLayer: the activation has no builtin-only form, or does not belong into the model.
+        UnsupportedLayer: the activation has no builtin-only form.
     """
-    name = getattr(layer.activation, "__name__", type(layer.activation).__name__)
-    if name == "softmax":
-        raise UnsupportedLayer(
-            layer,
-            "its softmax is already part of the loss",
-            "remove it: the last layer gives logits, and predictions are made probabilities on the device",
-        )
+    function = getattr(layer, attribute)
+    name = getattr(function, "__name__", type(function).__name__)
     if name not in ACTIVATIONS:
         raise UnsupportedLayer(
             layer, f"its activation {name} has no builtin-only form", f"use one of {', '.join(ACTIVATIONS)}"
@@ -85,11 +76,15 @@ def activation_name(layer: Any) -> str:
 
 
 class Activated(LoweredLayer):
-    """A layer with an activation and, perhaps, a bias."""
+    """A layer with an activation and, perhaps, a bias as the last of its weights."""
 
     def check(self) -> None:
         activation_name(self.layer)
 
     def with_bias(self, x: Tensor, values: Sequence[Tensor]) -> Tensor:
         """Add the bias, if the layer has one, and activate."""
-        return self.activate(primitives.add_bias(x, values[1]) if self.layer.use_bias else x)
+        return self.activate(add_bias(x, values[-1]) if self.layer.use_bias else x)
+
+    def activate(self, x: Tensor) -> Tensor:
+        """Apply the layer's own activation."""
+        return ACTIVATIONS[activation_name(self.layer)](x)

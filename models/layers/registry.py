@@ -4,21 +4,47 @@ from __future__ import annotations
 
 from typing import Any
 
-from models.layers.convolution import Conv1D, Conv2D
-from models.layers.dense import Dense
+from models.layers.convolution import Convolution, Depthwise, Separable
+from models.layers.dense import Attention, Dense, Embedding
 from models.layers.lowering import LoweredLayer, UnsupportedLayer
-from models.layers.pooling import GlobalAverage, GlobalMax, Pooling
-from models.layers.shape import Activation, Rearranged
+from models.layers.normalisation import FrozenBatchNormalisation, GroupNormalisation, LayerNormalisation
+from models.layers.pooling import GlobalPooling, Pooling
+from models.layers.recurrent import Gru, Lstm
+from models.layers.shape import (
+    Activation,
+    Dropout,
+    Merged,
+    Padded,
+    Permuted,
+    Rearranged,
+    Rectified,
+    Rescaled,
+    Softmax,
+)
 
 LAYERS: tuple[type[LoweredLayer], ...] = (
     Dense,
-    Conv1D,
-    Conv2D,
+    Embedding,
+    Attention,
+    Convolution,
+    Depthwise,
+    Separable,
     Pooling,
-    GlobalAverage,
-    GlobalMax,
+    GlobalPooling,
+    Gru,
+    Lstm,
+    FrozenBatchNormalisation,
+    LayerNormalisation,
+    GroupNormalisation,
     Rearranged,
+    Permuted,
+    Padded,
+    Rescaled,
     Activation,
+    Rectified,
+    Softmax,
+    Merged,
+    Dropout,
 )
 
 
@@ -32,5 +58,9 @@ def lower(layer: Any) -> LoweredLayer:
         # By exact class: a subclass may compute something else.
         if type(layer) in kind.handles:
             return kind(layer)
+    if type(layer).__name__ in {"TFOpLambda", "SlicingOpLambda"}:
+        raise UnsupportedLayer(
+            layer, "it is a bare TensorFlow operation", "use a layer, such as Add, Multiply or Reshape"
+        )
     known = sorted({handled.__name__ for kind in LAYERS for handled in kind.handles})
     raise UnsupportedLayer(layer, "it has no builtin-only form", f"supported are {', '.join(known)}")

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edge_client.training import Evaluation, Examples, LocalUpdate, TrainingConfig
+from edge_client.training import Examples, LocalUpdate, TrainingConfig
 from models.examples import InvalidExamples
 
 
@@ -37,10 +37,6 @@ def test_config_seed_gives_the_same_order_every_time() -> None:
 def test_update_norm_is_of_the_whole_delta() -> None:
     update = LocalUpdate(np.array([3.0, -4.0], np.float32), 1, 1.0, 0.5, 1.0)
     assert update.l2_norm == pytest.approx(5.0)
-
-
-def test_evaluation_counts_its_examples() -> None:
-    assert Evaluation(0.1, 0.5, np.array([[1, 0], [2, 3]])).example_count == 6
 
 
 @pytest.mark.parametrize(
