@@ -97,6 +97,7 @@ def compose(
         central_accuracy=_mean([person.central for person in people]),
         accuracy_per_round=tuple(float(value) for value in np.mean(curves, axis=0)),
         people=tuple(people),
+        device_predictions_right=_mean([outcome.device_predictions for outcome in outcomes]),
         confusion=ConfusionMatrix(
             labels=first.model.manifest.labels,
             counts=tuple(tuple(int(count) for count in row) for row in np.asarray(confusion)),

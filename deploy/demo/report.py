@@ -71,7 +71,12 @@ def summary_table(result: DemoResult) -> Table:
         f"accuracy on held-out {who}: each device alone, mean", format_percent(result.local_accuracy)
     )
     table.add_row("federated", f"[bold green]{format_percent(result.federated_accuracy)}[/]")
-    table.add_row("all data pooled centrally", format_percent(result.central_accuracy), end_section=True)
+    table.add_row("all data pooled centrally", format_percent(result.central_accuracy))
+    table.add_row(
+        "answered right by the held-out devices themselves",
+        format_percent(result.device_predictions_right),
+        end_section=True,
+    )
     table.add_row(
         f"privacy ({result.privacy}), epsilon for each {result.privacy_unit}",
         f"{format_epsilon(result.epsilon)} at delta {format_delta(result.delta)}",

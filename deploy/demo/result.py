@@ -97,6 +97,8 @@ class DemoResult(_Record):
     # The model before the first round comes first, so this is one longer than `rounds`.
     accuracy_per_round: tuple[Accuracy, ...]
     people: tuple[PersonAccuracy, ...] = Field(min_length=1)
+    # What the held-out people's own devices answered, by `covey-edge predict` with the last version.
+    device_predictions_right: Accuracy
     confusion: ConfusionMatrix
 
     privacy: PrivacyMode

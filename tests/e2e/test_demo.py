@@ -54,6 +54,7 @@ def test_federated_beats_each_device_alone_on_every_held_out_person(tmp_path: Pa
     for person in result["people"]:
         assert person["federated"] > person["local"] + 0.05, person
     assert result["federated_accuracy"] > 0.7
+    assert abs(result["device_predictions_right"] - result["federated_accuracy"]) < 0.02
     assert result["rounds"] == 8
     assert result["dropouts_survived"] >= 6, "two rounds of each fold, with at least one real dropout each"
     assert all(dropout["returned_round"] for dropout in result["dropouts"])

@@ -74,6 +74,7 @@ def made_up_result(*, rounds: int = 15, **changes: Any) -> DemoResult:
         "local_accuracy": 0.612,
         "federated_accuracy": 0.831,
         "central_accuracy": 0.846,
+        "device_predictions_right": 0.829,
         "accuracy_per_round": (*(0.831 - 0.69 * math.exp(-index / 3) for index in range(rounds)), 0.831),
         "people": (
             PersonAccuracy(person="person 4", fold=0, examples=468, local=0.58, federated=0.80, central=0.83),
