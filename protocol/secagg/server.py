@@ -44,6 +44,7 @@ from protocol.secagg import roster as rosters
 from protocol.secagg.certificates import CertificateCache
 from protocol.secagg.closing import close_phase
 from protocol.secagg.growing import GrowingMap
+from protocol.secagg.key_agreement import check_public_key
 from protocol.secagg.server_state import (
     Advertising,
     Checking,
@@ -170,6 +171,9 @@ def _advertise(state: Advertising, device_id: str, message: AdvertiseKeys, event
         context.fleet, context.round_id, context.plan_hash, message.encryption_key, message.mask_key
     )
     verify(certificate.public_key, rosters.ADVERTISE_KIND, payload, message.signature)
+    # One such key in the roster would make every neighbour abort.
+    check_public_key(message.encryption_key)
+    check_public_key(message.mask_key)
     entry = (message, certificate.public_key.public_bytes_raw())
     return replace(state, entries=state.entries.with_item(device_id, entry))
 

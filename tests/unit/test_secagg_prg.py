@@ -8,7 +8,7 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from protocol.errors import BadSignature
-from protocol.secagg.key_agreement import agree, public_key
+from protocol.secagg.key_agreement import _LOW_ORDER, agree, check_public_key, public_key
 from protocol.secagg.prg import Keystream, derive_key
 
 
@@ -64,3 +64,21 @@ def test_x25519_of_rfc_7748_section_6_1() -> None:
 def test_low_order_keys_are_refused() -> None:
     with pytest.raises(BadSignature, match="low order"):
         agree(b"\x01" * 32, bytes(32), purpose="p", context=b"")
+
+
+# The points of small order, and the bytes that mean one of them without being reduced (RFC 7748, section 5).
+@pytest.mark.parametrize("point", [*sorted(_LOW_ORDER), 2**255 - 19, 2**255 - 18, 2**255, 2**255 + 1])
+def test_a_key_that_agrees_with_nobody_is_refused_before_anybody_tries(point: int) -> None:
+    public = point.to_bytes(32, "little")
+    with pytest.raises(BadSignature, match="low order"):
+        agree(b"\x01" * 32, public, purpose="p", context=b"")
+    with pytest.raises(BadSignature, match=r"X25519"):
+        check_public_key(public)
+
+
+def test_one_key_has_one_encoding() -> None:
+    """The unused top bit changes nothing for `agree`, but a recovered key would not match what was shown."""
+    public = public_key(b"\x01" * 32)
+    check_public_key(public)
+    with pytest.raises(BadSignature, match="canonical"):
+        check_public_key(public[:31] + bytes([public[31] | 0x80]))

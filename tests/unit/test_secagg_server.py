@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from protocol.errors import BadSignature, IllegalEvent, MalformedMessage
+from protocol.identity import sign
 from protocol.messages import (
     AdvertiseKeys,
     ClientAbort,
@@ -15,8 +16,19 @@ from protocol.messages import (
     UnmaskingShares,
 )
 from protocol.secagg import client, server
+from protocol.secagg import roster as rosters
 from protocol.secagg.server_state import Checking, Collecting, Failed, Recovered, Sharing, Unmasking
-from tests.secagg_round import NOW, ROUND_ID, Cohort, certificate, client_context, entropy, identity
+from tests.secagg_round import (
+    FLEET,
+    NOW,
+    PLAN_HASH,
+    ROUND_ID,
+    Cohort,
+    certificate,
+    client_context,
+    entropy,
+    identity,
+)
 
 
 def collecting(size: int = 5) -> Cohort:
@@ -63,6 +75,21 @@ def test_a_second_check_in_with_other_keys_does_not_replace_the_first() -> None:
     before = cohort.server
     cohort.receive("device-001", other)
     assert cohort.server is before
+
+
+@pytest.mark.parametrize("key", ["encryption_key", "mask_key"])
+def test_a_key_that_agrees_with_nobody_does_not_stop_a_round_of_honest_clients(key: str) -> None:
+    """A point of low order, properly signed: every neighbour would have to leave the round."""
+    cohort = Cohort(6)
+    honest = cohort.clients["device-003"].answer
+    assert isinstance(honest, AdvertiseKeys)
+    keys = {"encryption_key": honest.encryption_key, "mask_key": honest.mask_key, key: bytes(32)}
+    payload = rosters.advertisement_payload(FLEET, ROUND_ID, PLAN_HASH, **keys)
+    signature = sign(identity("device-003"), rosters.ADVERTISE_KIND, payload)
+    with pytest.raises(BadSignature, match="low order"):
+        cohort.receive("device-003", honest.model_copy(update={**keys, "signature": signature}))
+    recovered = cohort.run({"advertise": {"device-003"}})
+    assert isinstance(recovered, Recovered) and len(recovered.survivors) == 5
 
 
 def test_too_few_check_ins_fail_with_the_figures() -> None:
