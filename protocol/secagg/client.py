@@ -63,7 +63,7 @@ from protocol.secagg.client_state import (
     Unmasked,
 )
 from protocol.secagg.graph import neighbours
-from protocol.secagg.key_agreement import load_private, public_key
+from protocol.secagg.key_agreement import check_public_key, load_private, public_key
 from protocol.secagg.masking import seed_commitment
 from protocol.secagg.parameters import GraphParameters, parameters
 from protocol.secagg.prg import Keystream, derive_key
@@ -271,12 +271,20 @@ def verify_roster(state: Advertised, roster: Roster, now: int, certificates: Cer
     _require(
         entries.keys() == {*near, index}, "wrong-graph", "the roster does not show the graph's neighbours"
     )
-    peers, identities = {}, {state.context.device_id}
+    peers, names = {}, {index: context.device_id}
     for peer in near:
-        device_id, peers[peer] = _verify_entry(context, entries[peer], now, certificates)
-        _require(device_id not in identities, "repeated-device", f"{device_id} is in the roster twice")
-        identities.add(device_id)
+        names[peer], peers[peer] = _verify_entry(context, entries[peer], now, certificates)
+    _check_order([names[place] for place in sorted(names)])
     return Membership(name, graph, index, peers)
+
+
+def _check_order(names: list[str]) -> None:
+    """Device ids ascend with the indices.
+
+    A device that stands in the roster twice breaks the order around it, also for clients that see it once.
+    """
+    _require(len(set(names)) == len(names), "repeated-device", "a device is in the roster twice")
+    _require(names == sorted(names), "roster-order", "the roster is not in the order of the device ids")
 
 
 def _check_root(
@@ -301,6 +309,8 @@ def _verify_entry(
         context.fleet, context.round_id, context.plan_hash, entry.encryption_key, entry.mask_key
     )
     verify(certificate.public_key, rosters.ADVERTISE_KIND, payload, entry.signature)
+    check_public_key(entry.encryption_key)
+    check_public_key(entry.mask_key)
     peer = Peer(certificate.public_key.public_bytes_raw(), entry.encryption_key, entry.mask_key)
     return certificate.device_id, peer
 

@@ -142,6 +142,15 @@ def test_one_device_in_two_places_is_refused() -> None:
     assert code(give_roster(cohort, rebuilt(roster, entries))) == "repeated-device"
 
 
+def test_a_roster_out_of_order_is_refused() -> None:
+    """On a regular graph a client sees a few places only: by the order it can tell one device in many."""
+    cohort = advertised()
+    roster = roster_for(cohort)
+    *first, fourth, fifth = roster.entries
+    entries = (*first, fifth.model_copy(update={"index": 3}), fourth.model_copy(update={"index": 4}))
+    assert code(give_roster(cohort, rebuilt(roster, entries))) == "roster-order"
+
+
 def test_the_victim_itself_cannot_be_its_own_peer() -> None:
     """A second check-in under the victim's identity would make it share its secrets with itself."""
     cohort = advertised()
