@@ -18,7 +18,7 @@ from aggregator.cli_options import Json
 from protocol.identity import sign, verify
 from protocol.ring import MAX_BITS, MIN_BITS
 from protocol.secagg.costs import DeviceCosts, device_costs
-from protocol.secagg.parameters import ETA, SIGMA, GraphAssumptions, parameters
+from protocol.secagg.parameters import ETA, SIGMA, GraphAssumptions, NoGraph, parameters
 
 secagg_app = typer.Typer(no_args_is_help=True, help="Secure aggregation: its parameters and its price.")
 
@@ -54,7 +54,10 @@ def secagg_parameters(
         first = error.errors(include_url=False, include_input=False)[0]
         option = str(first["loc"][0]).removesuffix("_fraction")
         raise typer.BadParameter(f"--{option}: {first['msg']}") from error
-    graph = parameters(cohort, assumptions)
+    try:
+        graph = parameters(cohort, assumptions)
+    except NoGraph as error:
+        raise typer.BadParameter(str(error)) from error
     costs = device_costs(graph, dimension, bits)
     seconds = estimate_seconds(costs)
     figures = {

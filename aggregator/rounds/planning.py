@@ -15,6 +15,7 @@ from protocol.errors import MalformedMessage, ProtocolError
 from protocol.fields import Bytes32, RoundId, Schema, Slug
 from protocol.plan import CohortParameters, Deadlines, Plan, TrainingParameters
 from protocol.round_encoding import METRICS, round_encoding
+from protocol.secagg.parameters import parameters
 
 GATHER_SECONDS = 3.0
 PLAIN_METRICS = (
@@ -122,5 +123,6 @@ def check_settings(settings: CampaignSettings, base: ModelManifest) -> None:
     trial = make_plan(settings, "trial", "0" * 32, base, "0" * 64, Moment(0, 0))
     try:
         round_encoding(trial, bytes(32), base.parameter_count)
+        parameters(settings.cohort.size, settings.cohort.graph)
     except (ProtocolError, ValueError) as error:
         raise ValueError(f"no round can follow these settings: {error}") from error

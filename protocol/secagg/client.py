@@ -65,7 +65,7 @@ from protocol.secagg.client_state import (
 from protocol.secagg.graph import neighbours
 from protocol.secagg.key_agreement import check_public_key, load_private, public_key
 from protocol.secagg.masking import seed_commitment
-from protocol.secagg.parameters import GraphParameters, parameters
+from protocol.secagg.parameters import GraphParameters, NoGraph, parameters
 from protocol.secagg.prg import Keystream, derive_key
 from protocol.secagg.sealed_shares import seal, unseal
 from protocol.secagg.shamir import split
@@ -259,7 +259,10 @@ def verify_roster(state: Advertised, roster: Roster, now: int, certificates: Cer
         "roster-indices",
         "the roster repeats an index or goes beyond its size",
     )
-    graph = parameters(roster.size, context.graph)
+    try:
+        graph = parameters(roster.size, context.graph)
+    except NoGraph as error:
+        raise RoundViolation("no-graph", str(error)) from error
     leaves = {index: rosters.leaf_hash(entry) for index, entry in entries.items()}
     own_leaf = rosters.leaf_hash(state.answer)
     mine = [index for index, leaf in leaves.items() if leaf == own_leaf]

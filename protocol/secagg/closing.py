@@ -11,7 +11,7 @@ from protocol.secagg.graph import all_neighbours
 from protocol.secagg.growing import GrowingMap
 from protocol.secagg.key_agreement import load_private, public_key
 from protocol.secagg.masking import Mask, pairwise_mask, seed_commitment, self_mask
-from protocol.secagg.parameters import parameters
+from protocol.secagg.parameters import NoGraph, parameters
 from protocol.secagg.server_state import (
     Advertising,
     Checking,
@@ -52,7 +52,10 @@ def _close_advertising(state: Advertising) -> ServerState:
         return Failed(
             context, "too-few-check-ins", f"{size} devices checked in, {context.minimum_cohort} needed"
         )
-    graph = parameters(size, context.graph)
+    try:
+        graph = parameters(size, context.graph)
+    except NoGraph as error:
+        return Failed(context, "no-graph", str(error))
     devices = sorted(state.entries)
     tree = rosters.merkle_tree([rosters.leaf_hash(state.entries[d][0]) for d in devices])
     members = []

@@ -25,11 +25,21 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from protocol.errors import ProtocolError
 from protocol.fields import Schema
 
 SIGMA = 40
 ETA = 20
+MAX_COMPLETE = 512
+"""Clients of the largest complete graph: as many entries as a roster has room for."""
+MAX_DEGREE = 360
+"""Neighbours on a regular graph at most: each entry of the roster has its path to the root, and a certificate
+with the longest names, and all of them fit one frame."""
 _LN2 = log(2)
+
+
+class NoGraph(ProtocolError, ValueError):
+    """A cohort for which nobody could carry the graph that its assumptions ask for."""
 
 
 class GraphAssumptions(Schema):
@@ -40,7 +50,7 @@ class GraphAssumptions(Schema):
     dropout_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1
     """delta: how many clients may drop out once the graph stands."""
     adversary: Literal["semi-honest", "malicious"] = "malicious"
-    complete_up_to: Annotated[int, Field(ge=2, le=512)] = 64
+    complete_up_to: Annotated[int, Field(ge=2, le=MAX_COMPLETE)] = 64
     """Cohorts of up to this many clients take the complete graph."""
 
 
@@ -74,6 +84,7 @@ def parameters(size: int, assumptions: GraphAssumptions) -> GraphParameters:
 
     Raises:
         ValueError: fewer than 2 clients.
+        NoGraph: too many for the complete graph, and no regular one of at most MAX_DEGREE neighbours fits.
     """
     if size < 2:
         raise ValueError(f"a cohort has at least 2 clients, not {size}")
@@ -83,13 +94,18 @@ def parameters(size: int, assumptions: GraphAssumptions) -> GraphParameters:
         )
         if regular is not None:
             return regular
+    if size > MAX_COMPLETE:
+        raise NoGraph(
+            f"{size} clients, {assumptions.corrupt_fraction:g} of them corrupt and "
+            f"{assumptions.dropout_fraction:g} dropping out, need more than {MAX_DEGREE} neighbours each"
+        )
     return GraphParameters(size, size - 1, 2 * size // 3 + 1)
 
 
 @lru_cache(maxsize=256)
 def _smallest_regular(size: int, gamma: float, delta: float, adversary: str) -> GraphParameters | None:
     corrupt, dropped = floor(gamma * size), floor(delta * size)
-    for degree in range(2, size - 1, 2):
+    for degree in range(2, min(size - 2, MAX_DEGREE) + 1, 2):
         if not _connected(size, corrupt + dropped, degree):
             continue
         limit = _least(size, corrupt, degree, SIGMA)  # corrupt neighbours stay below this

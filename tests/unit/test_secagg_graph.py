@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from fractions import Fraction
 from math import comb
 
@@ -10,9 +11,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from protocol.codec import MAX_FRAME_BYTES, encode
 from protocol.errors import MalformedMessage
+from protocol.identity import create_ca, issue_certificate
+from protocol.messages import Roster, RosterEntry
 from protocol.secagg.graph import neighbours
-from protocol.secagg.parameters import GraphAssumptions, GraphParameters, parameters
+from protocol.secagg.parameters import (
+    MAX_COMPLETE,
+    MAX_DEGREE,
+    GraphAssumptions,
+    GraphParameters,
+    NoGraph,
+    parameters,
+)
 from protocol.secagg.roster import (
     members_from_bytes,
     members_to_bytes,
@@ -20,7 +31,7 @@ from protocol.secagg.roster import (
     merkle_tree,
     root_from_path,
 )
-from tests.secagg_round import entropy
+from tests.secagg_round import CA_KEY, NOW, ROUND_ID, entropy
 
 
 @pytest.mark.parametrize("size", [2, 3, 9, 10, 64])
@@ -79,6 +90,35 @@ def test_the_tails_are_hypergeometric() -> None:
             and tail(size, marked, smaller, smaller - t + 1) <= Fraction(1, 2**20)
             for t in range(1, smaller + 1)
         )
+
+
+@pytest.mark.parametrize("size", [513, 1000, 2**14])
+@pytest.mark.parametrize("fraction", [0.3, 0.333])
+def test_a_graph_that_no_roster_could_show_is_refused_at_once(size: int, fraction: float) -> None:
+    """Else a signed plan of extreme assumptions busied a device for minutes, and stopped the aggregator."""
+    assumptions = GraphAssumptions(corrupt_fraction=fraction, dropout_fraction=fraction)
+    started = time.process_time()
+    with pytest.raises(NoGraph, match="neighbours"):
+        parameters(size, assumptions)
+    assert time.process_time() - started < 2.0
+
+
+@pytest.mark.parametrize(("entries", "path"), [(MAX_COMPLETE, 0), (MAX_DEGREE + 1, 14)])
+def test_the_largest_roster_fits_a_frame(entries: int, path: int) -> None:
+    longest = create_ca(CA_KEY, "f" * 63, now=NOW, days=1, serial=2**158)
+    certificate = issue_certificate(
+        CA_KEY, longest, "d" * 63, CA_KEY.public_key(), now=NOW, days=1, serial=2**158
+    )
+    entry = RosterEntry(
+        index=2**14 - 1,
+        certificate=certificate,
+        encryption_key=bytes(32),
+        mask_key=bytes(32),
+        signature=bytes(64),
+        path=(bytes(32),) * path,
+    )
+    roster = Roster(round_id=ROUND_ID, size=2**14, root=bytes(32), entries=(entry,) * entries)
+    assert len(encode(roster)) < MAX_FRAME_BYTES
 
 
 def test_degree_grows_with_the_logarithm_of_the_cohort() -> None:
