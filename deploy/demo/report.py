@@ -40,6 +40,7 @@ def render_page(result: DemoResult) -> str:
         "percent": format_percent,
         "points": format_points,
         "bytes": format_bytes,
+        "memory": format_memory,
         "seconds": format_seconds,
         "delta": format_delta,
         "svg": Markup,  # the SVG is our own, and Matplotlib escapes the texts in it
@@ -85,7 +86,7 @@ def summary_table(result: DemoResult) -> Table:
     table.add_row("sent by a device in a round", format_bytes(result.upload_bytes_per_round))
     table.add_row("received by a device in a round", format_bytes(result.download_bytes_per_round))
     table.add_row(
-        "peak memory of a device process", format_bytes(result.device_peak_rss_bytes), end_section=True
+        "peak memory of a device process", format_memory(result.device_peak_rss_bytes), end_section=True
     )
     for phase, seconds in result.seconds_per_phase.items():
         table.add_row(f"{phase}, mean of a round", format_seconds(seconds))
@@ -111,6 +112,11 @@ def format_bytes(count: int) -> str:
         size /= 1000
         del units[0]
     return f"{size:.3g}\u00a0{units[0]}"
+
+
+def format_memory(count: int) -> str:
+    """Bytes of memory in the unit of `free` and `top`: 58720256 as "56 MiB"."""
+    return f"{count / 2**20:.0f}\u00a0MiB"
 
 
 def format_seconds(seconds: float) -> str:
