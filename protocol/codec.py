@@ -17,6 +17,8 @@ from protocol.messages import CHUNK_BYTES, BlobChunk, FromDevice, ToDevice
 
 MAX_HEADER_BYTES = 512 * 1024
 MAX_FRAME_BYTES = 4 + MAX_HEADER_BYTES + CHUNK_BYTES
+MAX_COMPLAINT = 200
+"""Characters of an error about somebody else's message."""
 
 
 @cache
@@ -64,13 +66,18 @@ def _decode(schema: TypeAdapter[Any], frame: bytes) -> tuple[Any, memoryview]:
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise MalformedMessage(f"{where or 'message'}: {first['msg']}") from error
+        raise MalformedMessage(_plain(f"{where or 'message'}: {first['msg']}")) from error
     body = memoryview(frame)[4 + size :]
     if isinstance(message, BlobChunk):
         _check_chunk(message, body)
     elif len(body):
         raise MalformedMessage(f"{len(body)} bytes after a {message.type}, which has no body")
     return message, body
+
+
+def _plain(text: str) -> str:
+    """What may go into a log: a schema's complaint quotes names and tags as the sender wrote them."""
+    return "".join(c if c.isprintable() else "?" for c in text[:MAX_COMPLAINT])
 
 
 def chunk_count(size: int) -> int:

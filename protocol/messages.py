@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import FailFast, Field
 
 from protocol.fields import (
     MAX_BLOB_BYTES,
@@ -115,7 +115,7 @@ class ShareKeys(_Message):
     round_id: RoundId
     roster_hash: Bytes32
     seed_commitment: Bytes32
-    shares: Annotated[tuple[AddressedShares, ...], Field(max_length=MAX_COHORT)]
+    shares: Annotated[tuple[AddressedShares, ...], FailFast(), Field(max_length=MAX_COHORT)]
 
 
 class UploadOffer(_Message):
@@ -148,8 +148,8 @@ class UnmaskingShares(_Message):
     type: Literal["unmasking-shares"] = "unmasking-shares"
     round_id: RoundId
     survivors_hash: Bytes32
-    seed_shares: Annotated[tuple[PeerShare, ...], Field(max_length=MAX_COHORT)]
-    key_shares: Annotated[tuple[PeerShare, ...], Field(max_length=MAX_COHORT)]
+    seed_shares: Annotated[tuple[PeerShare, ...], FailFast(), Field(max_length=MAX_COHORT)]
+    key_shares: Annotated[tuple[PeerShare, ...], FailFast(), Field(max_length=MAX_COHORT)]
 
 
 class ClientAbort(_Message):
@@ -189,7 +189,7 @@ class Roster(_Message):
     round_id: RoundId
     size: Annotated[int, Field(ge=2, le=MAX_COHORT)]
     root: Bytes32
-    entries: Annotated[tuple[RosterEntry, ...], Field(max_length=512)]
+    entries: Annotated[tuple[RosterEntry, ...], FailFast(), Field(max_length=512)]
 
 
 class ShareDelivery(_Message):
@@ -198,7 +198,7 @@ class ShareDelivery(_Message):
     type: Literal["share-delivery"] = "share-delivery"
     round_id: RoundId
     roster_hash: Bytes32
-    shares: Annotated[tuple[AddressedShares, ...], Field(max_length=MAX_COHORT)]
+    shares: Annotated[tuple[AddressedShares, ...], FailFast(), Field(max_length=MAX_COHORT)]
 
 
 class UploadReceipt(_Message):
@@ -232,7 +232,7 @@ class UnmaskRequest(_Message):
     type: Literal["unmask-request"] = "unmask-request"
     round_id: RoundId
     survivors_hash: Bytes32
-    signatures: Annotated[tuple[SignedBy, ...], Field(max_length=MAX_COHORT)]
+    signatures: Annotated[tuple[SignedBy, ...], FailFast(), Field(max_length=MAX_COHORT)]
 
 
 class RoundEnd(_Message):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 import zlib
 
 import pytest
@@ -139,6 +140,29 @@ def test_anything_outside_the_schema_is_refused(field: str, value: str) -> None:
     changed = header.replace(field, value).encode()
     with pytest.raises(MalformedMessage):
         decode_from_device(len(changed).to_bytes(4, "little") + changed)
+
+
+def test_a_complaint_quotes_no_more_than_a_line() -> None:
+    """It goes to the log: a sender must not fill that, nor write lines of its own."""
+    status = encode(DeviceStatus(session=bytes(32), online=True, models={}))[4:]
+    for header in (
+        b'{"type":"' + b"\\n" * 100_000 + b'"}',
+        status.replace(b'"models":{}', b'"models":{"a\\nERROR root: \\u001b[2J":1}'),
+    ):
+        with pytest.raises(MalformedMessage) as caught:
+            decode_from_device(len(header).to_bytes(4, "little") + header)
+        assert str(caught.value).isprintable() and len(str(caught.value)) <= 200
+
+
+def test_a_frame_full_of_mistakes_costs_no_more_than_one() -> None:
+    """Collecting each of 150,000 kept the aggregator busy for most of a second a message."""
+    message = ShareKeys(round_id=ROUND, roster_hash=bytes(32), seed_commitment=bytes(32), shares=())
+    mistakes = b",".join([b"{}"] * 150_000)
+    header = encode(message)[4:].replace(b'"shares":[]', b'"shares":[' + mistakes + b"]")
+    started = time.process_time()
+    with pytest.raises(MalformedMessage, match="shares"):
+        decode_from_device(len(header).to_bytes(4, "little") + header)
+    assert time.process_time() - started < 0.2
 
 
 def chunk(data: bytes, index: int, size: int) -> BlobChunk:
