@@ -17,7 +17,7 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter
 
 from protocol.errors import BadSignature
 from protocol.fields import Bytes64, Schema, Sha256, Slug
@@ -178,10 +178,8 @@ def verify_certificate(certificate: bytes, ca: bytes, *, now: int) -> DeviceCert
         constraints = subject.extensions.get_extension_for_class(x509.BasicConstraints).value
         device_id = _SLUG.validate_python(names[0].value)
         public_key = subject.public_key()
-    except (ValueError, TypeError, IndexError, InvalidSignature, x509.ExtensionNotFound) as error:
+    except Exception as error:  # the parser and the verifier raise a wide and changing family
         raise BadSignature(f"not a device certificate of this fleet: {type(error).__name__}") from error
-    except ValidationError as error:  # pragma: no cover - ValidationError is a ValueError
-        raise BadSignature("the certificate names no valid device") from error
     if constraints.ca or ExtendedKeyUsageOID.CLIENT_AUTH not in usage:
         raise BadSignature(f"the certificate of {device_id} is not a device's")
     if not isinstance(public_key, Ed25519PublicKey):
@@ -209,7 +207,7 @@ def open_request(request: bytes) -> tuple[str, Ed25519PublicKey]:
         public_key = parsed.public_key()
         name = str(parsed.subject.get_attributes_for_oid(NameOID.COMMON_NAME)[0].value)
         valid = parsed.is_signature_valid
-    except (ValueError, TypeError, IndexError) as error:
+    except Exception as error:  # as above
         raise BadSignature("not a certificate signing request") from error
     if not valid or not isinstance(public_key, Ed25519PublicKey):
         raise BadSignature("the request does not prove possession of an Ed25519 key")

@@ -42,6 +42,13 @@ def test_certificates_of_others_are_refused() -> None:
         verify_certificate(b"\x30\x03garbage", CA, now=NOW)
 
 
+def test_a_certificate_of_no_known_version_is_refused() -> None:
+    """The parser has errors of its own for some malformed certificates, which are no ValueErrors."""
+    changed = certificate("barn-1").replace(bytes.fromhex("a003020102"), bytes.fromhex("a003020107"))
+    with pytest.raises(BadSignature):
+        verify_certificate(changed, CA, now=NOW)
+
+
 def test_a_device_cannot_issue_certificates() -> None:
     device = identity("barn-1")
     forged = issue_certificate(
