@@ -176,7 +176,7 @@ def test_page_shows_the_figures() -> None:
         "84.6%",
         "184",
         "23.5\u00a0kB",
-        "58.3\u00a0MB",
+        "56\u00a0MiB",
         "43.1\u00a0s",
     ):
         assert figure in text
@@ -276,7 +276,7 @@ def test_terminal_table_has_the_main_figures() -> None:
         "84.6",
         "184 at delta 1e-5",
         "23.5\u00a0kB",
-        "58.3\u00a0MB",
+        "56\u00a0MiB",
         "1\u00a0min 35\u00a0s",
     ):
         assert figure in text
