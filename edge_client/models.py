@@ -36,7 +36,7 @@ from edge_client.events import (
 from models.manifest import ModelManifest
 from protocol.fields import BlobRef
 from protocol.identity import SignedDocument
-from protocol.messages import BlobChunk
+from protocol.messages import MAX_MODELS, BlobChunk
 from protocol.plan import MODEL_KIND
 from protocol.transfer import Reception
 
@@ -207,6 +207,9 @@ def announced(library: Library, version: Version, stamp: Stamp) -> tuple[Library
     shelf = library.shelf(name)
     if library.find(name, version.sha256) is not None or version.sha256 in shelf.bad:
         return library, ()
+    if name not in library.shelves and len(library.shelves) >= MAX_MODELS:
+        # A status has no room for more, and the disk has its limits, too.
+        return library, (warning("too-many-models", model=name, held=len(library.shelves)),)
     if number <= shelf.newest:
         detail = {"model": name, "version": number, "held": shelf.newest}
         return library, (warning("announcement-not-newer", **detail),)

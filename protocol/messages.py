@@ -26,6 +26,8 @@ from protocol.fields import (
 from protocol.identity import SignedDocument
 
 CHUNK_BYTES = 65_536
+MAX_MODELS = 32
+"""Models that one device follows."""
 WINDOW = 4
 """Chunks under way at once: 64 KiB x 4 keeps control messages quick and broker memory small."""
 
@@ -76,7 +78,7 @@ class DeviceStatus(_Message):
     client_version: Annotated[str, Field(max_length=40)] = ""
     runtime: Annotated[str, Field(max_length=60)] = ""
     models: Annotated[
-        dict[Slug, Annotated[int, Field(ge=1, le=2**31)]], Field(max_length=32, default_factory=dict)
+        dict[Slug, Annotated[int, Field(ge=1, le=2**31)]], Field(max_length=MAX_MODELS, default_factory=dict)
     ]
     """Model name -> version that this device answers predictions with."""
 

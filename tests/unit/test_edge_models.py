@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from itertools import pairwise
 
+from edge_client.adapters.mqtt import birth
 from edge_client.events import Connected, Fault, VersionTested
 from protocol.codec import chunk_count
 from protocol.identity import SignedDocument
-from protocol.messages import WINDOW, BlobNeed, ModelAnnouncement
+from protocol.messages import MAX_MODELS, WINDOW, BlobNeed, ModelAnnouncement
 from protocol.plan import MODEL_KIND
 from tests.edge_fleet import (
     GRAPH,
@@ -197,6 +198,18 @@ def test_announcements_of_strangers_and_garbage_are_refused() -> None:
         device.receive(message)
     assert device.take() == [] and device.disk.versions == {}
     assert device.note_events().count("announcement-refused") == len(hostile)
+
+
+def test_a_device_follows_no_more_models_than_a_status_has_room_for() -> None:
+    """One more stopped the process at each connection, since its birth could not be written."""
+    device = FakeDevice()
+    for number in range(MAX_MODELS + 1):
+        device.install(manifest(name=f"watch-{number}"))
+    device.give(Connected())
+    birth(bytes(32), device.statuses[-1], "1", "none")
+    assert len(device.statuses[-1]) == MAX_MODELS and device.note_events().count("too-many-models") == 1
+    device.install(manifest(2, name="watch-0"))
+    assert serving(device)["watch-0"] == 2
 
 
 def test_old_files_are_deleted_but_not_those_of_the_active_round() -> None:
