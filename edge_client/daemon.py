@@ -54,6 +54,7 @@ from protocol.transfer import chunks
 TICK_SECONDS = 0.25
 IDLE_TICK_SECONDS = 1.0
 QUEUE_LENGTH = 1024
+QUEUE_BYTES = 8 * 2**20
 CONDITIONS_SECONDS = 10.0
 STORAGE_PAUSE_SECONDS = 5.0
 
@@ -73,11 +74,16 @@ class Inbox:
 
     def __init__(self) -> None:
         self._items: queue.SimpleQueue[Item] = queue.SimpleQueue()
+        # Two counters with one writer each need no lock.
+        self._put_bytes = self._got_bytes = 0
 
     def from_link(self, event: LinkEvent) -> bool:
         """Takes what the link heard, unless too much waits already."""
-        if isinstance(event, Inbound) and self._items.qsize() >= QUEUE_LENGTH:
-            return False
+        if isinstance(event, Inbound):
+            waiting = self._put_bytes - self._got_bytes
+            if self._items.qsize() >= QUEUE_LENGTH or waiting + len(event.frame) > QUEUE_BYTES:
+                return False
+            self._put_bytes += len(event.frame)
         self._items.put(event)
         return True
 
@@ -88,9 +94,12 @@ class Inbox:
     def get(self, timeout: float) -> Item | None:
         """The next item, or None when there is none in time."""
         try:
-            return self._items.get(timeout=max(timeout, 0.0))
+            item = self._items.get(timeout=max(timeout, 0.0))
         except queue.Empty:
             return None
+        if isinstance(item, Inbound):
+            self._got_bytes += len(item.frame)
+        return item
 
 
 class Daemon:
@@ -301,4 +310,4 @@ def log(output: Note) -> None:
 
 def _value(value: object) -> str:
     text = str(value)
-    return repr(text) if " " in text or not text else text
+    return text if text.isprintable() and " " not in text and text else repr(text)

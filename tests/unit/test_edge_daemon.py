@@ -17,11 +17,11 @@ from edge_client.adapters.mqtt import Inbound, LinkUp
 from edge_client.adapters.store import DeviceStore
 from edge_client.adapters.worker import Worker
 from edge_client.daemon import Daemon, Inbox, Stop
-from edge_client.events import Durable, Fault, WorkFailed
+from edge_client.events import Durable, Fault, WorkFailed, note
 from edge_client.profile import Profile
 from models import zoo
 from models.weights import encode_weights
-from protocol.codec import decode_from_device, encode
+from protocol.codec import MAX_FRAME_BYTES, decode_from_device, encode
 from protocol.identity import SignedDocument
 from protocol.messages import (
     AdvertiseKeys,
@@ -199,6 +199,21 @@ def test_the_inbox_is_bounded_for_the_network_only() -> None:
     assert not inbox.from_link(inbound)
     assert inbox.from_link(LinkUp(bytes(32), "5"))
     inbox.put(Stop())
+
+
+def test_the_inbox_is_bounded_in_bytes() -> None:
+    """A thousand large frames, of a broker that heeds no receive maximum, are more than a device has."""
+    inbox = Inbox()
+    inbound = Inbound(TOPIC, bytes(MAX_FRAME_BYTES), lambda: None)
+    taken = sum(inbox.from_link(inbound) for _ in range(daemons.QUEUE_LENGTH))
+    assert 0 < taken * MAX_FRAME_BYTES <= daemons.QUEUE_BYTES
+    assert inbox.get(0) is inbound and inbox.from_link(inbound) and not inbox.from_link(inbound)
+
+
+def test_a_note_is_one_line_whatever_the_aggregator_says(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO"):
+        daemons.log(note("round-closed", outcome="ended:\nplan-accepted\tround=1"))
+    assert len(caplog.messages[0].splitlines()) == 1
 
 
 def test_the_loop_ends_with_an_offline_status(bench: Bench) -> None:
