@@ -7,6 +7,8 @@ from typing import Any
 from tensorflow.lite.python import schema_py_generated as schema
 from tensorflow.lite.tools import flatbuffer_utils
 
+from models import graph_file
+
 OPERATOR_NAMES: dict[int, str] = {
     code: name for name, code in vars(schema.BuiltinOperator).items() if isinstance(code, int)
 }
@@ -24,14 +26,20 @@ def finish(data: bytes) -> bytes:
     `set_weights` must run before anything else; the device's trainer passes weights on every call.
 
     Raises:
-        NonBuiltinOperator: an operator is custom or needs the Flex delegate.
+        NonBuiltinOperator: an operator is custom or needs the Flex delegate, or devices would refuse it.
     """
     model = flatbuffer_utils.convert_bytearray_to_object(bytearray(data))
     operators_of(model)
     _drop_initial_values(model)
     _share_constants(model)
     _drop_debug_names(model)
-    return bytes(flatbuffer_utils.convert_object_to_bytearray(model))
+    finished = bytes(flatbuffer_utils.convert_object_to_bytearray(model))
+    try:
+        graph_file.read(finished)
+    except graph_file.InvalidGraph as error:
+        # Better here than on every device.
+        raise NonBuiltinOperator(f"devices would refuse the graph: {error}") from error
+    return finished
 
 
 def operators(data: bytes) -> list[str]:

@@ -16,6 +16,7 @@ import numpy as np
 from edge_client.adapters.blobs import Blobs
 from edge_client.adapters.data import DataSource
 from edge_client.adapters.files import StorageError, StorageFull
+from edge_client.adapters.model_check import check_in_child
 from edge_client.events import (
     Event,
     Fault,
@@ -44,6 +45,7 @@ from protocol.dp.sampling import discrete_gaussian_sampler, skellam_sampler
 
 Job = TestVersion | Train | MaskInput
 TrainerFactory = Callable[[ModelManifest, bytes], LocalTrainer]
+ModelCheck = Callable[[ModelManifest, bytes, bytes], None]
 
 _LOG = logging.getLogger("covey.edge.worker")
 # The first class that an error is an instance of decides.
@@ -101,6 +103,7 @@ class Worker:
         deliver: Callable[[Event], None],
         *,
         trainer: TrainerFactory = tflite_trainer,
+        check: ModelCheck = check_in_child,
     ) -> None:
         """Describes a worker.
 
@@ -109,11 +112,13 @@ class Worker:
             data: the device's examples.
             deliver: takes each job's result, on the worker's thread.
             trainer: makes a trainer of a graph.
+            check: tries a new version's graph and weights where a crash does no harm; raises `ModelRejected`.
         """
         self._blobs = blobs
         self._data = data
         self._deliver = deliver
         self._factory = trainer
+        self._check = check
         self._loaded: tuple[str, LocalTrainer] | None = None
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="covey-worker", daemon=True)
@@ -150,8 +155,11 @@ class Worker:
 
     def _do(self, job: Job) -> Event:
         if isinstance(job, TestVersion):
-            trainer = self._trainer(job.manifest)
-            self_test(trainer, job.manifest, self._blobs.read(job.manifest.weights))
+            # The child needs memory that the last version's trainer would otherwise hold beside it.
+            self._loaded = None
+            file = self._blobs.read(job.manifest.weights)
+            self._check(job.manifest, self._blobs.read(job.manifest.graph), file)
+            self_test(self._trainer(job.manifest), job.manifest, file)
             return VersionTested(job.sha256, None)
         if isinstance(job, MaskInput):
             # The noise table and the masks need the memory that the model takes; it is read again in no time.
