@@ -26,6 +26,8 @@ from models.examples import Examples
 from protocol.dp.parameters import PrivacyMode
 
 _POLL_SECONDS = 0.05
+_DEVICE_ENVIRONMENT = {"PYTHONNODEBUGRANGES": "1"}
+"""As a device's service unit sets it: columns in tracebacks are a megabyte that a small device can do without."""
 _SCRIPTS = Path(sys.executable).parent
 
 
@@ -141,7 +143,9 @@ def fleet(
                 edge.set_policy(place / "state", policy)
                 command: list[str | Path] = [_SCRIPTS / "covey-edge", "run", "--state", place / "state"]
                 running.devices[person.name] = processes.start(
-                    f"{name}-{person.name}", [*command, "--broker", broker, "--data", data]
+                    f"{name}-{person.name}",
+                    [*command, "--broker", broker, "--data", data],
+                    _DEVICE_ENVIRONMENT,
                 )
             yield running
         finally:
