@@ -10,14 +10,17 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Executor
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from protocol.secagg.key_agreement import PrivateKey, agree
 from protocol.secagg.prg import KEY_BYTES, SLICE_WORDS, Keystream, KeystreamReader, derive_key
+
+if TYPE_CHECKING:
+    from concurrent.futures import Executor
 
 PARALLEL_WORDS = 2**28
 """Keystream words from which `remove_masks` uses its executor: about 0.3 s of one core's work.
