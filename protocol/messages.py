@@ -33,6 +33,8 @@ WINDOW = 4
 
 Detail = Annotated[str, Field(max_length=300)]
 Code = Annotated[str, Field(pattern=r"^[a-z0-9-]{1,40}$")]
+_PRINTABLE = r"^[ -~]*$"
+"""Nothing that steers a terminal, or that a database refuses."""
 ChunkIndex = Annotated[int, Field(ge=0, lt=MAX_BLOB_BYTES // CHUNK_BYTES + 1)]
 SealedShares = Annotated[bytes, Field(min_length=82, max_length=82)]
 """Both shares for one peer: two 33-byte field elements and a 16-byte Poly1305 tag."""
@@ -75,8 +77,8 @@ class DeviceStatus(_Message):
     type: Literal["device-status"] = "device-status"
     session: Bytes32
     online: bool
-    client_version: Annotated[str, Field(max_length=40)] = ""
-    runtime: Annotated[str, Field(max_length=60)] = ""
+    client_version: Annotated[str, Field(max_length=40, pattern=_PRINTABLE)] = ""
+    runtime: Annotated[str, Field(max_length=60, pattern=_PRINTABLE)] = ""
     models: Annotated[
         dict[Slug, Annotated[int, Field(ge=1, le=2**31)]], Field(max_length=MAX_MODELS, default_factory=dict)
     ]

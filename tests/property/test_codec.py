@@ -165,6 +165,16 @@ def test_a_frame_full_of_mistakes_costs_no_more_than_one() -> None:
     assert time.process_time() - started < 0.2
 
 
+@pytest.mark.parametrize("text", ["\\u001b[2Jfine", "\\u0000", "1.0\\n"])
+@pytest.mark.parametrize("field", ["client_version", "runtime"])
+def test_what_a_device_says_of_itself_steers_no_terminal(field: str, text: str) -> None:
+    """It is kept in the database, where a NUL can be an error, and printed by `covey device list`."""
+    status = encode(DeviceStatus(session=bytes(32), online=True, models={}))[4:].decode()
+    header = status.replace(f'"{field}":""', f'"{field}":"{text}"').encode()
+    with pytest.raises(MalformedMessage, match=field):
+        decode_from_device(len(header).to_bytes(4, "little") + header)
+
+
 def chunk(data: bytes, index: int, size: int) -> BlobChunk:
     return BlobChunk(blob=BlobRef(sha256="cd" * 32, size=size), index=index, crc32=zlib.crc32(data))
 
