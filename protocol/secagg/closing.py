@@ -142,7 +142,8 @@ def _close_unmasking(state: Unmasking) -> ServerState:
                 )
             wrong |= {holder - 1 for holder in bad}
     except UnrecoverableSecret as error:
-        return Failed(state.context, "unmasking-failed", f"client {index}: {error}")
+        # By its name, for an operator to exclude it: an owner that dealt garbage does so in every round.
+        return Failed(state.context, "unmasking-failed", f"{cohort.members[index].device_id}: {error}")
     return Recovered(state.context, cohort, state.survivors, tuple(masks), frozenset(wrong))
 
 
