@@ -27,7 +27,7 @@ from protocol.dp.parameters import PrivacyMode
 
 _POLL_SECONDS = 0.05
 _DEVICE_ENVIRONMENT = {"PYTHONNODEBUGRANGES": "1"}
-"""As a device's service unit sets it: columns in tracebacks are a megabyte that a small device can do without."""
+"""As a device's service unit sets it: columns in tracebacks are a megabyte that it can do without."""
 _SCRIPTS = Path(sys.executable).parent
 
 
