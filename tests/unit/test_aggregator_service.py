@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from aggregator.downloads import BURST_CHUNKS
 from aggregator.fleet.authority import Authority
 from aggregator.operations import RoundView
 from aggregator.optimizers import FedAvg
@@ -672,6 +673,24 @@ def test_devices_pull_artefacts_in_bounded_steps(bench: Bench) -> None:
                 parts[message.index] = bytes(body)
         bench.transport.sent.clear()
         assert b"".join(parts[index] for index in sorted(parts)) == data
+
+
+def test_a_device_that_asks_without_end_is_served_within_limits(bench: Bench) -> None:
+    """Each request is answered with a thousand times its size, which the broker keeps until it is read."""
+    blob = bench.operator.model("toy").manifest.graph
+    need = encode(BlobNeed(blob=blob, indices=(0,)))
+    topic = topics.down("device-0", "chunk")
+    for _ in range(3 * BURST_CHUNKS):
+        bench.deliver((topics.up("device-0", "msg"), need))
+    bench.deliver((topics.up("device-1", "msg"), need))
+    for _ in range(4):
+        bench.service.step(0)
+    served = [place for place, _ in bench.transport.sent]
+    assert served.count(topic) == BURST_CHUNKS and topics.down("device-1", "chunk") in served
+    bench.clock.now += 1.0
+    bench.deliver((topics.up("device-0", "msg"), need))
+    bench.service.step(0)
+    assert [place for place, _ in bench.transport.sent].count(topic) == BURST_CHUNKS + 1
 
 
 def test_only_published_artefacts_are_served(bench: Bench) -> None:
