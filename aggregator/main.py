@@ -18,7 +18,7 @@ import secrets
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
@@ -252,7 +252,9 @@ def run(state: Path, stop: threading.Event, *, broker: str | None = None, insecu
     with _lock(place), open_operator(state) as operator:
         operator.note_all_offline()
         transport = MqttTransport(address, f"covey-aggregator-{settings.fleet}", tls)
-        service = Service(operator.repository, operator.store, operator.authority, transport, operator.clock)
+        # What faces the network has no use for the CA's key.
+        authority = replace(operator.authority, ca_key=None)
+        service = Service(operator.repository, operator.store, authority, transport, operator.clock)
         transport.start()
         logger.info("aggregator of %s, state in %s, broker %s", settings.fleet, state, address)
         try:

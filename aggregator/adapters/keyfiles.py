@@ -33,36 +33,41 @@ def save(authority: Authority, directory: Path) -> None:
     """
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     directory.chmod(0o700)
-    _write_new(directory / _CA_KEY, _pem(authority.ca_key))
+    if authority.ca_key is not None:
+        _write_new(directory / _CA_KEY, _pem(authority.ca_key))
     _write_new(directory / _OPERATOR_KEY, _pem(authority.operator_key))
     _write_new(directory / _CA, authority.ca)
 
 
 def load(directory: Path) -> Authority:
-    """Reads the key files.
+    """Reads the key files. The CA's key may be missing: it is needed to enrol devices, and for nothing else.
 
     Raises:
         UnusableKeys: they are missing, damaged, or others may read them.
     """
-    keys = []
-    for name in (_CA_KEY, _OPERATOR_KEY):
-        path = directory / name
-        try:
-            if path.stat().st_mode & 0o077:
-                raise UnusableKeys(f"{path} can be read by others: run `chmod 600 {path}`")
-            key = load_pem_private_key(path.read_bytes(), password=None)
-        except FileNotFoundError as error:
-            raise UnusableKeys(f"there is no {path}: run `covey aggregator init`") from error
-        except (OSError, ValueError, TypeError, UnsupportedAlgorithm) as error:
-            raise UnusableKeys(f"{path} is no usable key: restore it from a backup") from error
-        if not isinstance(key, Ed25519PrivateKey):
-            raise UnusableKeys(f"{path} is no Ed25519 key: restore it from a backup")
-        keys.append(key)
+    operator_key = _read(directory / _OPERATOR_KEY)
+    if operator_key is None:
+        raise UnusableKeys(f"there is no {directory / _OPERATOR_KEY}: run `covey aggregator init`")
     try:
         ca = (directory / _CA).read_bytes()
     except OSError as error:
         raise UnusableKeys(f"{directory / _CA} cannot be read: restore it from a backup") from error
-    return Authority(ca, ca_key=keys[0], operator_key=keys[1])
+    return Authority(ca, ca_key=_read(directory / _CA_KEY), operator_key=operator_key)
+
+
+def _read(path: Path) -> Ed25519PrivateKey | None:
+    """A private key, or None when there is no such file."""
+    try:
+        if path.stat().st_mode & 0o077:
+            raise UnusableKeys(f"{path} can be read by others: run `chmod 600 {path}`")
+        key = load_pem_private_key(path.read_bytes(), password=None)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError, UnsupportedAlgorithm) as error:
+        raise UnusableKeys(f"{path} is no usable key: restore it from a backup") from error
+    if not isinstance(key, Ed25519PrivateKey):
+        raise UnusableKeys(f"{path} is no Ed25519 key: restore it from a backup")
+    return key
 
 
 def _pem(key: Ed25519PrivateKey) -> bytes:

@@ -32,12 +32,13 @@ class Authority:
 
     Attributes:
         ca: DER certificate.
-        ca_key: signs device certificates.
+        ca_key: signs device certificates; None where it is kept offline: a service needs none, and whoever
+            has it can make puppets enough to surround a device.
         operator_key: signs plans and model manifests.
     """
 
     ca: bytes
-    ca_key: Ed25519PrivateKey = field(repr=False)
+    ca_key: Ed25519PrivateKey | None = field(repr=False)
     operator_key: Ed25519PrivateKey = field(repr=False)
 
     @classmethod
@@ -92,7 +93,7 @@ class Authority:
             serial: a random positive integer of at most 159 bits.
 
         Raises:
-            EnrolmentRefused: a bad request or name, or the name belongs to another key.
+            EnrolmentRefused: a bad request or name, a name of another key, or the CA's key is offline.
         """
         try:
             asked, public_key = open_request(request)
@@ -110,6 +111,10 @@ class Authority:
                     f"{device_id} is enrolled with another key: choose another name with --name, "
                     f"or remove the old device first"
                 )
+        if self.ca_key is None:
+            raise EnrolmentRefused(
+                "the CA's key is kept elsewhere: put it back among the keys for an enrolment"
+            )
         certificate = issue_certificate(
             self.ca_key, self.ca, device_id, public_key, now=int(now), days=DEVICE_DAYS, serial=serial
         )

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import stat
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cryptography import x509
@@ -155,6 +157,36 @@ def test_keys_that_others_can_read_are_refused(tmp_path: Path) -> None:
     (keys / "operator-key.pem").unlink()
     with pytest.raises(UnusableKeys, match="init"):
         keyfiles.load(keys)
+
+
+def test_the_key_of_the_ca_may_be_kept_offline(tmp_path: Path) -> None:
+    """An aggregator that has it can surround a device with puppets, whatever the protocol checks."""
+    state = tmp_path / "state"
+    covey.init(state)
+    request = create_request(Ed25519PrivateKey.generate(), "barn-1")
+    (state / "keys" / "ca-key.pem").rename(tmp_path / "vault.pem")
+    with covey.open_operator(state) as operator:
+        assert operator.authority.ca_key is None
+        with pytest.raises(EnrolmentRefused, match="put it back"):
+            operator.enrol(request)
+    (tmp_path / "vault.pem").rename(state / "keys" / "ca-key.pem")
+    assert covey.enrol(state, request).verify(now=int(time.time())).device_id == "barn-1"
+
+
+def test_the_service_does_not_hold_the_key_of_the_ca(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    held: list[object] = []
+
+    class Spy(covey.Service):
+        def __init__(self, *parts: Any) -> None:
+            super().__init__(*parts)
+            held.append(parts[2].ca_key)
+
+    monkeypatch.setattr(covey, "Service", Spy)
+    covey.init(tmp_path / "state", broker="mqtt://127.0.0.1:1")
+    stop = threading.Event()
+    stop.set()
+    covey.run(tmp_path / "state", stop)
+    assert held == [None]
 
 
 def test_a_directory_without_an_aggregator_says_what_to_do(tmp_path: Path) -> None:
