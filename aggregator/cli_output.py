@@ -126,6 +126,9 @@ def status(items: Sequence[Campaign], views: Sequence[RoundView], *, json: bool)
     campaigns(items, json=False)
     if views:
         _console.print(rounds_table(views))
+        for view in views:
+            if view.record.status == "aborted":
+                line(f"{view.record.model} {view.record.number} aborted: {view.record.detail}")
 
 
 def _campaign(c: Campaign) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from aggregator.optimizers import ServerOptimizer
 from aggregator.records import LedgerEntry, RoundEnding, Version
 from aggregator.registry.artefacts import ArtefactStore
 from aggregator.registry.publishing import sign
+from aggregator.rounds import machine
 from aggregator.rounds.partial_sum import load_sum
 from aggregator.rounds.release import Release, release
 from aggregator.rounds.report import RoundReport, Traffic
@@ -66,6 +67,7 @@ class Finisher:
         if running.state.released:
             # Answers to the request to unmask may have come: the sum counts as released.
             event = event_for(running.encoding, len(running.state.survivors))
+        detail = "; ".join(part for part in (detail, machine.why_declined(running.state)) if part)
         contents = [*_beginning(running, event), transcript.AbortRecord(code=code)]
         self._end(work, running, contents, event, traffic, code=code, detail=detail)
         logger.warning("round %s aborted: %s: %s", running.round_id[:8], code, detail)
@@ -144,6 +146,7 @@ class Finisher:
             metric_noise={} if released is None else released.metric_noise,
             traffic=traffic,
             misbehaved=misbehaved,
+            declined=state.declined,
             epsilon=epsilon_of(events, delta),
             delta=delta,
         )

@@ -17,6 +17,7 @@ that a restart interrupts gets its whole time again.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import assert_never
@@ -90,6 +91,7 @@ class RoundState:
         cohort: the roster, once it is closed.
         survivors_hash: what survivors sign, once their set is closed.
         survivors: their device ids.
+        declined: device id -> why it refused the plan or left the round, in its own words.
         offline: device id -> since when (monotonic clock).
         repeats: who has been asked and not answered.
     """
@@ -103,6 +105,7 @@ class RoundState:
     cohort: Cohort | None = None
     survivors_hash: bytes | None = None
     survivors: tuple[str, ...] = ()
+    declined: Mapping[str, str] = field(default_factory=dict)
     offline: Mapping[str, float] = field(default_factory=dict)
     repeats: Mapping[str, Repeat] = field(default_factory=dict)
 
@@ -133,6 +136,16 @@ class RoundState:
             answered=len(self.owed - missing),
         )
         return (*self.closed, current)
+
+
+def why_declined(state: RoundState) -> str:
+    """How many devices declined, and what one of the most said: what an operator has to know of a failure."""
+    if not state.declined:
+        return ""
+    codes = Counter(why.partition(":")[0] for why in state.declined.values())
+    common = codes.most_common(1)[0][0]
+    said = next(why for _, why in sorted(state.declined.items()) if why.partition(":")[0] == common)
+    return f"{len(state.declined)} declined, {codes[common]} of them: {said}"
 
 
 _PHASES: dict[type, Phase] = {
@@ -197,7 +210,13 @@ def replay(state: RoundState, entry: LogEntry, at: Moment) -> RoundState:
     if isinstance(message, DeviceStatus | UploadOffer | BlobNeed | BlobChunk):
         raise IllegalEvent(f"a {message.type} in the log of a round")
     received = server.Received(entry.device_id, message, int(entry.at))
-    return replace(state, secagg=server.handle(state.secagg, received))
+    state = replace(state, secagg=server.handle(state.secagg, received))
+    if isinstance(message, Refusal | ClientAbort):
+        why = f"{message.code}: {message.detail}" if message.detail else message.code
+        # A device's own words end in terminals: no control characters.
+        printable = "".join(character if character.isprintable() else " " for character in why)
+        state = replace(state, declined={**state.declined, entry.device_id: printable})
+    return state
 
 
 def _close(state: RoundState, at: Moment) -> RoundState:

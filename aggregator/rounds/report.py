@@ -50,6 +50,7 @@ class RoundReport(Schema):
         metric_noise: standard deviation of the noise in each metric; 0 where the mode adds none.
         misbehaved: devices whose shares did not fit the secret they belong to. Whoever dealt a wrong share
             can frame its holder, so nobody is excluded for this automatically.
+        declined: device id -> why it refused the plan or left the round, in its own words.
         epsilon: spent by the model's population so far, at `delta`; None without noise.
     """
 
@@ -59,6 +60,7 @@ class RoundReport(Schema):
     metric_noise: Mapping[str, float] = Field(default_factory=dict)
     traffic: Mapping[str, Traffic] = Field(default_factory=dict)
     misbehaved: tuple[str, ...] = ()
+    declined: Mapping[str, str] = Field(default_factory=dict)
     epsilon: float | None = None
     delta: float | None = None
 

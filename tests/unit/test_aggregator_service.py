@@ -30,6 +30,7 @@ from protocol.messages import (
     BlobNeed,
     ClientAbort,
     ModelAnnouncement,
+    Refusal,
     RoundEnd,
     UploadOffer,
     UploadReceipt,
@@ -401,6 +402,23 @@ def test_a_device_that_refuses_is_not_waited_for(bench: Bench) -> None:
     assert report.dropped == ("device-1",)
     assert report.ended is not None
     assert report.ended - report.started < 1
+    assert view.report.declined == {"device-1": "policy"}
+
+
+def test_a_round_that_everybody_refuses_says_why(bench: Bench) -> None:
+    def refuse(message: Outgoing) -> list[Outgoing]:
+        topic, frame = message
+        if b'"advertise-keys"' not in frame[:120]:
+            return [message]
+        plan = bench.devices[topic.split("/")[3]].plan
+        assert plan is not None
+        return [(topic, encode(Refusal(round_id=plan.round_id, code="epsilon", detail="35 over\x1b[31m 30")))]
+
+    bench.filter = refuse
+    (view,) = bench.finish(bench.start(REQUEST))
+    assert view.record.status == "aborted"
+    assert view.record.code == "too-few-check-ins"
+    assert view.record.detail.endswith("; 5 declined, 5 of them: epsilon: 35 over [31m 30")
 
 
 # --- a network that repeats, loses and reorders
