@@ -121,6 +121,7 @@ class Worker:
         self._check = check
         self._loaded: tuple[str, LocalTrainer] | None = None
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self._round_id = ""
         self._thread = threading.Thread(target=self._run, name="covey-worker", daemon=True)
 
     def start(self) -> None:
@@ -128,7 +129,12 @@ class Worker:
         self._thread.start()
 
     def submit(self, job: Job) -> None:
-        """Queues a job."""
+        """Queues a job; what still waits for an earlier round is not done any more.
+
+        Else rounds that fail one after the other, or are made to, would keep a slow device behind for hours.
+        """
+        if not isinstance(job, TestVersion):
+            self._round_id = job.round_id
         self._jobs.put(job)
 
     def stop(self, seconds: float = 2.0) -> None:
@@ -139,6 +145,8 @@ class Worker:
 
     def _run(self) -> None:
         while (job := self._jobs.get()) is not None:
+            if not isinstance(job, TestVersion) and job.round_id != self._round_id:
+                continue
             try:
                 event: Event = self._do(job)
             except Exception as error:

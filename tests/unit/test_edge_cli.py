@@ -185,8 +185,8 @@ def test_the_worker_turns_every_failure_into_a_fault(tmp_path: Path) -> None:
     with DeviceStore.open(state) as store:
         worker = Worker(store.blobs, NpzDirectory(data), events.append)
         train = Train("a" * 32, WATCH.manifest, TrainingConfig(1, 0.05))
-        diverging = Train("b" * 32, WATCH.manifest, TrainingConfig(3, 1e30))
-        missing = Train("c" * 32, manifest(), TrainingConfig(1, 0.05))
+        diverging = Train("a" * 32, WATCH.manifest, TrainingConfig(3, 1e30))
+        missing = Train("a" * 32, manifest(), TrainingConfig(1, 0.05))
         worker.start()
         for job in (TestVersion("d" * 64, WATCH.manifest), train, diverging, missing, train):
             worker.submit(job)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,8 +18,9 @@ from edge_client.adapters.mqtt import Inbound, LinkUp
 from edge_client.adapters.store import DeviceStore
 from edge_client.adapters.worker import Worker
 from edge_client.daemon import Daemon, Inbox, Stop
-from edge_client.events import Durable, Fault, WorkFailed, note
+from edge_client.events import Durable, Fault, Train, VersionTested, WorkFailed, note
 from edge_client.profile import Profile
+from edge_client.training import TrainingConfig
 from models import zoo
 from models.weights import encode_weights
 from protocol.codec import MAX_FRAME_BYTES, decode_from_device, encode
@@ -208,6 +210,30 @@ def test_the_inbox_is_bounded_in_bytes() -> None:
     taken = sum(inbox.from_link(inbound) for _ in range(daemons.QUEUE_LENGTH))
     assert 0 < taken * MAX_FRAME_BYTES <= daemons.QUEUE_BYTES
     assert inbox.get(0) is inbound and inbox.from_link(inbound) and not inbox.from_link(inbound)
+
+
+def test_training_for_rounds_that_are_over_is_not_made_up_for(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started, release = threading.Event(), threading.Event()
+    done: list[str] = []
+
+    def train(job: Train) -> VersionTested:
+        started.set()
+        release.wait(5)
+        done.append(job.round_id)
+        return VersionTested("", None)
+
+    monkeypatch.setattr(bench.worker, "_do", train)
+    config = TrainingConfig(local_epochs=1, learning_rate=0.1, proximal_mu=0.0, seed=1)
+    bench.worker.start()
+    bench.worker.submit(Train("a" * 32, WATCH.manifest, config))
+    assert started.wait(5)
+    for name in "bcd":
+        bench.worker.submit(Train(name * 32, WATCH.manifest, config))
+    release.set()
+    bench.worker.stop()
+    assert done == ["a" * 32, "d" * 32]
 
 
 def test_a_note_is_one_line_whatever_the_aggregator_says(caplog: pytest.LogCaptureFixture) -> None:
