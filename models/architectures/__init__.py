@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from models.architectures import digits, watch
+from models.architectures import anomaly, digits, forecast, gestures, keywords, pictures, watch
 from models.architectures.architecture import Architecture
 
-ARCHITECTURES: dict[str, Architecture] = {"watch": watch.ARCHITECTURE, "digits": digits.ARCHITECTURE}
+ARCHITECTURES: dict[str, Architecture] = {
+    module.ARCHITECTURE.name: module.ARCHITECTURE
+    for module in (watch, digits, keywords, pictures, anomaly, forecast, gestures)
+}

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import tensorflow as tf
 
 from models.export import ExportedModel, export
-from models.manifest import InputSpec
+from models.manifest import InputSpec, LossName, OptimizerSpec, TargetSpec
 
 INITIAL_WEIGHTS_SEED = 7
 
@@ -24,6 +24,9 @@ class Architecture:
         labels: class names.
         scaling: raw input and its constants.
         train_batch_size: examples in one training step.
+        loss: what training lowers.
+        target: scaling of predicted values; None where the loss has none.
+        optimizer: what a step does with a gradient.
     """
 
     name: str
@@ -31,6 +34,9 @@ class Architecture:
     labels: tuple[str, ...]
     scaling: InputSpec
     train_batch_size: int = 32
+    loss: LossName = "sparse_categorical_crossentropy"
+    target: TargetSpec | None = None
+    optimizer: Literal["sgd", "momentum", "adam"] = "sgd"
 
     def build_seeded(self) -> Any:
         """The Keras model with the same initial weights every time."""
@@ -46,4 +52,7 @@ class Architecture:
             labels=self.labels,
             scaling=self.scaling,
             train_batch_size=self.train_batch_size,
+            loss=self.loss,
+            target=self.target,
+            optimizer=OptimizerSpec(kind=self.optimizer),
         )

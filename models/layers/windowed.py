@@ -139,8 +139,9 @@ def global_average(x: Tensor) -> tuple[Tensor, Gradient]:
     height, width, channels = x.shape[1:]
 
     def gradient(dy: Tensor) -> Tensor:
+        # Not by broadcasting, which converts to a product with a constant of this size.
         share = tf.reshape(dy * (1.0 / (height * width)), [-1, 1, 1, channels])
-        return tf.broadcast_to(share, x.shape)
+        return _spread(share, (height, width))
 
     return tf.reduce_mean(x, [1, 2]), gradient
 
