@@ -28,6 +28,9 @@ from protocol.plan import PLAN_KIND, Plan
 from protocol.round_encoding import METRICS, round_encoding
 
 MAX_DETAIL = 300
+CHECK_INS_PER_CONTRIBUTION = 4
+"""Check-ins a day for each contribution that the policy allows. Their ids are remembered for good, so rounds
+that never come to a contribution would fill a device's memory and wear its card."""
 
 
 @dataclass(frozen=True)
@@ -80,12 +83,17 @@ _ROUND_ID: TypeAdapter[str] = TypeAdapter(RoundId)
 
 @dataclass(frozen=True)
 class Desk:
-    """What the device knows when it judges an invitation."""
+    """What the device knows when it judges an invitation.
+
+    Attributes:
+        check_ins: how many rounds it joined in the last 24 hours.
+    """
 
     profile: Profile
     library: Library
     active: ActiveRound | None
     used: frozenset[str]
+    check_ins: int
     history: History
     unfit: Fault | None
 
@@ -126,6 +134,10 @@ def _claimed_round(payload: bytes) -> str | None:
 def _refuse_history(desk: Desk, plan: Plan) -> Refused | None:
     if plan.round_id in desk.used:
         return Refused(plan.round_id, "round-reused", "this device was in a round of this id before")
+    limit = CHECK_INS_PER_CONTRIBUTION * desk.profile.policy.maximum_rounds_per_day
+    if desk.check_ins >= limit:
+        detail = f"{desk.check_ins} check-ins in the last 24 hours, {limit} are the limit"
+        return Refused(plan.round_id, "too-many-rounds", detail)
     return None
 
 

@@ -44,7 +44,7 @@ from edge_client.invitation import (
     Waiting,
     consider,
 )
-from edge_client.ledger import DaySpent, History
+from edge_client.ledger import DAY, DaySpent, History
 from edge_client.models import Library, StoredVersion
 from edge_client.participation import ActiveRound, RoundRequest, Step
 from edge_client.profile import Profile
@@ -75,6 +75,7 @@ class SessionState:
         library: its models.
         active: the round it is in.
         used: ids of every round it ever joined; none is joined twice.
+        joined_at: when it joined those of the last day, seconds since 1970.
         history: what it contributed.
         unfit: why it cannot take part in rounds right now.
     """
@@ -82,6 +83,7 @@ class SessionState:
     library: Library = field(default_factory=Library)
     active: ActiveRound | None = None
     used: frozenset[str] = frozenset()
+    joined_at: tuple[int, ...] = ()
     history: History = field(default_factory=History)
     unfit: Fault | None = None
 
@@ -98,6 +100,7 @@ class Memory:
     versions: tuple[StoredVersion, ...] = ()
     active: RoundRecord | None = None
     used: frozenset[str] = frozenset()
+    joined_at: tuple[int, ...] = ()
     contributed_at: tuple[int, ...] = ()
     spent: tuple[DaySpent, ...] = ()
 
@@ -111,6 +114,7 @@ def restore(memory: Memory) -> SessionState:
         library=models.restore(memory.versions),
         active=participation.restore(memory.active) if memory.active else None,
         used=memory.used,
+        joined_at=memory.joined_at,
         history=History(memory.contributed_at, memory.spent),
     )
 
@@ -175,14 +179,16 @@ def _other_round(state: SessionState, message: RoundRequest | UploadReceipt | Ro
 
 
 def _invited(profile: Profile, state: SessionState, message: Invitation, stamp: Stamp) -> Result:
-    desk = Desk(profile, state.library, state.active, state.used, state.history, state.unfit)
+    recent = tuple(at for at in state.joined_at if at > stamp.unix - DAY)
+    desk = Desk(profile, state.library, state.active, state.used, len(recent), state.history, state.unfit)
     verdict = consider(desk, message.plan, stamp.unix)
     if isinstance(verdict, Accepted):
         ended: Outputs = ()
         if state.active is not None:
             state, ended = _adopt(state, participation.close(state.active, "superseded", stamp))
         active, outputs = participation.check_in(profile, message.plan, verdict.plan, verdict.manifest, stamp)
-        state = replace(state, active=active, used=state.used | {active.round_id})
+        used, joined_at = state.used | {active.round_id}, (*recent, stamp.unix)
+        state = replace(state, active=active, used=used, joined_at=joined_at)
         return state, (*ended, *outputs)
     if isinstance(verdict, Repeated | Contradicted) and state.active is not None:
         return _invited_again(state, state.active, verdict, stamp)

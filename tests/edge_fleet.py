@@ -184,6 +184,7 @@ class Disk:
     """What survives a reboot, in its serial forms."""
 
     rounds: dict[str, tuple[RoundRecord, tuple[str, bytes]]] = field(default_factory=dict)
+    joined_at: dict[str, int] = field(default_factory=dict)
     closed: dict[str, str] = field(default_factory=dict)
     versions: dict[str, SaveVersion] = field(default_factory=dict)
     ledger: list[SaveContribution] = field(default_factory=list)
@@ -196,6 +197,7 @@ class Disk:
         if isinstance(output, SaveRound):
             record = output.record
             self.rounds[record.client.context.round_id] = (record, dump_state(record.client))
+            self.joined_at.setdefault(record.client.context.round_id, output.at)
         elif isinstance(output, CloseRound):
             self.closed[output.round_id] = output.outcome
             self.uploads.pop(output.round_id, None)
@@ -236,6 +238,7 @@ class Disk:
             ),
             active=active[0] if active else None,
             used=frozenset(self.rounds),
+            joined_at=tuple(self.joined_at.values()),
             contributed_at=tuple(item.entry.at for item in self.ledger),
             spent=History.of(item.entry for item in self.ledger).days,
         )

@@ -267,11 +267,15 @@ class DeviceStore:
             if active is None and not self._read_only:
                 self._abandon()
             used = frozenset(row[0] for row in self._connection.execute("SELECT round_id FROM rounds"))
+            joined = self._connection.execute(
+                "SELECT joined_at FROM rounds ORDER BY joined_at DESC LIMIT 10000"
+            )
             times = self._connection.execute("SELECT at FROM ledger ORDER BY sequence DESC LIMIT 10000")
             return Memory(
                 versions=self.versions(),
                 active=active,
                 used=used,
+                joined_at=tuple(row[0] for row in joined)[::-1],
                 contributed_at=tuple(row[0] for row in times)[::-1],
                 spent=self._spent(),
             )

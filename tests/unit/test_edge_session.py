@@ -12,6 +12,7 @@ from protocol.messages import (
     BlobNeed,
     ClientAbort,
     ConsistencySignature,
+    FromDevice,
     Refusal,
     Roster,
     RoundEnd,
@@ -442,3 +443,27 @@ def test_the_policy_history_survives_a_reboot() -> None:
     device.receive(invitation(plan("b" * 32)))
     (refusal,) = device.take()
     assert isinstance(refusal, Refusal) and refusal.code == "too-many-rounds"
+
+
+def test_rounds_that_never_come_to_anything_end_too() -> None:
+    """A signer who invites and ends without end would fill memory and disk with ids that are kept."""
+    device = fleet()[0]
+    strict = PERMISSIVE.model_copy(update={"maximum_rounds_per_day": 1})
+    device.profile = type(device.profile)(**{**vars(device.profile), "policy": strict})
+    names = [name * 32 for name in "bcdef0"]
+
+    def invite(name: str) -> FromDevice:
+        device.take()
+        now = device.unix
+        device.receive(invitation(plan(name, issued_at=now, expires_at=now + 600)))
+        (answer,) = device.take()
+        device.receive(RoundEnd(round_id=name, completed=False))
+        return answer
+
+    assert all(isinstance(invite(name), AdvertiseKeys) for name in names[:4])
+    for _ in range(2):
+        refusal = invite(names[4])
+        assert isinstance(refusal, Refusal) and refusal.code == "too-many-rounds"
+        device.reboot()
+    device.unix += 86_401
+    assert isinstance(invite(names[5]), AdvertiseKeys)

@@ -71,7 +71,7 @@ def test_everything_comes_back_as_it_was(tmp_path: Path) -> None:
     with DeviceStore.open(tmp_path) as store:
         memory = store.load()
         assert memory.active == record and memory.used == {ROUND}
-        assert memory.contributed_at == (NOW,) and store.ledger() == (contribution.entry,)
+        assert memory.joined_at == memory.contributed_at == (NOW,) and store.ledger() == (contribution.entry,)
         assert [(v.status, v.reason) for v in memory.versions] == [(VersionStatus.BAD, "why")]
         with store.blobs.upload(ROUND) as view:
             assert bytes(view) == upload and describe(bytes(view)) == record.upload
