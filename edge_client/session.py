@@ -163,7 +163,9 @@ def _message(profile: Profile, state: SessionState, event: MessageReceived, stam
     if isinstance(message, UploadReceipt):
         return _adopt(state, participation.receipt_received(state.active, message, stamp))
     if isinstance(message, RoundEnd):
-        outcome = "completed" if message.completed else f"ended: {message.reason or 'no reason given'}"
+        # Nobody signs it, and it goes to the log and to the owner's terminal.
+        reason = "".join(filter(str.isprintable, message.reason)) or "no reason given"
+        outcome = "completed" if message.completed else f"ended: {reason}"
         return _adopt(state, participation.close(state.active, outcome, stamp))
     step = participation.request_received(state.active, profile, state.library, message, stamp)
     return _adopt(state, step)

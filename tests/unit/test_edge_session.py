@@ -445,6 +445,13 @@ def test_the_policy_history_survives_a_reboot() -> None:
     assert isinstance(refusal, Refusal) and refusal.code == "too-many-rounds"
 
 
+def test_the_reason_of_an_end_steers_no_terminal() -> None:
+    device = fleet()[0]
+    device.receive(invitation(plan()))
+    device.receive(RoundEnd(round_id=plan().round_id, completed=False, reason="\x1b[2Jgone\nfor good"))
+    assert device.disk.closed == {plan().round_id: "ended: [2Jgonefor good"}
+
+
 def test_rounds_that_never_come_to_anything_end_too() -> None:
     """A signer who invites and ends without end would fill memory and disk with ids that are kept."""
     device = fleet()[0]
