@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -33,7 +33,7 @@ Below it, moving the vector between processes was measured to cost more than it 
 class Mask:
     """One keystream and its sign."""
 
-    key: bytes
+    key: bytes = field(repr=False)
     negative: bool
 
     def inverse(self) -> Mask:

@@ -478,6 +478,7 @@ def test_secrets_do_not_show_in_a_repr() -> None:
     assert isinstance(state, Masking)
     for secret in (state.keys.mask_private, state.keys.encryption_private, state.secrets.seed):
         assert repr(secret) not in repr(state)
+    assert not any(repr(mask.key) in repr(state.masks()) for mask in state.masks())
 
 
 def test_server_and_clients_agree_on_the_phases() -> None:
