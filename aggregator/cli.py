@@ -28,6 +28,7 @@ from aggregator.operations import OperationRefused
 from aggregator.registry.artefacts import MissingArtefact
 from aggregator.registry.publishing import PublishRefused
 from aggregator.repository import RepositoryError
+from models import cli as model_cli
 from protocol.broker_address import InvalidAddress
 from protocol.dp.errors import PrivacyError
 
@@ -74,6 +75,7 @@ app.add_typer(aggregator_app, name="aggregator")
 app.add_typer(device_app, name="device")
 app.add_typer(model_app, name="model")
 app.add_typer(rounds_app, name="round")
+model_cli.register(model_app)
 app.add_typer(privacy_app, name="privacy")
 app.add_typer(secagg_app, name="secagg")
 

@@ -99,11 +99,11 @@ class InvalidGraph(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
-    """One tensor: number of its type, shape, and number of the buffer with its constant (0 for none)."""
+    """One tensor: number of its type, shape, and whether it is a constant."""
 
     kind: int
     shape: tuple[int, ...]
-    buffer: int
+    constant: bool
 
     @property
     def size(self) -> int:
@@ -112,11 +112,40 @@ class Tensor:
 
 
 @dataclass(frozen=True, slots=True)
+class Operator:
+    """One step: its name, and the numbers of the tensors that it reads (-1 for none) and writes."""
+
+    name: str
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Subgraph:
-    """One entry point: its tensors, and the names of its operators in order."""
+    """One entry point: its tensors, and its operators in order."""
 
     tensors: tuple[Tensor, ...]
-    operators: tuple[str, ...]
+    operators: tuple[Operator, ...]
+
+    def peak_bytes(self) -> int:
+        """Largest sum of tensors that are alive at once: about what a runtime's arena takes.
+
+        Constants are not counted, nor is the scratch memory that an operator's implementation may want.
+        """
+        last: dict[int, int] = {}
+        for step, operator in enumerate(self.operators):
+            for index in (*operator.inputs, *operator.outputs):
+                last[index] = step
+        alive: dict[int, int] = {}
+        peak = 0
+        for step, operator in enumerate(self.operators):
+            for index in (*operator.inputs, *operator.outputs):
+                if index >= 0 and not self.tensors[index].constant:
+                    alive[index] = self.tensors[index].size
+            peak = max(peak, sum(alive.values()))
+            for index in [index for index in alive if last[index] == step]:
+                del alive[index]
+        return peak
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +165,7 @@ class Graph:
     @property
     def operators(self) -> list[str]:
         """Sorted names of all operators."""
-        return sorted({name for graph in self.subgraphs for name in graph.operators})
+        return sorted({operator.name for graph in self.subgraphs for operator in graph.operators})
 
 
 def read(data: bytes) -> Graph:
@@ -176,7 +205,7 @@ def _subgraph(table: _Table, codes: Sequence[int], buffers: Sequence[int]) -> Su
         for index in table.numbers(field, "i"):
             _check_index(index, len(tensors), "an input or output")
     written: set[int] = set(table.numbers(1, "i"))
-    names = []
+    steps = []
     for operator in table.tables(3, "operators"):
         code = operator.number(0, "I", 0)
         _check_index(code, len(codes), "an operator's code")
@@ -188,32 +217,24 @@ def _subgraph(table: _Table, codes: Sequence[int], buffers: Sequence[int]) -> Su
             if index != -1:
                 _check_index(index, len(tensors), "an operator's input")
                 # A runtime reads what has no value yet, or never gets one, as it finds it.
-                if not tensors[index].buffer_holds(buffers) and index not in written:
+                known = tensors[index].constant or 0 in tensors[index].shape or index in written
+                if not known:
                     raise InvalidGraph(f"{name} reads tensor {index}, which has no value")
         outputs = operator.numbers(2, "i")
         for index in outputs:
             _check_index(index, len(tensors), "an operator's output")
-            if buffers[tensors[index].buffer]:
+            if tensors[index].constant:
                 raise InvalidGraph(f"{name} writes into a constant")
         written.update(outputs)
         for field in (5, 7, 8):
             if operator.has(field) and operator.vector(field, 1)[1]:
                 raise InvalidGraph(f"{name} has custom options, or changes its inputs")
         operator.union(3, 4)
-        names.append(name)
-    return Subgraph(tuple(item.plain() for item in tensors), tuple(names))
+        steps.append(Operator(name, operator.numbers(1, "i"), outputs))
+    return Subgraph(tensors, tuple(steps))
 
 
-@dataclass(frozen=True, slots=True)
-class _Found(Tensor):
-    def buffer_holds(self, buffers: Sequence[int]) -> bool:
-        return bool(buffers[self.buffer]) or self.size == 0 or 0 in self.shape
-
-    def plain(self) -> Tensor:
-        return Tensor(self.kind, self.shape, self.buffer)
-
-
-def _tensor(table: _Table, buffers: Sequence[int]) -> _Found:
+def _tensor(table: _Table, buffers: Sequence[int]) -> Tensor:
     kind, buffer = table.number(1, "b", 0), table.number(2, "I", 0)
     if kind not in _SIZES:
         raise InvalidGraph(f"a tensor has the type {kind}")
@@ -231,7 +252,7 @@ def _tensor(table: _Table, buffers: Sequence[int]) -> _Found:
         raise InvalidGraph(f"a constant has {buffers[buffer]} bytes, its tensor needs {size}")
     if table.has(6) or table.has(9):
         raise InvalidGraph("a tensor is sparse or a variant")
-    return _Found(kind, shape, buffer)
+    return Tensor(kind, shape, constant=bool(buffers[buffer]))
 
 
 def _operator_code(table: _Table) -> int:

@@ -1,0 +1,78 @@
+"""What is in a model's directory or graph file, for a person to read. Needs TensorFlow only to time it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from models import graph_file
+from models.manifest import FLOAT32_BYTES, ModelManifest
+
+STEPS = 20
+
+
+def describe_graph(graph: bytes) -> Iterator[str]:
+    """Lines on a graph file: size, operators, entry points and the memory that each takes.
+
+    Raises:
+        InvalidGraph: a device would refuse the file.
+    """
+    content = graph_file.read(graph)
+    yield f"graph       {len(graph):,} bytes, of which constants {content.constant_bytes:,}"
+    yield f"operators   {', '.join(content.operators)}"
+    for name, number in sorted(content.signatures.items()):
+        subgraph = content.subgraphs[number]
+        memory = subgraph.peak_bytes() / 2**20
+        yield f"  {name:12} {len(subgraph.operators):5} operators, about {memory:.2f} MiB of memory"
+
+
+def describe_manifest(manifest: ModelManifest) -> Iterator[str]:
+    """Lines on a manifest: input, target, training and the parameters of each layer."""
+    scale = f", ids below {manifest.input.vocabulary}" if manifest.input.vocabulary else ""
+    optimizer = manifest.optimizer.kind
+    yield f"model       {manifest.name} version {manifest.version}"
+    yield f"input       {manifest.input.dtype} {list(manifest.input.shape)}{scale}"
+    yield f"predicts    {', '.join(manifest.labels[:12])}{' ...' if len(manifest.labels) > 12 else ''}"
+    yield f"training    {manifest.loss}, {optimizer}, batches of {manifest.train_batch_size}" + (
+        f", {manifest.accumulation} to a step" if manifest.accumulation > 1 else ""
+    )
+    count = manifest.parameter_count
+    yield f"parameters  {count:,} that train and travel, {count * FLOAT32_BYTES:,} bytes"
+    for parameter in manifest.parameters:
+        yield f"  {parameter.name:32} {list(parameter.shape)!s:20} {parameter.size:10,}"
+
+
+def time_step(manifest: ModelManifest, graph: bytes, weights: bytes) -> float:
+    """Seconds that one call of `train` takes here with one thread: the best of `STEPS`, on random inputs."""
+    import tensorflow as tf
+
+    interpreter = tf.lite.Interpreter(model_content=graph, num_threads=1)
+    interpreter.get_signature_runner("set_weights")(weights=np.frombuffer(weights, "<f4"))
+    train = interpreter.get_signature_runner("train")
+    random = np.random.default_rng(0)
+    inputs = {
+        name: random.random(tuple(detail["shape"])).astype(detail["dtype"])
+        for name, detail in train.get_input_details().items()
+    }
+    inputs["lr"] = np.array(1e-6, np.float32)
+    times = []
+    for _ in range(STEPS):
+        start = time.perf_counter()
+        train(**inputs)
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def files_of(path: Path) -> tuple[ModelManifest | None, bytes, bytes | None]:
+    """Manifest, graph and weights of a directory, or of a graph file with what lies beside it."""
+    graph = path / "model.tflite" if path.is_dir() else path
+    manifest, weights = graph.parent / "manifest.json", graph.parent / "weights.bin"
+    beside = graph.name == "model.tflite"
+    return (
+        ModelManifest.from_bytes(manifest.read_bytes()) if beside and manifest.is_file() else None,
+        graph.read_bytes(),
+        weights.read_bytes() if beside and weights.is_file() else None,
+    )
