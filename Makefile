@@ -9,6 +9,7 @@ MAKEFLAGS += --no-print-directory
 VENV ?= .venv
 VENV_313 ?= .venv313
 VENV_PEERS ?= .venv-peers
+VENV_TFF ?= .venv-tff
 BENCH ?= secagg
 ARGS ?=
 PYTEST_ARGS ?=
@@ -37,7 +38,7 @@ TEST_PACKAGES := mosquitto
 SLOW_PACKAGES := chromium
 
 .PHONY: help demo test test-slow test-313 test-all lint format bench bench-peers setup setup-dev \
-	debian debian-slow clean
+	debian debian-slow parity setup-parity clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -63,6 +64,13 @@ test-all:  ## every test there is
 	@$(MAKE) test-313
 	@$(MAKE) test-slow
 
+parity: setup-parity $(STAMP)-dev  ## the same training by TensorFlow Federated, in an environment of its own (2.4 GB)
+	@COVEY_TFF_PYTHON=$(VENV_TFF)/bin/python $(BIN)/python -m pytest -m e2e tests/parity $(PYTEST_ARGS)
+
+setup-parity:  ## only install TensorFlow Federated, where Python is 3.11
+	@$(if $(filter 3.11,$(PYTHON_VERSION)),$(MAKE) $(VENV_TFF)/.covey-tff,\
+		echo "TensorFlow Federated needs Python 3.11: its tests are skipped")
+
 lint: $(STAMP)-dev  ## check style, types and the direction of imports
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
@@ -82,7 +90,7 @@ setup: $(STAMP)-demo  ## only install what the demo needs
 setup-dev: $(STAMP)-dev  ## only install what developers need
 
 clean:  ## remove environments, caches and reports
-	rm -rf .venv $(VENV) .venv313 $(VENV_313) .venv-peers $(VENV_PEERS) demo-report build *.egg-info
+	rm -rf .venv $(VENV) .venv313 $(VENV_313) .venv-peers $(VENV_PEERS) .venv-tff $(VENV_TFF) demo-report build *.egg-info
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find protocol models edge_client aggregator deploy tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
 
@@ -123,6 +131,13 @@ $(VENV_PEERS)/.covey-peers: benchmarks/requirements-peers.txt | $(STAMP)-venv
 	@echo "installing the peers of the benchmarks into $(VENV_PEERS)"
 	@"$(PYTHON)" -m venv --clear "$(VENV_PEERS)"
 	@$(VENV_PEERS)/bin/python $(PIP_INSTALL) -r benchmarks/requirements-peers.txt
+	@touch $@
+
+# The locked file was resolved with overrides, which pip has not: so it is installed without resolving.
+$(VENV_TFF)/.covey-tff: tests/parity/requirements.txt
+	@echo "installing TensorFlow Federated into $(VENV_TFF); this takes some minutes"
+	@"$(PYTHON)" -m venv --clear "$(VENV_TFF)"
+	@$(VENV_TFF)/bin/python $(PIP_INSTALL) --no-deps --require-hashes -r tests/parity/requirements.txt
 	@touch $@
 
 # Tests that miss a program are skipped, so without root the rest still runs.

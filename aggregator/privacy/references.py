@@ -13,7 +13,7 @@ from protocol.dp.scaling import EncodingParameters
 
 _TFF_DEVIATIONS = 3.890592
 """Standard deviations of a noisy sum that fill TFF's ring: 10^-4 beyond them, for one Gaussian coordinate."""
-_TFF_MARGIN = 1e-4  # by which it inflates the norm for what float rounding may add
+_TFF_MARGIN = 1e-5  # added to the clip norm for what float rounding may add
 
 
 def gaussian_reference(
@@ -68,5 +68,5 @@ def tff_parameters(encoding: EncodingParameters) -> TffParameters:
     spread = privacy.clip_norm**2 * clients**2 / padded + clients * local**2
     room = 2.0 ** (2 * privacy.bits) - clients * _TFF_DEVIATIONS**2
     scale = math.sqrt(room / (4 * _TFF_DEVIATIONS**2 * spread))
-    scaled_l2 = scale * privacy.clip_norm * (1 + _TFF_MARGIN) + math.sqrt(padded)
+    scaled_l2 = scale * (privacy.clip_norm + _TFF_MARGIN) + math.sqrt(padded)
     return TffParameters(scale, scaled_l2, scale * local)
