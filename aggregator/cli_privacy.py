@@ -5,6 +5,7 @@ from __future__ import annotations
 import json as json_module
 import math
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -180,7 +181,7 @@ def privacy_audit(
 
 def plan_json(result: Forecast) -> dict[str, object]:
     """The forecast for machines; None stands for an infinite epsilon, which JSON lacks."""
-    from aggregator.privacy.references import gaussian_reference, tff_parameters
+    from aggregator.privacy.references import gaussian_reference, tff_parameters, tree_noise_multiplier
 
     intention, encoding = result.intention, result.encoding
     z = encoding.privacy.noise_multiplier
@@ -228,7 +229,21 @@ def plan_json(result: Forecast) -> dict[str, object]:
         "gaussian_epsilon_total_if_poisson_sampled": gaussian(
             tight=False, sampling=intention.cohort / intention.population
         ),
+        "tree": _tree(result, tree_noise_multiplier),
         "tff": asdict(tff_parameters(encoding)) if z else None,
+    }
+
+
+def _tree(result: Forecast, noise_multiplier: Callable[..., float]) -> dict[str, object] | None:
+    """What DP-FTRL would need for the same epsilon, were its tree restarted when everybody has had a turn."""
+    intention = result.intention
+    if not 0 < result.epsilon_total < math.inf:
+        return None
+    epoch = max(1, intention.population // intention.cohort)
+    figures = {"rounds": intention.rounds, "restart_every": epoch, "delta": intention.delta}
+    return {
+        "noise_multiplier": noise_multiplier(epsilon=result.epsilon_total, **figures),
+        "restart_every": epoch,
     }
 
 

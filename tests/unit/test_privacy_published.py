@@ -12,6 +12,7 @@ from dp_accounting import rdp  # noqa: E402
 from dp_accounting.pld import privacy_loss_distribution  # noqa: E402
 
 from aggregator.privacy import Budget, account, gaussian_reference, solve_noise_multiplier  # noqa: E402
+from aggregator.privacy.references import tree_noise_multiplier, tree_reference  # noqa: E402
 from protocol.dp.events import event_for  # noqa: E402
 from protocol.dp.parameters import NoiseDistribution, PrivacyMode, PrivacyParameters  # noqa: E402
 from protocol.dp.rounding import rounded_norm_bound_squared  # noqa: E402
@@ -58,6 +59,19 @@ def test_tree_aggregation() -> None:
     accountant = rdp.RdpAccountant(neighboring_relation=dp_accounting.NeighboringRelation.REPLACE_SPECIAL)
     accountant.compose(dp_accounting.SingleEpochTreeAggregationDpEvent(8.83, 500))
     assert accountant.get_epsilon(DELTA) == pytest.approx(1.416, abs=6e-4)
+    ours = tree_reference(8.83, rounds=500, restart_every=500, delta=DELTA)
+    assert ours == pytest.approx(1.416, abs=6e-4)
+
+
+def test_restarts_of_the_tree_compose() -> None:
+    """A tree over one round is the Gaussian mechanism, so that restarting every round composes Gaussians."""
+    gaussians = gaussian_reference(4.0, rounds=20, delta=DELTA, method="rdp")
+    assert tree_reference(4.0, rounds=20, restart_every=1, delta=DELTA) == pytest.approx(gaussians, rel=1e-9)
+    whole = tree_reference(4.0, rounds=30, restart_every=30, delta=DELTA)
+    assert whole < tree_reference(4.0, rounds=31, restart_every=30, delta=DELTA)
+    assert whole < tree_reference(4.0, rounds=30, restart_every=10, delta=DELTA)
+    solved = tree_noise_multiplier(epsilon=1.416, rounds=500, restart_every=500, delta=DELTA)
+    assert solved == pytest.approx(8.83, rel=2e-3)
 
 
 def test_noise_multiplier_for_epsilon_eight_under_poisson_sampling() -> None:
