@@ -1,0 +1,18 @@
+"""What holds for all tests: which of them this installation can run, and how much chance they get."""
+
+from __future__ import annotations
+
+import os
+from importlib.util import find_spec
+
+from hypothesis import settings
+
+# The bare install is the device's: it has neither the service's packages nor the exporter's.
+collect_ignore_glob = (
+    [] if find_spec("sqlalchemy") else ["unit/test_aggregator_*.py", "unit/test_privacy_*.py", "contract/*"]
+)
+
+# In CI the examples follow from the code, so that a red run is red again when somebody looks at it.
+settings.register_profile("ci", derandomize=True, print_blob=True)
+if os.environ.get("CI"):
+    settings.load_profile("ci")
