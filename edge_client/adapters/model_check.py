@@ -10,6 +10,7 @@ it runs.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import resource
 import signal
@@ -17,12 +18,14 @@ import struct
 import subprocess
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import BinaryIO
 
 from edge_client.training import ModelRejected
 from models.manifest import InvalidManifest, ModelManifest
 
 MIB = 2**20
+MAX_MEMORY = 512 * MIB
 REASON_BYTES = 300
 _LENGTHS = struct.Struct("<III")
 _REJECTED = 3
@@ -37,8 +40,13 @@ class Limits:
         seconds: of wall-clock time; a Raspberry Pi 3 needs about four for the imports alone.
     """
 
-    memory_bytes: int = 512 * MIB
+    memory_bytes: int = MAX_MEMORY
     seconds: float = 60.0
+
+    @classmethod
+    def of_this_device(cls) -> Limits:
+        """At most half of the memory that is available now, so that the child cannot starve the daemon."""
+        return cls(memory_bytes=min(MAX_MEMORY, _available_bytes() // 2))
 
 
 def check_in_child(
@@ -50,14 +58,14 @@ def check_in_child(
         manifest: the verified manifest.
         graph: bytes of its graph file.
         weights: bytes of its weights file.
-        limits: of the child; by default 512 MiB and a minute.
+        limits: of the child; by default `Limits.of_this_device`.
 
     Raises:
         ModelRejected: the model is not what its manifest says, does not run, takes too much memory or time,
             or crashed the child; says which.
         OSError: no child could be started, which says nothing about the model.
     """
-    limits = limits or Limits()
+    limits = limits or Limits.of_this_device()
     document = manifest.to_bytes()
     command = [sys.executable, "-m", __name__, str(limits.memory_bytes), str(int(limits.seconds) + 1)]
     child = subprocess.Popen(
@@ -133,6 +141,9 @@ def main() -> int:
     import models.weights  # noqa: F401
     from edge_client.adapters import tflite  # noqa: F401
 
+    # Should memory run out all the same, the kernel is to take this process and not the daemon.
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("1000")
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
     resource.setrlimit(resource.RLIMIT_AS, (_address_space() + memory,) * 2)
@@ -159,8 +170,13 @@ def _received(stream: BinaryIO) -> tuple[bytes, bytes, bytes]:
 
 
 def _address_space() -> int:
-    with open("/proc/self/statm") as file:  # noqa: PTH123  a read of one line, without pathlib's import
-        return int(file.read().split()[0]) * resource.getpagesize()
+    return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+
+
+def _available_bytes() -> int:
+    """Memory that could be had without swapping, as Linux estimates it."""
+    words = Path("/proc/meminfo").read_text().split()
+    return 1024 * int(words[words.index("MemAvailable:") + 1])
 
 
 def _answer(text: str, code: int) -> int:

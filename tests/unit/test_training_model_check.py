@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from edge_client.adapters import model_check
 from edge_client.adapters.model_check import MIB, Limits, check_in_child
 from edge_client.training import ModelRejected
 from models import graph_file, zoo
@@ -50,6 +51,13 @@ def test_a_child_that_dies_is_a_reason(
     monkeypatch.setattr(sys, "executable", str(double))
     with pytest.raises(ModelRejected, match=f"ended its process: {words}"):
         check_in_child(watch.manifest, watch.graph, encode_weights(watch.weights))
+
+
+def test_a_child_takes_at_most_half_of_what_is_available(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model_check, "_available_bytes", lambda: 200 * MIB)
+    assert Limits.of_this_device().memory_bytes == 100 * MIB
+    monkeypatch.setattr(model_check, "_available_bytes", lambda: 8000 * MIB)
+    assert Limits.of_this_device().memory_bytes == 512 * MIB
 
 
 def test_limits_are_kept_and_named(watch: zoo.BundledModel) -> None:
