@@ -97,6 +97,8 @@ def _max_along(x: Tensor, axis: int, window: Window) -> Tensor:
             padded = tf.pad(x, outside, constant_values=LOWEST) if before or after else x
             total, left = None, None
             for tap in range(window.kernel):
+                if not _inside(tap, window):
+                    continue
                 entries = _every(padded, axis, tap, window)
                 largest = 1.0 - positive(y - entries)
                 if left is not None:
@@ -109,6 +111,12 @@ def _max_along(x: Tensor, axis: int, window: Window) -> Tensor:
         return y, gradient
 
     return run(x)
+
+
+def _inside(tap: int, window: Window) -> bool:
+    """Whether the entry `tap` of any window is in the image: a window may be larger than the image is."""
+    first = tap - window.padding[0]
+    return first < window.size and first + (window.count - 1) * window.stride >= 0
 
 
 def _every(x: Tensor, axis: int, start: int, window: Window) -> Tensor:

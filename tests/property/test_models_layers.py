@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 
 tf = pytest.importorskip("tensorflow")
@@ -127,6 +127,7 @@ def test_depthwise_convolution(
 
 @slow
 @given(st.tuples(sizes, sizes, small), pairs, pairs, paddings, seeds)
+@example((1, 1, 1), (1, 4), (1, 1), "same", 0)  # a window larger than the image
 def test_pooling(
     shape: tuple[int, ...], size: tuple[int, int], strides: tuple[int, int], padding: str, seed: int
 ) -> None:
