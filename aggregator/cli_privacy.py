@@ -262,9 +262,11 @@ def _epsilon(value: float) -> str:
 
 def _plan_lines(result: Forecast, content: dict[str, object]) -> list[str]:
     """The forecast for a person."""
+    from aggregator.privacy.forecast import rounding_factor, wider_ring
+
     intention, encoding = result.intention, result.encoding
     privacy = encoding.privacy
-    radius = math.sqrt(encoding.norm_bound_squared) / encoding.radius
+    wider = wider_ring(encoding)
     lines = [
         f"mode               {privacy.mode} ({privacy.noise}); unit of privacy: the device, zeroed out",
         f"noise multiplier   {privacy.noise_multiplier:g}",
@@ -275,7 +277,7 @@ def _plan_lines(result: Forecast, content: dict[str, object]) -> list[str]:
         f"noise              norm {result.noise_norm:.4g} in the mean update, "
         f"{result.noise_norm / privacy.clip_norm:.3g} times the clip norm {privacy.clip_norm:g}",
         f"ring               {encoding.bits} bits, scale {encoding.scale:.6g}, rounded norm "
-        f"{math.sqrt(encoding.norm_bound_squared):.6g} ({radius:.4f} times the unrounded), "
+        f"{math.sqrt(encoding.norm_bound_squared):.6g} ({rounding_factor(encoding):.4f} of the unrounded), "
         f"overflow below {encoding.overflow_probability:.2g} a round",
         f"a device's noise   standard deviation {math.sqrt(encoding.local_variance):.6g} steps",
         f"a device sends     {result.bytes_up:,} bytes of masked input a round",
@@ -290,6 +292,11 @@ def _plan_lines(result: Forecast, content: dict[str, object]) -> list[str]:
             f"{o.colluders} of {o.survivors}: epsilon {_epsilon(o.epsilon_total)}" for o in result.colluding
         ),
     ]
+    if wider is not None:
+        lines.append(
+            f"a wider ring       rounding makes the noise {rounding_factor(encoding):.2f} times louder; with "
+            f"--bits {wider} it would be at most 1.05 times"
+        )
     sampled = content["gaussian_epsilon_total_if_poisson_sampled"]
     if isinstance(sampled, float):
         lines.append(

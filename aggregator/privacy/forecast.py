@@ -14,7 +14,7 @@ from protocol.dp.errors import CohortTooSmall, InvalidParameters
 from protocol.dp.events import event_for
 from protocol.dp.parameters import NoiseDistribution, PrivacyMode, PrivacyParameters
 from protocol.dp.scaling import EncodingParameters, derive_encoding
-from protocol.ring import packed_size
+from protocol.ring import MAX_BITS, packed_size
 
 COLLUDING_FRACTIONS = (0.0, 0.01, 0.05, 0.1, 1 / 3)
 """Shares of the fewest accepted survivors for which a forecast says what their noise was worth."""
@@ -170,6 +170,28 @@ def epsilon_curve(encoding: EncodingParameters, rounds: int) -> list[tuple[int, 
     """Epsilon after 1, ..., `rounds` rounds at up to 60 points, for a plot."""
     points = sorted({max(1, round(rounds * (index / 60) ** 2)) for index in range(1, 61)})
     return [(count, epsilon_after(encoding, count)) for count in points]
+
+
+def rounding_factor(encoding: EncodingParameters) -> float:
+    """How much louder the noise is than without rounding: the rounded norm bound over the unrounded one."""
+    return math.sqrt(encoding.norm_bound_squared) / encoding.radius
+
+
+def wider_ring(encoding: EncodingParameters) -> int | None:
+    """The fewest bits with which rounding costs at most 5 % of noise; None if these or no bits do."""
+    if rounding_factor(encoding) <= 1.05:
+        return None
+    for bits in range(encoding.bits + 1, MAX_BITS + 1):
+        wider = derive_encoding(
+            encoding.privacy.model_copy(update={"bits": bits}),
+            dimension=encoding.dimension,
+            minimum_survivors=encoding.minimum_survivors,
+            maximum_clients=encoding.maximum_clients,
+            rotation_seed=encoding.rotation_seed,
+        )
+        if rounding_factor(wider) <= 1.05:
+            return bits
+    return None
 
 
 def noise_norm(encoding: EncodingParameters, survivors: int) -> float:

@@ -79,6 +79,8 @@ def test_the_plan_of_the_tracker(run) -> None:  # type: ignore[no-untyped-def]
     full, *_, fewest = content["dropping"]
     assert full["epsilon_total"] < fewest["epsilon_total"] == content["epsilon_total"]
     text = run("plan", *arguments.split())[1]
+    assert "2.07 times louder; with --bits 18" in text
+    assert "louder" not in run("plan", *arguments.replace("--bits 16", "--bits 18").split())[1]
     assert "28.3597" in text and "colluders" in text and "100,000 bytes" in text
 
 
