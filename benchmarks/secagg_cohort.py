@@ -52,6 +52,7 @@ from protocol.secagg.masking import (
 from protocol.secagg.packing import SlicePacker
 from protocol.secagg.parameters import GraphAssumptions, GraphParameters, parameters
 from protocol.secagg.prg import Keystream
+from protocol.secagg.roster_check import verify_roster
 from protocol.secagg.sealed_shares import seal, unseal
 from protocol.secagg.shamir import split
 from tests.secagg_round import ROUND_ID, certificate, client_context, entropy, identity
@@ -167,10 +168,12 @@ class RealClient:
         if self.watch is None:
             self._handle("", lambda: client.RosterReceived(message, drawn, NOW, self._certificates))
             return
-        cold, _ = self.watch.best(lambda: client.verify_roster(state, message, NOW, CertificateCache()))
+        cold, _ = self.watch.best(
+            lambda: verify_roster(state.context, state.answer, message, NOW, CertificateCache())
+        )
         known = CertificateCache()
-        client.verify_roster(state, message, NOW, known)
-        warm, _ = self.watch.best(lambda: client.verify_roster(state, message, NOW, known))
+        verify_roster(state.context, state.answer, message, NOW, known)
+        warm, _ = self.watch.best(lambda: verify_roster(state.context, state.answer, message, NOW, known))
         self.warm_saving_s = cold - warm
         both = "share keys"
         self._handle(both, lambda: client.RosterReceived(message, drawn, NOW, CertificateCache()))

@@ -37,7 +37,6 @@ from protocol.messages import (
     ConsistencySignature,
     PeerShare,
     Roster,
-    RosterEntry,
     ShareDelivery,
     ShareKeys,
     SurvivorSet,
@@ -53,20 +52,17 @@ from protocol.secagg.client_state import (
     Ended,
     InputSent,
     Masking,
-    Membership,
     OwnSecrets,
-    Peer,
     RoundContext,
     RoundKeys,
     SetSigned,
     SharesSent,
     Unmasked,
 )
-from protocol.secagg.graph import neighbours
-from protocol.secagg.key_agreement import check_public_key, load_private, public_key
+from protocol.secagg.key_agreement import load_private, public_key
 from protocol.secagg.masking import seed_commitment
-from protocol.secagg.parameters import GraphParameters, NoGraph, parameters
 from protocol.secagg.prg import Keystream, derive_key
+from protocol.secagg.roster_check import require, verify_roster
 from protocol.secagg.sealed_shares import seal, unseal
 from protocol.secagg.shamir import split
 
@@ -193,13 +189,8 @@ def abort(state: ClientState, violation: RoundViolation) -> tuple[Aborted, Clien
     return Aborted(state.context, answer), answer
 
 
-def _require(condition: bool, code: str, detail: str) -> None:
-    if not condition:
-        raise RoundViolation(code, detail)
-
-
 def _share_keys(state: Advertised, event: RosterReceived) -> tuple[ClientState, Answer]:
-    membership = verify_roster(state, event.message, event.now, event.certificates)
+    membership = verify_roster(state.context, state.answer, event.message, event.now, event.certificates)
     seed = derive_key(event.entropy, purpose="self-mask-seed")
     holders = membership.holders
     points = [holder + 1 for holder in holders]
@@ -241,90 +232,13 @@ def _share_keys(state: Advertised, event: RosterReceived) -> tuple[ClientState, 
     return SharesSent(state.context, state.keys, membership, secrets, answer), answer
 
 
-def verify_roster(state: Advertised, roster: Roster, now: int, certificates: CertificateCache) -> Membership:
-    """Checks a roster against the plan, the fleet CA, its own root and the graph that follows from it.
-
-    Raises:
-        RoundViolation, BadSignature, MalformedMessage: a check failed; the message says which.
-    """
-    context = state.context
-    _require(
-        context.minimum_cohort <= roster.size <= context.maximum_cohort,
-        "cohort-size",
-        f"a cohort of {roster.size} where {context.minimum_cohort} to {context.maximum_cohort} were agreed",
-    )
-    entries = {entry.index: entry for entry in roster.entries}
-    _require(
-        len(entries) == len(roster.entries) and max(entries, default=roster.size) < roster.size,
-        "roster-indices",
-        "the roster repeats an index or goes beyond its size",
-    )
-    try:
-        graph = parameters(roster.size, context.graph)
-    except NoGraph as error:
-        raise RoundViolation("no-graph", str(error)) from error
-    leaves = {index: rosters.leaf_hash(entry) for index, entry in entries.items()}
-    own_leaf = rosters.leaf_hash(state.answer)
-    mine = [index for index, leaf in leaves.items() if leaf == own_leaf]
-    _require(len(mine) == 1, "not-in-roster", "this client's own check-in is not in the roster once")
-    index = mine[0]
-    name = rosters.roster_hash(context.round_id, context.plan_hash, roster.size, roster.root)
-    _check_root(roster, entries, leaves, graph)
-    near = neighbours(graph, name, index)
-    _require(
-        entries.keys() == {*near, index}, "wrong-graph", "the roster does not show the graph's neighbours"
-    )
-    peers, names = {}, {index: context.device_id}
-    for peer in near:
-        names[peer], peers[peer] = _verify_entry(context, entries[peer], now, certificates)
-    _check_order([names[place] for place in sorted(names)])
-    return Membership(name, graph, index, peers)
-
-
-def _check_order(names: list[str]) -> None:
-    """Device ids ascend with the indices.
-
-    A device that stands in the roster twice breaks the order around it, also for clients that see it once.
-    """
-    _require(len(set(names)) == len(names), "repeated-device", "a device is in the roster twice")
-    _require(names == sorted(names), "roster-order", "the roster is not in the order of the device ids")
-
-
-def _check_root(
-    roster: Roster, entries: dict[int, RosterEntry], leaves: dict[int, bytes], graph: GraphParameters
-) -> None:
-    if graph.complete:
-        _require(len(entries) == roster.size, "wrong-graph", "a complete graph shows the whole roster")
-        roots = {rosters.merkle_tree([leaves[i] for i in range(roster.size)])[-1][0]}
-    else:
-        roots = {
-            rosters.root_from_path(leaves[index], index, roster.size, entry.path)
-            for index, entry in entries.items()
-        }
-    _require(roots == {roster.root}, "roster-root", "the roster's entries do not lead to its root")
-
-
-def _verify_entry(
-    context: RoundContext, entry: RosterEntry, now: int, certificates: CertificateCache
-) -> tuple[str, Peer]:
-    certificate = certificates.verify(entry.certificate, context.ca, now=now)
-    payload = rosters.advertisement_payload(
-        context.fleet, context.round_id, context.plan_hash, entry.encryption_key, entry.mask_key
-    )
-    verify(certificate.public_key, rosters.ADVERTISE_KIND, payload, entry.signature)
-    check_public_key(entry.encryption_key)
-    check_public_key(entry.mask_key)
-    peer = Peer(certificate.public_key.public_bytes_raw(), entry.encryption_key, entry.mask_key)
-    return certificate.device_id, peer
-
-
 def _receive_shares(state: SharesSent, event: SharesReceived) -> tuple[ClientState, Answer]:
     membership, message = state.membership, event.message
-    _require(message.roster_hash == membership.roster_hash, "split-view", "shares of another roster")
+    require(message.roster_hash == membership.roster_hash, "split-view", "shares of another roster")
     delivered = {item.peer: item.sealed for item in message.shares}
-    _require(len(delivered) == len(message.shares), "repeated-peer", "a neighbour's shares came twice")
-    _require(delivered.keys() <= membership.peers.keys(), "unknown-peer", "shares of a stranger")
-    _require(
+    require(len(delivered) == len(message.shares), "repeated-peer", "a neighbour's shares came twice")
+    require(delivered.keys() <= membership.peers.keys(), "unknown-peer", "shares of a stranger")
+    require(
         membership.quorum(frozenset(delivered) | {membership.index}),
         "too-few-shares",
         f"only {len(delivered)} neighbours shared their keys",
@@ -349,14 +263,14 @@ def _send_input(state: Masking, event: InputMasked) -> tuple[ClientState, Answer
 def _sign_set(state: InputSent, event: SurvivorsReceived) -> tuple[ClientState, Answer]:
     membership, context = state.membership, state.context
     survivors = rosters.members_from_bytes(event.message.survivors, membership.graph.size)
-    _require(membership.index in survivors, "listed-dropped", "this client is listed as dropped itself")
-    _require(
+    require(membership.index in survivors, "listed-dropped", "this client is listed as dropped itself")
+    require(
         len(survivors) >= context.minimum_survivors,
         "too-few-survivors",
         f"{len(survivors)} survivors where the plan promises {context.minimum_survivors}",
     )
-    _require(membership.quorum(survivors), "too-few-survivors", "fewer neighbours survive than the threshold")
-    _require(
+    require(membership.quorum(survivors), "too-few-survivors", "fewer neighbours survive than the threshold")
+    require(
         survivors & membership.peers.keys() <= state.delivered.keys(),
         "unknown-survivor",
         "a neighbour that shared no keys is listed as survivor",
@@ -384,13 +298,13 @@ def _sign_set(state: InputSent, event: SurvivorsReceived) -> tuple[ClientState, 
 def _unmask(state: SetSigned, event: UnmaskRequested) -> tuple[ClientState, Answer]:
     membership, message = state.membership, event.message
     name = state.answer.survivors_hash
-    _require(message.survivors_hash == name, "split-view", "asked to unmask another set than the one signed")
+    require(message.survivors_hash == name, "split-view", "asked to unmask another set than the one signed")
     survivors = rosters.members_from_bytes(state.survivors, membership.graph.size)
     signers = {item.peer: item.signature for item in message.signatures}
-    _require(len(signers) == len(message.signatures), "repeated-signature", "a signature is listed twice")
+    require(len(signers) == len(message.signatures), "repeated-signature", "a signature is listed twice")
     strangers = signers.keys() - (survivors & membership.peers.keys()) - {membership.index}
-    _require(not strangers, "unknown-signer", "a signature of someone who is no surviving neighbour")
-    _require(
+    require(not strangers, "unknown-signer", "a signature of someone who is no surviving neighbour")
+    require(
         membership.quorum(frozenset(signers) | {membership.index}),
         "no-quorum",
         f"{len(signers)} signatures where {membership.graph.threshold} are needed",
@@ -447,7 +361,7 @@ def _check_same_roster(state: SharesSent | Masking | InputSent | SetSigned, even
     name = rosters.roster_hash(
         state.context.round_id, state.context.plan_hash, event.message.size, event.message.root
     )
-    _require(name == state.membership.roster_hash, "split-view", "a second roster in one round")
+    require(name == state.membership.roster_hash, "split-view", "a second roster in one round")
 
 
 def _same_delivery(
@@ -455,18 +369,18 @@ def _same_delivery(
 ) -> tuple[ClientState, Answer]:
     delivered = {item.peer: item.sealed for item in event.message.shares}
     same = event.message.roster_hash == state.membership.roster_hash and delivered == state.delivered
-    _require(same, "split-view", "a second delivery of shares that differs from the first")
+    require(same, "split-view", "a second delivery of shares that differs from the first")
     return state, None
 
 
 def _same_survivors(state: SetSigned, event: SurvivorsReceived) -> tuple[ClientState, Answer]:
-    _require(event.message.survivors == state.survivors, "split-view", "a second, different survivor set")
+    require(event.message.survivors == state.survivors, "split-view", "a second, different survivor set")
     return state, state.answer
 
 
 def _same_unmasking(state: Unmasked, event: UnmaskRequested) -> tuple[ClientState, Answer]:
     same = event.message.survivors_hash == state.answer.survivors_hash
-    _require(same, "split-view", "asked to unmask a second, different set")
+    require(same, "split-view", "asked to unmask a second, different set")
     return state, state.answer
 
 
