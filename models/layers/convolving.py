@@ -9,6 +9,8 @@ import tensorflow as tf
 from models.layers.primitives import Gradient, Tensor, differentiable
 
 Pair = tuple[int, int]
+MAX_TAPS = 25
+"""Entries of a depthwise filter up to which its gradient is written out entry by entry."""
 
 
 @dataclass(frozen=True)
@@ -140,9 +142,10 @@ def convolution(x: Tensor, w: Tensor, strides: Pair, padding: str, dilations: Pa
 def depthwise(x: Tensor, w: Tensor, stride: int, padding: str, dilations: Pair = (1, 1)) -> Tensor:
     """Each channel of x (n, h, w, c) by its own m filters w (kh, kw, c, m): shape (n, h', w', c m).
 
-    The gradient by the input is a depthwise convolution with the mirrored kernel. The gradient by the filter
-    is one as well: every channel of every image is a channel, the output gradients are its kernel, and the
-    images are added up at the end.
+    The gradient by the input is a depthwise convolution with the mirrored kernel. The gradient by a small
+    filter is a sum for each of its entries. That by a large one, or with several filters a channel, is a
+    depthwise convolution as well: every channel of every image is a channel, the output gradients are its
+    kernel, and the images are added up at the end. (For 3 x 3 entries it takes six times as long.)
     """
     axes = windows(x, w.shape[:2], (stride, stride), dilations, padding)
     channels, times = int(w.shape[2]), int(w.shape[3])
@@ -155,6 +158,8 @@ def depthwise(x: Tensor, w: Tensor, stride: int, padding: str, dilations: Pair =
             dx = _depthwise(_full(dy, axes), mirrored, 1, "VALID", dilations)
             if times > 1:
                 dx = tf.reduce_sum(tf.reshape(dx, [-1, channels, times]), 2)
+            if times == 1 and axes[0].kernel * axes[1].kernel <= MAX_TAPS:
+                return tf.reshape(dx, x.shape), tf.reshape(_tap_sums(x, dy, axes), w.shape)
             inside = (axes[0].used - axes[0].reach + 1, axes[1].used - axes[1].reach + 1)
             kernel = fitted(spaced(dy, (stride, stride)), axes, (0, 0), inside)
             images = tf.transpose(used_part(x, axes), [1, 2, 0, 3])
@@ -167,6 +172,28 @@ def depthwise(x: Tensor, w: Tensor, stride: int, padding: str, dilations: Pair =
         return _depthwise(x, w, stride, padding, dilations), gradient
 
     return run(x, w)
+
+
+def _tap_sums(x: Tensor, dy: Tensor, axes: tuple[Window, Window]) -> Tensor:
+    """For each entry of a depthwise filter the sum of input times output gradient: (entries, c).
+
+    The sum over an image is a mean by pooling, which is twice as fast as a sum over axes.
+    """
+    padded, (first, second) = used_part(x, axes), axes
+    size = (first.count, second.count)
+    means = []
+    for row in range(first.kernel):
+        for column in range(second.kernel):
+            top, left = row * first.dilation, column * second.dilation
+            part = padded[
+                :,
+                top : top + (first.count - 1) * first.stride + 1 : first.stride,
+                left : left + (second.count - 1) * second.stride + 1 : second.stride,
+                :,
+            ]
+            means.append(tf.nn.avg_pool2d(part * dy, size, 1, "VALID"))
+    joined = tf.concat(means, 1) if len(means) > 1 else means[0]
+    return tf.reduce_sum(joined, 0) * float(size[0] * size[1])
 
 
 def _taps(images: Tensor, kernel: Tensor, strides: Pair) -> Tensor:

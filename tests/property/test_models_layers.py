@@ -24,7 +24,7 @@ from models.parity import TOLERANCE
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 layers = tf.keras.layers
-slow = settings(deadline=None, max_examples=8, suppress_health_check=[HealthCheck.too_slow])
+slow = settings(deadline=None, max_examples=6, suppress_health_check=[HealthCheck.too_slow])
 small = st.integers(1, 4)
 sizes = st.integers(1, 9)
 pairs = st.tuples(small, small)

@@ -70,7 +70,9 @@ CASES: dict[str, tuple[Callable[[Random, int], Examples], int, TrainingConfig, f
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.e2e] if name == "pictures" else []) for name in CASES]
+)
 def test_architectures_export_within_their_size_and_learn(name: str) -> None:
     make, count, config, wanted = CASES[name]
     exported = ARCHITECTURES[name].export()
