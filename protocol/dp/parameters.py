@@ -44,7 +44,8 @@ def _check_name(name: str) -> str:
     return name
 
 
-_FinitePositive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+_FinitePositive = Annotated[float, Field(ge=1e-12, le=1e12, allow_inf_nan=False)]
+# Squares, and products with any cohort, stay far inside what a float can hold.
 
 
 class MetricSlot(BaseModel):
@@ -89,7 +90,7 @@ class PrivacyParameters(BaseModel):
     mode: PrivacyMode
     clip_norm: _FinitePositive
     """C: L2 bound of one update, in the unit of the parameters."""
-    noise_multiplier: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    noise_multiplier: Annotated[float, Field(ge=0, le=1e12, allow_inf_nan=False)]
     """z: standard deviation of the noise in the sum of the fewest accepted honest survivors, or in local mode
     in each client's own vector, over the integer sensitivity (rounding included, so that it is the multiplier
     that the accountant sees)."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from typing import Any
 
@@ -14,6 +15,7 @@ from protocol.dp.errors import (
     InvalidParameters,
     NoiseKeyError,
     NonFiniteUpdate,
+    PrivacyError,
     RingTooNarrow,
     TooFewSurvivors,
     UpdateShapeError,
@@ -300,3 +302,25 @@ def test_events_that_contradict_themselves_are_refused(changes: dict[str, Any]) 
     event = event_for(encoding(), 6)
     with pytest.raises(ValidationError):
         DPEvent(**{**event.model_dump(), **changes})
+
+
+@pytest.mark.parametrize(
+    "figures", [{"clip_norm": 1e300}, {"clip_norm": 1e-300}, {"noise_multiplier": 1e300}]
+)
+def test_figures_beyond_floats_are_refused_with_the_plan(figures: dict[str, float]) -> None:
+    """Their squares are infinite: a device would stumble in place of refusing."""
+    with pytest.raises(ValidationError):
+        privacy(**figures)
+
+
+@pytest.mark.parametrize("clip_norm", [1e-12, 1e12])
+@pytest.mark.parametrize("noise", [1e-12, 1e12])
+def test_the_most_extreme_figures_of_a_plan_end_in_a_typed_answer(clip_norm: float, noise: float) -> None:
+    with contextlib.suppress(PrivacyError):
+        derive_encoding(
+            privacy(clip_norm=clip_norm, noise_multiplier=noise),
+            dimension=1000,
+            minimum_survivors=7,
+            maximum_clients=16_384,
+            rotation_seed=bytes(32),
+        )
