@@ -202,26 +202,32 @@ def predict(state: Path, path: Path, model: str | None, trainer: TrainerFactory)
     return {
         "model": manifest.name,
         "version": manifest.version,
-        "predictions": [
-            {
-                "label": manifest.labels[int(row.argmax())],
-                "probability": round(float(row.max()), 6),
-                "probabilities": {
-                    label: round(float(p), 6) for label, p in zip(manifest.labels, row, strict=True)
-                },
-            }
-            for row in probabilities
-        ],
+        "predictions": [prediction_of(manifest, row) for row in probabilities],
     }
+
+
+def prediction_of(manifest: ModelManifest, row: NDArray[np.float32]) -> dict[str, Any]:
+    """One example's outputs by name; only a model of classes has one label to give."""
+    outputs = {label: round(float(value), 6) for label, value in zip(manifest.labels, row, strict=True)}
+    if manifest.regression:
+        return {"values": outputs}
+    if manifest.target.shape:
+        return {"probabilities": outputs}
+    best = manifest.labels[int(row.argmax())]
+    return {"label": best, "probability": outputs[best], "probabilities": outputs}
 
 
 def prediction_text(answer: dict[str, Any]) -> str:
     """`predict` for a person."""
     head = f"{answer['model']} v{answer['version']}"
-    rows = [
-        (str(i), item["label"], f"{item['probability']:.3f}") for i, item in enumerate(answer["predictions"])
-    ]
-    return f"{head}\n{cli.table(('example', 'label', 'probability'), rows)}"
+    items = answer["predictions"]
+    rows: list[tuple[str, ...]]
+    if all("label" in item for item in items):
+        rows = [(str(i), item["label"], f"{item['probability']:.3f}") for i, item in enumerate(items)]
+        return f"{head}\n{cli.table(('example', 'label', 'probability'), rows)}"
+    outputs = [item.get("values") or item["probabilities"] for item in items]
+    rows = [(str(i), *(f"{value:.3f}" for value in found.values())) for i, found in enumerate(outputs)]
+    return f"{head}\n{cli.table(('example', *outputs[0]), rows)}"
 
 
 def _read(path: Path) -> NDArray[np.float32]:

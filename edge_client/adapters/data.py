@@ -67,6 +67,7 @@ def _read(path: Path, manifest: ModelManifest) -> Examples:
             f"{path.name} has examples of shape {examples.x.shape[1:]}, "
             f"the model takes {manifest.input.shape}"
         )
-    if len(examples) and int(examples.y.max()) >= len(manifest.labels):
+    # Values and several labels at a time are checked by the trainer, against the manifest's target.
+    if examples.y.ndim == 1 and len(examples) and int(examples.y.max()) >= len(manifest.labels):
         raise InvalidExamples(f"{path.name} has a label beyond the model's {len(manifest.labels)} classes")
     return examples

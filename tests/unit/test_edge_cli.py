@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from edge_client import report
 from edge_client.adapters.data import NpzDirectory
 from edge_client.adapters.store import DeviceStore
 from edge_client.adapters.worker import Worker, fault_of
@@ -28,6 +29,7 @@ from edge_client.main import main
 from edge_client.training import TrainingConfig
 from models import zoo
 from models.examples import InvalidExamples
+from models.manifest import TargetSpec
 from models.weights import encode_weights
 from protocol.identity import SignedDocument
 from protocol.plan import MODEL_KIND
@@ -143,7 +145,26 @@ def test_a_device_never_imports_what_it_must_not() -> None:
     assert done.stdout.strip() == "[]"
 
 
+def test_a_model_of_values_has_no_label_to_give() -> None:
+    row = np.array([21.5, 0.25], np.float32)
+    known = manifest()
+    values = known.model_copy(update={"loss": "huber", "labels": ("degrees", "humidity")})
+    answer = {"model": "m", "version": 3, "predictions": [report.prediction_of(values, row)]}
+    assert answer["predictions"] == [{"values": {"degrees": 21.5, "humidity": 0.25}}]
+    assert report.prediction_text(answer).splitlines()[-1].split() == ["0", "21.500", "0.250"]
+    several = known.model_copy(
+        update={"labels": ("a", "b"), "target": TargetSpec(shape=(2,), dtype="float32")}
+    )
+    assert report.prediction_of(several, row) == {"probabilities": {"a": 21.5, "b": 0.25}}
+
+
 # --- data and worker ---------------------------------------------------------------------------------------
+
+
+def test_values_to_predict_are_not_taken_for_labels(tmp_path: Path) -> None:
+    y = np.array([[21.5, 40.0], [19.0, 55.0]], np.float32)
+    np.savez(tmp_path / "a.npz", x=np.zeros((2, 3), np.float32), y=y)
+    np.testing.assert_array_equal(NpzDirectory(tmp_path).load(manifest()).y, y)
 
 
 def test_a_data_directory_is_checked_before_anything_is_trained(tmp_path: Path) -> None:
