@@ -12,7 +12,7 @@ from aggregator.fleet.authority import Authority
 from aggregator.fleet.presence import Change, Presence
 from aggregator.records import Campaign, Round
 from aggregator.registry.publishing import manifest_of
-from aggregator.repository import Reader, Repository
+from aggregator.repository import Reader, Repository, RepositoryError
 from aggregator.rounds import machine
 from aggregator.rounds.clipping import adapted
 from aggregator.rounds.events import DeviceOffline, DeviceOnline, MessageReceived, Reconnected, Tick
@@ -56,12 +56,14 @@ class Conductor:
         self._running: dict[str, RunningRound] = {}
         self._ended: OrderedDict[str, tuple[RoundEnd, frozenset[str]]] = OrderedDict()
         self._patience: dict[str, float] = {}
+        self._defects: dict[str, str] = {}
         self._restored = False
 
     def load(self, repository: Repository, at: Moment) -> None:
         """Forgets everything and reads it again from the repository."""
         self._running.clear()
         self._ended.clear()
+        self._defects.clear()
         with repository.read() as reader:
             for record in reader.rounds(last=REMEMBERED):
                 if record.status != "running":
@@ -137,9 +139,17 @@ class Conductor:
             self._restored = False
             for device_id in sorted(self._presence.online()):
                 self.presence_changed(work, device_id, Change.BORN)
-        for running in self._running.values():
-            if not running.state.ended:
+        for round_id, running in self._running.items():
+            if running.state.ended or round_id in self._defects:
+                continue
+            try:
                 running.apply(work, Tick())
+            except (RepositoryError, OSError):
+                raise
+            except Exception as error:
+                # Of this round alone: the others, and the messages of this batch, must not suffer for it.
+                logger.exception("round %s stumbled and is given up", round_id)
+                self._defects[round_id] = type(error).__name__
 
     def save_reports(self, work: Work) -> None:
         """Saves the report of every round that has changed, for whoever watches."""
@@ -158,10 +168,17 @@ class Conductor:
 
     def over(self) -> tuple[str, ...]:
         """The rounds that wait for `finish`."""
-        return tuple(round_id for round_id, running in self._running.items() if running.state.ended)
+        return tuple(
+            round_id
+            for round_id, running in self._running.items()
+            if running.state.ended or round_id in self._defects
+        )
 
     def finish(self, work: Work, round_id: str) -> None:
         """Ends a round that is over, in a transaction of its own."""
+        if round_id in self._defects:
+            self.abort(work, round_id, "defect", self._defects[round_id])
+            return
         running = self._running[round_id]
         self._finisher.finish(work, running, dict(self.traffic.read(running.state.invited)))
 
@@ -174,6 +191,7 @@ class Conductor:
     def forget(self, reader: Reader, round_id: str) -> None:
         """Drops an ended round from memory, once its end is durable."""
         self.traffic.clear(self._running.pop(round_id).state.invited)
+        self._defects.pop(round_id, None)
         record = reader.round(round_id)
         if record is not None:
             self._remember(record)

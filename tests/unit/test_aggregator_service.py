@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +15,12 @@ from aggregator.downloads import BURST_CHUNKS
 from aggregator.fleet.authority import Authority
 from aggregator.operations import RoundView
 from aggregator.optimizers import FedAvg
+from aggregator.rounds.events import Event, Tick
 from aggregator.rounds.planning import CampaignSettings
 from aggregator.rounds.report import PhaseReport
+from aggregator.running import RunningRound
 from aggregator.settings import CampaignRequest
+from aggregator.work import Work
 from models.weights import decode_weights
 from protocol import ring, topics, transcript
 from protocol.codec import decode_to_device, encode
@@ -419,6 +423,23 @@ def test_a_round_that_everybody_refuses_says_why(bench: Bench) -> None:
     assert view.record.status == "aborted"
     assert view.record.code == "too-few-check-ins"
     assert view.record.detail.endswith("; 5 declined, 5 of them: epsilon: 35 over [31m 30")
+
+
+def test_a_round_that_stumbles_is_given_up_and_the_next_one_runs(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    apply = RunningRound.apply
+
+    def stumble(running: RunningRound, work: Work, event: Event) -> None:
+        if running.record.number == 1 and isinstance(event, Tick) and running.state.cohort is not None:
+            raise RuntimeError("a defect")
+        apply(running, work, event)
+
+    monkeypatch.setattr(RunningRound, "apply", stumble)
+    first, second = bench.finish(bench.start(replace(REQUEST, rounds=2)))
+    assert (first.record.status, first.record.code) == ("aborted", "defect")
+    assert first.record.detail.startswith("RuntimeError")
+    check_completed(bench, second)
 
 
 # --- a network that repeats, loses and reorders
