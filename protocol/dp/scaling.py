@@ -26,8 +26,8 @@ OVERFLOW_PROBABILITY = 2.0**-20
 MAX_RADIUS = 1 << 22
 """Beyond it float32 updates hold no further information, and float64 sums of squares stay exact."""
 
-MAX_LOCAL_STDDEV = 2.0**13
-"""A device's noise table for it takes 4 MB and a tenth of a second; finer steps would gain nothing."""
+MAX_LOCAL_STDDEV = 2.0**12
+"""A device's noise table for it takes 2 MB and a twentieth of a second; finer steps would gain nothing."""
 
 MAX_CENTRAL_STDDEV = 2.0**16
 
