@@ -13,10 +13,11 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edge_client import cli
+from edge_client import __version__, cli
 
 if TYPE_CHECKING:
     from edge_client.policy import DevicePolicy
@@ -82,25 +83,16 @@ def set_policy(state: Path, policy: DevicePolicy) -> None:
 
 
 def runtime_name() -> str:
-    """The TensorFlow Lite runtime of this machine, without importing it."""
-    from importlib.metadata import PackageNotFoundError, version
+    """The TensorFlow Lite runtime of this machine, without its interpreter.
 
-    for name in ("tflite-runtime", "ai-edge-litert"):
+    Packages say their own version: reading their metadata would load a megabyte of modules for good.
+    """
+    for name in ("tflite_runtime", "ai_edge_litert"):
         try:
-            return f"{name} {version(name)}"
-        except PackageNotFoundError:
+            return f"{name.replace('_', '-')} {import_module(name).__version__}"
+        except ImportError:
             continue
     return "none"
-
-
-def client_version() -> str:
-    """The version of this client."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version("covey")
-    except PackageNotFoundError:
-        return "unknown"
 
 
 # --- commands --------------------------------------------------------------------------------------------
@@ -175,7 +167,7 @@ def _run(options: argparse.Namespace) -> None:
             worker,
             data,
             inbox,
-            client_version=client_version(),
+            client_version=__version__,
             runtime=runtime_name(),
         )
         logging.getLogger("covey.edge").info("started device=%s broker=%s", profile.device_id, address)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+import edge_client
 from edge_client import report
 from edge_client.adapters.data import NpzDirectory
 from edge_client.adapters.store import DeviceStore
@@ -25,7 +27,7 @@ from edge_client.events import (
     VersionTested,
     WorkFailed,
 )
-from edge_client.main import main
+from edge_client.main import main, runtime_name
 from edge_client.training import TrainingConfig
 from models import zoo
 from models.examples import InvalidExamples
@@ -156,6 +158,18 @@ def test_a_model_of_values_has_no_label_to_give() -> None:
         update={"labels": ("a", "b"), "target": TargetSpec(shape=(2,), dtype="float32")}
     )
     assert report.prediction_of(several, row) == {"probabilities": {"a": 21.5, "b": 0.25}}
+
+
+def test_versions_are_those_of_the_installed_packages() -> None:
+    assert edge_client.__version__ == version("covey")
+    assert runtime_name() in {f"{name} {_installed(name)}" for name in ("tflite-runtime", "ai-edge-litert")}
+
+
+def _installed(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "absent"
 
 
 # --- data and worker ---------------------------------------------------------------------------------------
