@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from benchmarks.secagg_case import Case
+from protocol.secagg.costs import device_costs
 
 
 def counts(case: Case, masks: int) -> dict[str, int]:
@@ -16,20 +17,20 @@ def counts(case: Case, masks: int) -> dict[str, int]:
         masks: keystreams that the server takes off.
     """
     graph, n = case.graph, case.n
+    client = device_costs(graph, case.d, case.bits)
     near, survivors = graph.degree, len(case.survivors)
     dropouts = n - survivors
-    holders = near + graph.complete
     # Share-holders who answer, for an average secret; weights are made once where all secrets share them.
     answers = survivors if graph.complete else round(near * survivors / n)
     distinct = 1 if graph.complete else n
     weights = answers * answers + 3 * answers
     recovery = answers * (2 + answers - graph.threshold)
     return {
-        "client: keystream bytes": 4 * case.d * (near + 1),
-        "client: field products": 2 * holders * (graph.threshold - 1),
-        "client: X25519": 2 + 3 + 3 * near,
-        "client: Ed25519 signatures": 2,
-        "client: Ed25519 verifications": 2 * near + graph.threshold - graph.complete,
+        "client: keystream bytes": client.keystream_bytes,
+        "client: field products": client.field_products,
+        "client: X25519": client.x25519,
+        "client: Ed25519 signatures": client.signatures,
+        "client: Ed25519 verifications": client.verifications,
         "server: keystream bytes": 4 * case.d * masks,
         "server: field products": n * recovery + distinct * weights,
         "server: X25519": masks - survivors + 3 * dropouts,
