@@ -26,7 +26,6 @@ MAX_VERSION = 2**31
 TRAINABLE_SIGNATURES = frozenset({"train", "infer", "get_weights", "set_weights"})
 
 Dimension = Annotated[int, Field(ge=1, le=2**26)]
-Shape = Annotated[tuple[Dimension, ...], Field(max_length=8)]
 LossName = Literal[
     "sparse_categorical_crossentropy",
     "binary_crossentropy",
@@ -170,11 +169,6 @@ class ModelManifest(Schema):
     def regression(self) -> bool:
         """Whether values are predicted, and not classes or labels."""
         return self.loss in {"mean_squared_error", "huber"}
-
-    @property
-    def output_count(self) -> int:
-        """Entries of the graph's output for one example: one where two classes share a logit."""
-        return 1 if self.loss == "binary_crossentropy" else len(self.labels)
 
     def _check_target(self) -> None:
         labels, target = len(self.labels), self.target

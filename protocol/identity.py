@@ -15,7 +15,7 @@ from typing import Annotated
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
-from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from pydantic import Field, TypeAdapter
 
@@ -212,8 +212,3 @@ def open_request(request: bytes) -> tuple[str, Ed25519PublicKey]:
     if not valid or not isinstance(public_key, Ed25519PublicKey):
         raise BadSignature("the request does not prove possession of an Ed25519 key")
     return name, public_key
-
-
-def public_key_pem(public_key: Ed25519PublicKey) -> str:
-    """Returns the PEM (SubjectPublicKeyInfo) of a public key."""
-    return public_key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo).decode()
