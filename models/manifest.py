@@ -254,6 +254,6 @@ def describe(data: bytes) -> BlobRef:
         InvalidManifest: the artefact is empty or larger than a blob may be.
     """
     try:
-        return BlobRef(sha256=hashlib.sha256(data).hexdigest(), size=len(data))
+        return BlobRef.of(data)
     except ValidationError:
         raise InvalidManifest(f"an artefact cannot have {len(data)} bytes") from None

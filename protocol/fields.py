@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Final
+import hashlib
+from typing import Annotated, Final, Self
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -37,3 +38,12 @@ class BlobRef(Schema):
 
     sha256: Sha256
     size: Annotated[int, Field(ge=1, le=MAX_BLOB_BYTES)]
+
+    @classmethod
+    def of(cls, data: bytes) -> Self:
+        """Names these bytes.
+
+        Raises:
+            ValidationError: there are none, or more than a blob may have.
+        """
+        return cls(sha256=hashlib.sha256(data).hexdigest(), size=len(data))

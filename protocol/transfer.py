@@ -8,7 +8,6 @@ moment, and only what is missing travels again. transport.md has the measurement
 
 from __future__ import annotations
 
-import hashlib
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from protocol.messages import CHUNK_BYTES, WINDOW, BlobChunk, BlobNeed
 
 def describe(data: bytes) -> BlobRef:
     """Names a blob by its content."""
-    return BlobRef(sha256=hashlib.sha256(data).hexdigest(), size=len(data))
+    return BlobRef.of(data)
 
 
 def chunks(

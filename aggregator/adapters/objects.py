@@ -32,7 +32,7 @@ class DirectoryStore:
 
     def put(self, data: bytes) -> BlobRef:
         """Stores an artefact durably."""
-        blob = BlobRef(sha256=hashlib.sha256(data).hexdigest(), size=len(data))
+        blob = BlobRef.of(data)
         path = self._path(blob)
         if not path.exists():
             _write_durably(path, data)
