@@ -35,7 +35,7 @@ STAMP := $(VENV)/.covey-$(PYTHON_VERSION)
 ROOT := $(filter 0,$(shell id -u))
 APT := DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends
 TEST_PACKAGES := mosquitto
-SLOW_PACKAGES := chromium
+SLOW_PACKAGES := chromium mmdebstrap qemu-user-static
 
 .PHONY: help demo test test-slow test-313 test-all lint format bench bench-peers setup setup-dev \
 	debian debian-slow parity setup-parity clean
@@ -91,7 +91,7 @@ setup-dev: $(STAMP)-dev  ## only install what developers need
 
 clean:  ## remove environments, caches and reports
 	rm -rf .venv $(VENV) .venv313 $(VENV_313) .venv-peers $(VENV_PEERS) .venv-tff $(VENV_TFF) demo-report build *.egg-info
-	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find protocol models edge_client aggregator deploy tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
 
 # An environment of another Python version is replaced: the stamp's name carries the version.
