@@ -22,6 +22,7 @@ class Device:
         online: as of `last_seen`.
         models: model name -> version it answers predictions with.
         last_seen: seconds since 1970; None before the first birth.
+        labels: what the operator calls it by, sorted: `site=north`, `barn`.
     """
 
     device_id: str
@@ -33,6 +34,7 @@ class Device:
     runtime: str = ""
     models: Mapping[str, int] = field(default_factory=dict)
     last_seen: float | None = None
+    labels: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -163,3 +165,45 @@ class RoundEnding:
     version: Version | None
     ledger: LedgerEntry | None
     transcript: tuple[bytes, ...]
+
+
+@dataclass(frozen=True)
+class DeviceFilter:
+    """Which devices to look at; what is None does not matter.
+
+    Attributes:
+        label: it carries this label.
+        online: whether it is.
+        client_version: of Covey on the device.
+        answers_with: (model, version) that it answers predictions with.
+    """
+
+    label: str | None = None
+    online: bool | None = None
+    client_version: str | None = None
+    answers_with: tuple[str, int] | None = None
+
+
+@dataclass(frozen=True)
+class AuditEntry:
+    """Somebody did something, or tried to.
+
+    Attributes:
+        at: seconds since 1970.
+        who: name of the principal.
+        role: theirs at that moment.
+        address: where the request came from.
+        action: name of the operation, such as `exclude-device`.
+        target: what it was done to.
+        outcome: `done`, else the code of the refusal.
+        number: 1, 2, ... in the order of writing; 0 before.
+    """
+
+    at: float
+    who: str
+    role: str
+    address: str
+    action: str
+    target: str
+    outcome: str = "done"
+    number: int = 0

@@ -15,10 +15,13 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import Protocol
 
+from aggregator.access.tokens import TokenRecord
 from aggregator.records import (
+    AuditEntry,
     Campaign,
     CampaignStatus,
     Device,
+    DeviceFilter,
     LedgerEntry,
     LogEntry,
     Round,
@@ -63,6 +66,10 @@ class Reader(Protocol):
         """Every enrolled device, by id."""
         ...
 
+    def devices_page(self, which: DeviceFilter, *, after: str, limit: int) -> tuple[Device, ...]:
+        """At most `limit` devices that fit, by id, from the first id above `after` on."""
+        ...
+
     # --- versions
     def version(self, model: str, version: int) -> Version | None:
         """One version of a model."""
@@ -94,9 +101,18 @@ class Reader(Protocol):
         ...
 
     def rounds(
-        self, *, campaign_id: str | None = None, status: RoundStatus | None = None, last: int | None = None
+        self,
+        *,
+        campaign_id: str | None = None,
+        status: RoundStatus | None = None,
+        last: int | None = None,
+        before: str | None = None,
     ) -> tuple[Round, ...]:
-        """Rounds, oldest first; with `last`, only that many of the newest."""
+        """Rounds, oldest first; with `last`, only that many of the newest.
+
+        Args:
+            before: id of a round: only those that began before it.
+        """
         ...
 
     # --- the round that is running
@@ -133,6 +149,19 @@ class Reader(Protocol):
         """The newest transcript record of all rounds."""
         ...
 
+    # --- access
+    def token(self, token_id: str) -> TokenRecord | None:
+        """One token, revoked or not."""
+        ...
+
+    def tokens(self) -> tuple[TokenRecord, ...]:
+        """Every token ever made, oldest first."""
+        ...
+
+    def audit(self, *, before: int | None = None, limit: int = 100) -> tuple[AuditEntry, ...]:
+        """At most `limit` entries of the audit log, newest first, from below the number `before` on."""
+        ...
+
 
 class Writer(Reader, Protocol):
     """A transaction that may change things; it sees its own changes."""
@@ -156,6 +185,14 @@ class Writer(Reader, Protocol):
 
     def set_exclusion(self, device_id: str, reason: str | None) -> None:
         """Excludes a device from selection, or takes it back in with None.
+
+        Raises:
+            NotFound: no such device.
+        """
+        ...
+
+    def set_labels(self, device_id: str, labels: tuple[str, ...]) -> None:
+        """Replaces the labels of a device.
 
         Raises:
             NotFound: no such device.
@@ -264,6 +301,27 @@ class Writer(Reader, Protocol):
             Conflict: an input of this device is in the sum; the caller leaves the transaction by this
                 exception, so that nothing is added twice.
         """
+        ...
+
+    # --- access
+    def add_token(self, token: TokenRecord) -> None:
+        """Adds a token.
+
+        Raises:
+            Conflict: the id is taken.
+        """
+        ...
+
+    def revoke_token(self, token_id: str, at: float) -> None:
+        """Revokes a token; one that is revoked keeps its first moment.
+
+        Raises:
+            NotFound: no such token.
+        """
+        ...
+
+    def append_audit(self, entry: AuditEntry) -> None:
+        """Appends an entry to the audit log, which nothing can change or erase; its number is ignored."""
         ...
 
 

@@ -22,16 +22,19 @@ from sqlalchemy import (
     delete,
     func,
     insert,
+    or_,
     select,
     update,
 )
 from sqlalchemy.exc import DBAPIError, IntegrityError, SQLAlchemyError
 
 from aggregator.adapters import sql_schema as s
+from aggregator.adapters.sql_access import AccessReader, AccessWriter
 from aggregator.records import (
     Campaign,
     CampaignStatus,
     Device,
+    DeviceFilter,
     LedgerEntry,
     LogEntry,
     Round,
@@ -105,7 +108,7 @@ def _reason(error: SQLAlchemyError) -> str:
     return f"database: {error.orig}" if isinstance(error, DBAPIError) else f"database: {type(error).__name__}"
 
 
-class _Reader:
+class _Reader(AccessReader):
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
 
@@ -121,6 +124,22 @@ class _Reader:
 
     def devices(self) -> tuple[Device, ...]:
         return tuple(_device(row) for row in self._all(select(s.devices).order_by(s.devices.c.device_id)))
+
+    def devices_page(self, which: DeviceFilter, *, after: str, limit: int) -> tuple[Device, ...]:
+        query = select(s.devices).where(s.devices.c.device_id > after)
+        if which.label is not None:
+            # Labels hold no quotation mark, so the quoted label is found nowhere else in the list.
+            query = query.where(s.devices.c.labels.contains(json.dumps(which.label), autoescape=True))
+        if which.online is not None:
+            query = query.where(s.devices.c.online == which.online)
+        if which.client_version is not None:
+            query = query.where(s.devices.c.client_version == which.client_version)
+        if which.answers_with is not None:
+            model, version = which.answers_with
+            item = f"{json.dumps(model)}: {version}"
+            models = (s.devices.c.models.contains(item + end, autoescape=True) for end in (",", "}"))
+            query = query.where(or_(*models))
+        return tuple(_device(row) for row in self._all(query.order_by(s.devices.c.device_id).limit(limit)))
 
     def version(self, model: str, version: int) -> Version | None:
         row = self._one(
@@ -162,13 +181,21 @@ class _Reader:
         return None if row is None else _round(row)
 
     def rounds(
-        self, *, campaign_id: str | None = None, status: RoundStatus | None = None, last: int | None = None
+        self,
+        *,
+        campaign_id: str | None = None,
+        status: RoundStatus | None = None,
+        last: int | None = None,
+        before: str | None = None,
     ) -> tuple[Round, ...]:
         query = select(s.rounds).order_by(s.rounds.c.seq.desc())
         if campaign_id is not None:
             query = query.where(s.rounds.c.campaign_id == campaign_id)
         if status is not None:
             query = query.where(s.rounds.c.status == status)
+        if before is not None:
+            seq = select(s.rounds.c.seq).where(s.rounds.c.round_id == before).scalar_subquery()
+            query = query.where(s.rounds.c.seq < seq)
         if last is not None:
             query = query.limit(last)
         return tuple(_round(row) for row in reversed(self._all(query)))
@@ -227,7 +254,7 @@ class _Reader:
         return self._connection.scalars(query).one_or_none()
 
 
-class _Writer(_Reader):
+class _Writer(_Reader, AccessWriter):
     def _insert(self, table: Table, **values: object) -> None:
         try:
             self._connection.execute(insert(table).values(**values))
@@ -245,7 +272,8 @@ class _Writer(_Reader):
             raise NotFound(f"no round {round_id} is running")
 
     def add_device(self, device: Device) -> None:
-        self._insert(s.devices, **(vars(device) | {"models": json.dumps(dict(device.models))}))
+        lists = {"models": json.dumps(dict(device.models)), "labels": json.dumps(device.labels)}
+        self._insert(s.devices, **(vars(device) | lists))
 
     def replace_certificate(self, device_id: str, certificate: bytes) -> None:
         statement = update(s.devices).where(s.devices.c.device_id == device_id)
@@ -254,6 +282,10 @@ class _Writer(_Reader):
     def set_exclusion(self, device_id: str, reason: str | None) -> None:
         statement = update(s.devices).where(s.devices.c.device_id == device_id)
         self._change(statement.values(excluded=reason), f"no device {device_id}")
+
+    def set_labels(self, device_id: str, labels: tuple[str, ...]) -> None:
+        statement = update(s.devices).where(s.devices.c.device_id == device_id)
+        self._change(statement.values(labels=json.dumps(labels)), f"no device {device_id}")
 
     def note_status(self, device_id: str, status: DeviceStatus, at: float) -> None:
         values: dict[str, object] = {"online": status.online, "last_seen": at}
@@ -352,7 +384,8 @@ def _without_seq(row: Row[Any]) -> dict[str, Any]:
 
 
 def _device(row: Row[Any]) -> Device:
-    return Device(**(row._asdict() | {"models": json.loads(row.models)}))
+    lists = {"models": json.loads(row.models), "labels": tuple(json.loads(row.labels))}
+    return Device(**(row._asdict() | lists))
 
 
 def _round(row: Row[Any]) -> Round:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from sqlalchemy import (
+    DDL,
     Boolean,
     Column,
     Connection,
@@ -29,7 +30,7 @@ from sqlalchemy import (
 
 from aggregator.repository import UnknownSchema
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 BUSY_SECONDS = 15
 WRITE = "covey_write"
 """Execution option of a connection that is going to write."""
@@ -52,6 +53,7 @@ devices = Table(
     Column("runtime", Text, nullable=False),
     Column("models", Text, nullable=False),
     Column("last_seen", Float),
+    Column("labels", Text, nullable=False, server_default="[]"),
 )
 
 versions = Table(
@@ -165,6 +167,53 @@ transcripts = Table(
     Column("round_id", ForeignKey("rounds.round_id"), nullable=False, index=True),
     Column("record", LargeBinary, nullable=False),
 )
+
+tokens = Table(
+    "tokens",
+    metadata,
+    Column("seq", Integer, primary_key=True),
+    Column("token_id", String(12), nullable=False, unique=True),
+    Column("secret_sha256", LargeBinary, nullable=False),
+    Column("role", String(16), nullable=False),
+    Column("label", Text, nullable=False),
+    Column("created_at", Float, nullable=False),
+    Column("expires_at", Float, nullable=False),
+    Column("created_by", Text, nullable=False),
+    Column("revoked_at", Float),
+)
+
+audit = Table(
+    "audit_log",
+    metadata,
+    Column("seq", Integer, primary_key=True),
+    Column("at", Float, nullable=False),
+    Column("who", Text, nullable=False),
+    Column("role", String(16), nullable=False),
+    Column("address", Text, nullable=False),
+    Column("action", String(63), nullable=False),
+    Column("target", Text, nullable=False),
+    Column("outcome", String(63), nullable=False),
+    sqlite_autoincrement=True,
+)
+
+APPEND_ONLY = {
+    "sqlite": tuple(
+        f"CREATE TRIGGER audit_log_no_{verb.lower()} BEFORE {verb} ON audit_log "
+        "BEGIN SELECT RAISE(ABORT, 'the audit log is append-only'); END"
+        for verb in ("UPDATE", "DELETE")
+    ),
+    "postgresql": (
+        "CREATE FUNCTION audit_log_refuse() RETURNS trigger LANGUAGE plpgsql AS "
+        "$$ BEGIN RAISE EXCEPTION 'the audit log is append-only'; END $$",
+        "CREATE TRIGGER audit_log_append_only BEFORE UPDATE OR DELETE OR TRUNCATE ON audit_log "
+        "FOR EACH STATEMENT EXECUTE FUNCTION audit_log_refuse()",
+    ),
+}
+"""What the database itself refuses, whoever asks it, by dialect."""
+for _dialect, _statements in APPEND_ONLY.items():
+    for _statement in _statements:
+        _ddl = DDL(_statement)  # type: ignore[no-untyped-call]
+        event.listen(audit, "after_create", _ddl.execute_if(dialect=_dialect))
 
 
 def open_engine(url: str) -> Engine:

@@ -9,10 +9,14 @@ from pathlib import Path
 
 import pytest
 
+from aggregator.access.roles import Role
+from aggregator.access.tokens import make_token
 from aggregator.adapters.sql import SqlRepository
 from aggregator.records import (
+    AuditEntry,
     Campaign,
     Device,
+    DeviceFilter,
     LedgerEntry,
     LogEntry,
     Round,
@@ -374,3 +378,78 @@ def test_an_aborted_round_leaves_no_version(running: Repository) -> None:
         )
         assert reader.versions() == ()
         assert reader.ledger() == ()
+
+
+def test_a_page_of_devices_by_label_presence_and_version(repository: Repository) -> None:
+    labels = {"barn-1": ("barn", "site=north"), "barn-2": ("barn",), "shed-1": ("barn_x", "site=north")}
+    with repository.write() as writer:
+        for number, (name, these) in enumerate(labels.items(), start=1):
+            writer.add_device(replace(DEVICE, device_id=name))
+            writer.set_labels(name, these)
+            birth = DeviceStatus(
+                session=bytes(32), online=number != 2, models={"watch": number, "w": 12}, client_version="0.1"
+            )
+            writer.note_status(name, birth, 5.0)
+            if number == 2:
+                gone = DeviceStatus(session=bytes(32), online=False, models={})
+                writer.note_status(name, gone, 6.0)
+        with pytest.raises(NotFound):
+            writer.set_labels("nobody", ())
+
+    def names(which: DeviceFilter, after: str = "", limit: int = 10) -> list[str]:
+        with repository.read() as reader:
+            return [device.device_id for device in reader.devices_page(which, after=after, limit=limit)]
+
+    assert names(DeviceFilter()) == list(labels)
+    assert names(DeviceFilter(), limit=2) == ["barn-1", "barn-2"]
+    assert names(DeviceFilter(), after="barn-2") == ["shed-1"]
+    assert names(DeviceFilter(label="barn")) == ["barn-1", "barn-2"]
+    assert names(DeviceFilter(label="bar")) == names(DeviceFilter(label="%")) == []
+    assert names(DeviceFilter(label="barn_x")) == ["shed-1"]
+    assert names(DeviceFilter(label="site=north", online=True)) == ["barn-1", "shed-1"]
+    assert names(DeviceFilter(online=False)) == ["barn-2"]
+    assert names(DeviceFilter(answers_with=("watch", 1))) == ["barn-1"]
+    assert names(DeviceFilter(answers_with=("w", 1))) == []
+    assert names(DeviceFilter(answers_with=("w", 12))) == ["barn-1", "shed-1"]
+    assert names(DeviceFilter(client_version="0.2")) == []
+    with repository.read() as reader:
+        device = reader.device("barn-1")
+    assert device is not None and device.labels == ("barn", "site=north")
+
+
+def test_rounds_before_one(running: Repository) -> None:
+    with running.write() as writer:
+        writer.end_round(replace(ENDING, version=None))
+        writer.begin_round(replace(ROUND, round_id="b" * 32, number=2))
+    with running.read() as reader:
+        assert [found.number for found in reader.rounds(before="b" * 32)] == [1]
+        assert reader.rounds(before="a" * 32) == reader.rounds(before="f" * 32) == ()
+
+
+def test_tokens_are_found_by_id_and_revoked_once(repository: Repository) -> None:
+    _, token = make_token(
+        bytes(38), role=Role.OPERATOR, label="laptop", now=1.0, seconds=9.0, created_by="ada"
+    )
+    with repository.write() as writer:
+        writer.add_token(token)
+        assert writer.token(token.token_id) == token
+        writer.revoke_token(token.token_id, 3.0)
+        writer.revoke_token(token.token_id, 4.0)
+        with pytest.raises(NotFound):
+            writer.revoke_token("f" * 12, 4.0)
+    with pytest.raises(Conflict), repository.write() as writer:
+        writer.add_token(token)
+    with repository.read() as reader:
+        assert reader.tokens() == (replace(token, revoked_at=3.0),)
+        assert reader.token("f" * 12) is None
+
+
+def test_the_audit_log_is_read_from_its_end(repository: Repository) -> None:
+    entry = AuditEntry(1.0, "token:1 laptop", "admin", "127.0.0.1", "exclude-device", "barn-1")
+    with repository.write() as writer:
+        for at in (1.0, 2.0, 3.0):
+            writer.append_audit(replace(entry, at=at))
+    with repository.read() as reader:
+        newest, middle = reader.audit(limit=2)
+        assert (newest.at, middle) == (3.0, replace(entry, at=2.0, number=newest.number - 1))
+        assert [found.at for found in reader.audit(before=middle.number)] == [1.0]

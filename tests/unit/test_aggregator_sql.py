@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from aggregator.adapters.sql import SqlRepository
-from aggregator.records import Device
+from aggregator.records import AuditEntry, Device
 from aggregator.repository import StorageUnavailable, UnknownSchema
 
 
@@ -85,3 +85,14 @@ def test_commits_are_synced_and_deletions_overwritten(tmp_path: Path) -> None:
         assert settings == {"journal_mode": "wal", "synchronous": 2, "secure_delete": 1, "foreign_keys": 1}
     finally:
         repository.close()
+
+
+@pytest.mark.parametrize("statement", ["UPDATE audit_log SET outcome = 'done'", "DELETE FROM audit_log"])
+def test_nobody_rewrites_the_audit_log(tmp_path: Path, statement: str) -> None:
+    path = tmp_path / "aggregator.db"
+    repository = SqlRepository.in_file(path)
+    with repository.write() as writer:
+        writer.append_audit(AuditEntry(1.0, "mallory", "admin", "", "exclude-device", "barn-1", "forbidden"))
+    with closing(sqlite3.connect(path)) as connection, pytest.raises(sqlite3.IntegrityError, match="append"):
+        connection.execute(statement)
+    repository.close()
