@@ -64,6 +64,8 @@ def skellam_divergence(order: float, l1: float, l2_squared: float, nonzeros: flo
         variance: of the noise in the sum, per coordinate; n shares of variance v are one Skellam of n v.
     """
     curvature = skellam_curvature(variance)
+    if curvature == math.inf:
+        return math.inf
 
     def at(alpha: int) -> float:
         """(alpha - 1) D_alpha at an integer."""
@@ -85,14 +87,21 @@ def skellam_divergence(order: float, l1: float, l2_squared: float, nonzeros: flo
 def skellam_curvature(variance: float) -> float:
     """Returns M with p(k)^2 <= e^M p(k - 1) p(k + 1) for every k, p the Skellam probabilities.
 
-    M is the root of 1 / (2 sinh(M / 2)) - ln(tanh(M / 4)) / 2 = variance, about 1 / variance. Proof, by a
-    maximum principle for the discrete heat equation, in docs/explanation/privacy.md.
+    M is the root of 1 / (2 sinh(M / 2)) - ln(tanh(M / 4)) / 2 = variance, about 1 / variance; infinity where
+    it is beyond 1,000, which is as good as no noise. Proof, by a maximum principle for the discrete heat
+    equation, in docs/explanation/privacy.md.
     """
+
+    def reached(curvature: float) -> float:
+        """The variance at which the bound is `curvature`; it falls as the curvature grows."""
+        return 1 / (2 * math.sinh(curvature / 2)) - math.log(math.tanh(curvature / 4)) / 2
+
     low, high = 1e-12, 1e3
+    if reached(high) > variance:
+        return math.inf
     for _ in range(200):
         middle = math.sqrt(low * high)
-        left = 1 / (2 * math.sinh(middle / 2)) - math.log(math.tanh(middle / 4)) / 2
-        low, high = (middle, high) if left > variance else (low, middle)
+        low, high = (middle, high) if reached(middle) > variance else (low, middle)
     return high
 
 

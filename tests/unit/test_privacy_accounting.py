@@ -117,12 +117,46 @@ def test_the_curvature_bound_holds_at_every_integer(variance: float) -> None:
     assert skellam_curvature(1e7) == pytest.approx(1e-7, rel=1e-5)
 
 
-def test_skellam_divergences_add_over_coordinates() -> None:
-    """A shift by (3, -1, 2): the exact divergences sum; the bound sees norms only."""
+def test_noise_that_is_none_has_no_curvature_bound() -> None:
+    """The root lies beyond what is searched: the answer must not be the end of the search."""
+    assert math.isfinite(skellam_curvature(1e-200))
+    assert skellam_curvature(1e-220) == math.inf
+    assert skellam_divergence(1.5, 1, 1, 1, 1e-220) == math.inf
+
+
+@pytest.mark.parametrize("variance", [0.1, 0.7, 5, 50])
+def test_skellam_bounds_hold_for_vectors_at_any_real_order(variance: float) -> None:
+    """Coordinates are independent, so that the exact divergences add; the bound sees norms only."""
+    orders = [1.001, 1.03, 1.2, 1.5001, 1.77, 2, 2.25, 2.9, 3.3333, 4.5, 7.7, 10.5]
+    shifts = [(3, 1, 2), (1,) * 12, (4, 0, 0, 1), (2, 2), (1, 0, 3, 1, 1, 1, 2), (4, 4, 4)]
     with mpmath.workdps(40):
-        for order in ORDERS[:-1]:
-            exact = sum(divergence(skellam(50), shift, order) for shift in (3, 1, 2))
-            assert skellam_divergence(order, 6, 14, 3, 50) >= exact
+        for order in orders:
+            one = {shift: divergence(skellam(variance), shift, order) for shift in range(1, 5)}
+            for vector in shifts:
+                exact = sum(one[shift] for shift in vector if shift)
+                l2_squared, nonzeros = sum(shift**2 for shift in vector), sum(shift > 0 for shift in vector)
+                bound = skellam_divergence(order, sum(vector), l2_squared, nonzeros, variance)
+                assert bound >= exact
+                if variance == 50 and order > 2 and nonzeros < 4:
+                    assert bound <= exact * 1.15  # a bound of infinity would pass the rest
+
+
+def test_skellam_bounds_hold_for_the_joint_distribution() -> None:
+    """The same in two dimensions by one sum over the plane, which does not presume that divergences add."""
+    table = skellam(1.5)
+    near = range(-30, 31)
+    with mpmath.workdps(30):
+        for order, (i, j) in [(1.3, (2, -1)), (2.5, (1, 1)), (2.5, (1, -2))]:
+            alpha = mpmath.mpf(order)
+            terms = (
+                (table[x - i] * table[y - j]) ** alpha * (table[x] * table[y]) ** (1 - alpha)
+                for x in near
+                for y in near
+            )
+            exact = mpmath.log(mpmath.fsum(terms)) / (alpha - 1)
+            added = divergence(table, abs(i), order) + divergence(table, abs(j), order)
+            assert exact == pytest.approx(float(added), rel=1e-9)
+            assert skellam_divergence(order, abs(i) + abs(j), i * i + j * j, 2, 1.5) >= exact
 
 
 @pytest.mark.parametrize(("sigma_squared", "shares"), [(0.25, 2), (0.3, 3), (0.5, 2), (1.0, 3), (4.0, 2)])
