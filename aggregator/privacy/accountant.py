@@ -66,7 +66,8 @@ def _library_event(event: DPEvent) -> dp_accounting.DpEvent:
     """Maps an event to the library's where it has one."""
     if event.mechanism is Mechanism.NONE:
         return dp_accounting.NonPrivateDpEvent()
-    if event.mechanism is Mechanism.DISCRETE_GAUSSIAN and event.shares == 1:
+    alone = event.shares == event.sums == event.sampling_probability == 1
+    if event.mechanism is Mechanism.DISCRETE_GAUSSIAN and alone:
         # Canonne, Kamath, Steinke 2020, arXiv 2004.00010, Theorem 4, and divergences add over coordinates.
         return dp_accounting.ZCDpEvent(event.sensitivity_squared / (2 * event.variance))
     return RingDpEvent(event)

@@ -17,7 +17,7 @@ from protocol.dp.events import DPEvent
 
 @dataclass(frozen=True)
 class Spent:
-    """What a list of events costs: (epsilon, delta) for one device that took part in all of them.
+    """What a list of events costs: (epsilon, delta) for one device, or example, that was in all of them.
 
     Attributes:
         epsilon: infinite if any event had no noise.
@@ -27,6 +27,7 @@ class Spent:
         sampler_included: whether delta already holds (1 + e^epsilon) * sampler_distance. It does not fit
             where epsilon is beyond about 40: then the figures are those of the ideal mechanism, and the real
             one can be told from it with an advantage of at most `sampler_distance`.
+        unit: who that is.
     """
 
     epsilon: float
@@ -89,12 +90,16 @@ def spent_by(events: Mapping[DPEvent, int], delta: float, epsilon_at: Callable[[
         epsilon_at: epsilon of the ideal mechanism as a function of delta.
 
     Raises:
-        InvalidParameters: delta is not in (0, 1).
+        InvalidParameters: delta is not in (0, 1), or the events are about different units.
     """
     if not 0 < delta < 1:
         raise InvalidParameters(f"delta lies in (0, 1), got {delta}")
+    units = {event.unit for event in events} or {"device"}
+    if len(units) > 1:
+        raise InvalidParameters("events that hide a device and events that hide an example do not add up")
     distance = sum(
-        count * event.shares * event.dimension * event.sampler_distance for event, count in events.items()
+        count * event.sums * event.shares * event.dimension * event.sampler_distance
+        for event, count in events.items()
     )
     epsilon = epsilon_at(delta)
     included = distance == 0
@@ -105,4 +110,4 @@ def spent_by(events: Mapping[DPEvent, int], delta: float, epsilon_at: Callable[[
             stricter = epsilon_at(delta - reserve)
             if (1 + math.exp(stricter)) * distance <= reserve:
                 epsilon, included = stricter, True
-    return Spent(epsilon, delta, sum(events.values()), float(distance), included)
+    return Spent(epsilon, delta, sum(events.values()), float(distance), included, units.pop())

@@ -47,7 +47,8 @@ class DPEvent(BaseModel):
     v: Literal[1] = 1
     mechanism: Mechanism
     mode: PrivacyMode
-    unit: Literal["device"] = "device"
+    unit: Literal["device", "example"] = "device"
+    """Whose vector is hidden: a device's, or that of one of its examples."""
     neighbouring_relation: NeighbouringRelation = NeighbouringRelation.ZERO_OUT
     noise_multiplier: _Finite
     """z as planned; what was reached follows from the integers below."""
@@ -64,12 +65,18 @@ class DPEvent(BaseModel):
     """Survivors whose noise is not counted, because they may tell it."""
     sampler_distance: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Total-variation distance of one noise sample from the named distribution."""
+    sums: Annotated[int, Field(ge=1)] = 1
+    """How many noisy sums may hold the unit's vector: the steps of DP-SGD."""
+    sampling_probability: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Chance that the unit is in any one of the sums, by a secret coin of its own each time."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if (self.mode is PrivacyMode.NONE) != (self.mechanism is Mechanism.NONE):
+        # In mode example the sum of the devices' updates gets no noise: it hides no device.
+        silent = self.mode is PrivacyMode.NONE or (self.mode is PrivacyMode.EXAMPLE and self.unit == "device")
+        if silent != (self.mechanism is Mechanism.NONE):
             raise ValueError(f"mode {self.mode} does not go with mechanism {self.mechanism}")
-        if self.mode is not PrivacyMode.NONE and not (self.variance_per_share and self.sensitivity_squared):
+        if not silent and not (self.variance_per_share and self.sensitivity_squared):
             raise ValueError("a private event has a variance and a sensitivity")
         if self.shares < 1:
             raise ValueError("every survivor colludes: no noise is left")
@@ -87,7 +94,7 @@ class DPEvent(BaseModel):
 
 
 def event_for(params: EncodingParameters, survivors: int) -> DPEvent:
-    """Describes the release of a sum of `survivors` vectors encoded with `params`.
+    """Describes the release of a sum of `survivors` vectors encoded with `params`; the unit is the device.
 
     Raises:
         TooFewSurvivors: such a sum must not be released.
@@ -95,7 +102,7 @@ def event_for(params: EncodingParameters, survivors: int) -> DPEvent:
     if survivors < params.minimum_survivors:
         raise TooFewSurvivors(f"{survivors} survivors, the noise was sized for {params.minimum_survivors}")
     privacy = params.privacy
-    private = privacy.mode is not PrivacyMode.NONE
+    private = not privacy.silent
     variance = params.local_variance + params.central_variance  # at most one of them is not 0
     skellam = privacy.noise is NoiseDistribution.SKELLAM
     distance = skellam_distance if skellam else discrete_gaussian_distance

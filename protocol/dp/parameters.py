@@ -16,7 +16,7 @@ from protocol.ring import MAX_BITS, MIN_BITS
 
 
 class PrivacyMode(enum.StrEnum):
-    """Who adds the noise, and so whom a participant has to trust (`example` is to follow)."""
+    """Who adds the noise, and so whom a participant has to trust."""
 
     NONE = "none"
     """Clipping only. Allowed only if the plan and the device's policy both say so."""
@@ -26,6 +26,9 @@ class PrivacyMode(enum.StrEnum):
     """Each client adds its share before masking: nobody ever holds an un-noised sum."""
     LOCAL = "local"
     """Each client's own noise suffices: nobody has to be trusted, not even to add up masked inputs only."""
+    EXAMPLE = "example"
+    """Each client trains by DP-SGD (`protocol.dp.example`). The unit is one of its examples: for devices that
+    hold many people's data. The device itself is promised nothing."""
 
 
 class NoiseDistribution(enum.StrEnum):
@@ -82,8 +85,29 @@ class AdaptiveClipping(BaseModel):
     """Which fraction of the clip norm the vote may use; the noise of the mean vote is z / (share * n)."""
 
 
+class ExamplePrivacy(BaseModel):
+    """DP-SGD on the device (Abadi et al. 2016, arXiv 1607.00133, Algorithm 1). The unit is one example."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+
+    clip_norm: _FinitePositive
+    """C of one example: L2 bound of its gradient."""
+    noise_multiplier: Annotated[float, Field(ge=0.01, le=64, allow_inf_nan=False)]
+    """z: standard deviation of the noise in the sum of a step's clipped gradients, over their bound."""
+    sampling_probability: Annotated[float, Field(ge=1e-3, le=1, allow_inf_nan=False)]
+    """q: each example is in each step by a coin of its own on the device (Poisson sampling). 1 takes all."""
+
+    def steps(self, local_epochs: int) -> int:
+        """Steps of one round: an example is in as many of them, on average, as there are local epochs."""
+        return max(1, round(local_epochs / self.sampling_probability))
+
+
+EXAMPLE_METRICS = frozenset({"examples"})
+"""The metrics of mode example: any other would tell of the examples without noise."""
+
+
 class PrivacyParameters(BaseModel):
-    """The privacy section of a training plan. Unit of privacy: the device."""
+    """The privacy section of a training plan. Unit of privacy: the device, in mode example the example."""
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
 
@@ -106,13 +130,26 @@ class PrivacyParameters(BaseModel):
     """Whether a randomised Hadamard transform spreads the update evenly before it is rounded."""
     colluders: Annotated[int, Field(ge=0)] = 0
     """How many survivors may tell the aggregator their own noise; the others' noise must suffice."""
+    example: ExamplePrivacy | None = None
+    """How the devices train in mode example."""
+
+    @property
+    def silent(self) -> bool:
+        """Whether nobody adds noise to the sum, so that no device is hidden in it."""
+        return self.mode in {PrivacyMode.NONE, PrivacyMode.EXAMPLE}
 
     @model_validator(mode="after")
     def _mode_and_noise_agree(self) -> Self:
-        if self.mode is PrivacyMode.NONE and self.noise_multiplier != 0:
-            raise ValueError("mode none takes no noise: noise_multiplier must be 0")
-        if self.mode is not PrivacyMode.NONE and self.noise_multiplier == 0:
+        if self.silent and self.noise_multiplier != 0:
+            raise ValueError(f"mode {self.mode} adds no noise to the sum: noise_multiplier must be 0")
+        if not self.silent and self.noise_multiplier == 0:
             raise ValueError(f"mode {self.mode} needs a noise_multiplier above 0")
+        if (self.mode is PrivacyMode.EXAMPLE) != (self.example is not None):
+            raise ValueError("mode example and the section `example` belong together")
+        if self.mode is PrivacyMode.EXAMPLE:
+            telling = sorted({slot.name for slot in self.metric_slots} - EXAMPLE_METRICS)
+            if telling:
+                raise ValueError(f"metrics {telling} would tell of the examples without noise")
         names = [slot.name for slot in self.metric_slots]
         if len(set(names)) != len(names):
             raise ValueError(f"metric names repeat: {names}")
