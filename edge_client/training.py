@@ -5,7 +5,7 @@ Pure: no interpreter, no files, no clock. The one implementation is `edge_client
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -111,11 +111,13 @@ class LocalUpdate:
     """What one device's training gives, before clipping, noise and masking. It never leaves the device as is.
 
     Attributes:
-        delta: local minus global parameters, finite float32, shape (d,).
+        delta: local minus global shared parameters, finite float32, shape (d,): all that is ever sent.
         example_count: examples trained on.
         loss_before: mean loss on them under the global weights.
         loss_after: mean loss on them under the local weights.
         accuracy: share of them that the local weights get right, as in `Evaluation`.
+        local: the model's local parameters after training, finite float32, shape (k,), which stay on the
+            device; None where it has none.
     """
 
     delta: NDArray[np.float32]
@@ -123,6 +125,7 @@ class LocalUpdate:
     loss_before: float
     loss_after: float
     accuracy: float
+    local: NDArray[np.float32] | None = field(default=None, repr=False)
 
     @property
     def l2_norm(self) -> float:
@@ -131,7 +134,11 @@ class LocalUpdate:
 
 
 class LocalTrainer(Protocol):
-    """Trains and runs one model graph; weights are always passed in, and nothing of a round is remembered."""
+    """Trains and runs one model graph; weights are always passed in, and nothing of a round is remembered.
+
+    `local` are the device's own parameters of a model that has such, float32, shape (k,). None stands for
+    those that the model starts from.
+    """
 
     @property
     def parameter_count(self) -> int:
@@ -144,6 +151,7 @@ class LocalTrainer(Protocol):
         examples: Examples,
         config: TrainingConfig,
         generator: np.random.Generator,
+        local: NDArray[np.float32] | None = None,
     ) -> LocalUpdate:
         """Train on the device's examples from the global weights.
 
@@ -152,6 +160,7 @@ class LocalTrainer(Protocol):
             examples: raw inputs and labels.
             config: hyperparameters.
             generator: decides the order of examples and what dropout drops, and nothing else does.
+            local: the device's own parameters; trained together with the shared ones, and not changed here.
 
         Raises:
             WeightsRejected: the weights do not fit the model.
@@ -160,7 +169,12 @@ class LocalTrainer(Protocol):
         """
         ...
 
-    def predict(self, weights: NDArray[np.float32], x: NDArray[np.float32]) -> NDArray[np.float32]:
+    def predict(
+        self,
+        weights: NDArray[np.float32],
+        x: NDArray[np.float32],
+        local: NDArray[np.float32] | None = None,
+    ) -> NDArray[np.float32]:
         """Probabilities or values (n, labels), float32, of raw inputs x (n, *example shape).
 
         Raises:
@@ -169,7 +183,12 @@ class LocalTrainer(Protocol):
         """
         ...
 
-    def evaluate(self, weights: NDArray[np.float32], examples: Examples) -> Evaluation:
+    def evaluate(
+        self,
+        weights: NDArray[np.float32],
+        examples: Examples,
+        local: NDArray[np.float32] | None = None,
+    ) -> Evaluation:
         """Loss, accuracy and confusion on labelled examples.
 
         Raises:

@@ -92,7 +92,8 @@ def export(
     """Exports a Keras model so that it trains on a device: model.tflite, weights.bin and manifest.json.
 
     NAME is an Architecture, or a function that returns a Keras model; the file may then have LABELS, SCALING
-    (an InputSpec) and LOSS. Every gradient is proved against TensorFlow's; else nothing is written.
+    (an InputSpec), LOSS and LOCAL_LAYERS (names of layers that stay on each device). Every gradient is proved
+    against TensorFlow's; else nothing is written.
 
     Example: covey model export my_model.py:build --out export --inference --examples some.npz
     """
@@ -120,11 +121,14 @@ def export(
         if not inference:
             return
         scaled = scaled_inputs(manifest, Examples.load(examples).x) if examples else None
+        network = Network(model, architecture.local_layers)
+        start = network.flat_weights()[network.shared_count :]
+        values = np.concatenate([exported.weights, start])
         for precision in PRECISIONS:
             if precision == "int8" and scaled is None:
                 typer.echo("  no int8: it takes its ranges from --examples")
                 continue
-            content = convert(Network(model), exported.weights, precision, scaled)
+            content = convert(network, values, precision, scaled)
             (out / file_name(precision)).write_bytes(content)
             typer.echo(f"  {file_name(precision):24}{len(content):12,} bytes")
 
@@ -221,6 +225,7 @@ def _architecture(source: str) -> Architecture:
         target=getattr(module, "TARGET", None),
         optimizer=getattr(module, "OPTIMIZER", "sgd"),
         train_batch_size=getattr(module, "TRAIN_BATCH_SIZE", 32),
+        local_layers=tuple(getattr(module, "LOCAL_LAYERS", ())),
     )
 
 

@@ -46,7 +46,7 @@ MANIFEST_FILE = "manifest.json"
 
 @dataclass(frozen=True)
 class ExportedModel:
-    """The three files of one model version."""
+    """The three files of one model version; the graph says where local parameters start."""
 
     manifest: ModelManifest
     graph: bytes
@@ -71,10 +71,12 @@ def export(
     target: TargetSpec | None = None,
     optimizer: OptimizerSpec | None = None,
     accumulation: int = 1,
+    local_layers: Sequence[str] = (),
 ) -> ExportedModel:
     """Version 1 of a Keras model as a trainable graph, a weights file and a manifest.
 
-    Weights that are not trainable become constants of the graph, and do not travel.
+    Weights that are not trainable become constants of the graph, and do not travel. Those of local layers
+    train on each device and never leave it.
 
     Args:
         model: built Keras model, Sequential or functional, from one input to logits or values (n, k).
@@ -86,6 +88,7 @@ def export(
         target: scaling of predicted values; by default none.
         optimizer: what a step does with a gradient; by default plain gradient descent.
         accumulation: calls of `train` that make one step of the optimizer.
+        local_layers: names of layers whose weights stay on each device, the head of a classifier say.
 
     Raises:
         UnsupportedLayer: a layer cannot be exported; names it, the reason and the alternative.
@@ -94,7 +97,7 @@ def export(
         ParityError: the graph's gradients differ from TensorFlow's.
         ValueError: the model does not fit its input, labels or loss.
     """
-    network = Network(model)
+    network = Network(model, local_layers)
     outputs = 1 if loss == "binary_crossentropy" else len(labels)
     if network.example_shape != scaling.shape or network.classes != outputs:
         raise ValueError(
@@ -112,7 +115,8 @@ def export(
     )
     signatures = signatures_of(network, form)
     graph = flatbuffer.finish(_convert(build_program(network, form), signatures))
-    weights = network.flat_weights()
+    shared = network.shared_count
+    weights = network.flat_weights()[:shared]
     manifest = ModelManifest(
         name=name,
         version=1,
@@ -127,8 +131,13 @@ def export(
         accumulation=accumulation,
         dropouts=tuple(DropoutSpec(size=size, rate=rate) for size, rate in network.dropouts),
         train_batch_size=train_batch_size,
-        parameter_count=network.parameter_count,
-        parameters=tuple(network.parameters),
+        parameter_count=shared,
+        parameters=tuple(part for part in network.parameters if part.offset < shared),
+        local_parameters=tuple(
+            part.model_copy(update={"offset": part.offset - shared})
+            for part in network.parameters
+            if part.offset >= shared
+        ),
     )
     prove_parity(model, graph, manifest)
     return ExportedModel(manifest, graph, weights)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from models.examples import Examples
 from models.losses import stock_losses
-from models.manifest import ModelManifest
+from models.manifest import LOCAL_SIGNATURE, ModelManifest
 from models.network import Network
 
 Precision = Literal["float32", "float16", "int8"]
@@ -82,6 +82,12 @@ def convert(
         return bytes(converter.convert())
 
 
+def set_start(interpreter: Any, manifest: ModelManifest, weights: NDArray[np.float32]) -> None:
+    """Give a trainable graph its shared parameters, and the local ones that it starts from."""
+    more = interpreter.get_signature_runner(LOCAL_SIGNATURE)() if manifest.local_parameters else {}
+    interpreter.get_signature_runner("set_weights")(weights=weights, **more)
+
+
 def scaled_inputs(manifest: ModelManifest, x: NDArray[np.float32]) -> NDArray[np.float32]:
     """Raw inputs as the graph takes them."""
     scaled = (x - np.asarray(manifest.input.mean)) / np.asarray(manifest.input.std)
@@ -93,7 +99,7 @@ def evaluate(directory: Path, manifest: ModelManifest, examples: Examples) -> It
     x = scaled_inputs(manifest, examples.x)
     graph, weights = (directory / "model.tflite").read_bytes(), (directory / "weights.bin").read_bytes()
     interpreter = tf.lite.Interpreter(model_content=graph, num_threads=1)
-    interpreter.get_signature_runner("set_weights")(weights=np.frombuffer(weights, "<f4"))
+    set_start(interpreter, manifest, np.frombuffer(weights, "<f4"))
     infer = interpreter.get_signature_runner("infer")
     outputs = [infer(x=x[start : start + BATCH])["logits"] for start in range(0, len(x), BATCH)]
     yield _score("trainable", len(graph) + len(weights), manifest, np.concatenate(outputs), examples)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from models import graph_file
-from models.manifest import FLOAT32_BYTES, ModelManifest
+from models.manifest import FLOAT32_BYTES, ModelManifest, ParameterSpec
 
 STEPS = 20
 
@@ -41,7 +41,14 @@ def describe_manifest(manifest: ModelManifest) -> Iterator[str]:
     )
     count = manifest.parameter_count
     yield f"parameters  {count:,} that train and travel, {count * FLOAT32_BYTES:,} bytes"
-    for parameter in manifest.parameters:
+    yield from _parameter_lines(manifest.parameters)
+    if manifest.local_parameters:
+        yield f"local       {manifest.local_count:,} that train and never leave a device"
+        yield from _parameter_lines(manifest.local_parameters)
+
+
+def _parameter_lines(parameters: tuple[ParameterSpec, ...]) -> Iterator[str]:
+    for parameter in parameters:
         yield f"  {parameter.name:32} {list(parameter.shape)!s:20} {parameter.size:10,}"
 
 
@@ -49,8 +56,10 @@ def time_step(manifest: ModelManifest, graph: bytes, weights: bytes) -> float:
     """Seconds that one call of `train` takes here with one thread: the best of `STEPS`, on random inputs."""
     import tensorflow as tf
 
+    from models.inference import set_start
+
     interpreter = tf.lite.Interpreter(model_content=graph, num_threads=1)
-    interpreter.get_signature_runner("set_weights")(weights=np.frombuffer(weights, "<f4"))
+    set_start(interpreter, manifest, np.frombuffer(weights, "<f4"))
     train = interpreter.get_signature_runner("train")
     random = np.random.default_rng(0)
     inputs = {

@@ -24,6 +24,8 @@ MAX_PARAMETERS = 2**26
 FLOAT32_BYTES = 4
 MAX_VERSION = 2**31
 TRAINABLE_SIGNATURES = frozenset({"train", "infer", "get_weights", "set_weights"})
+LOCAL_SIGNATURE = "start_local"
+"""Gives the values that local parameters start from; only where there are any."""
 
 Dimension = Annotated[int, Field(ge=1, le=2**26)]
 LossName = Literal[
@@ -129,6 +131,10 @@ class ModelManifest(Schema):
     The weights file is one flat little-endian float32 vector of `parameter_count` elements, tiled exactly by
     `parameters` in order. `labels` name the classes, or the predicted labels or values. One step of the
     optimizer takes `accumulation` batches of `train_batch_size`.
+
+    `local_parameters` tile a second vector, which never leaves a device: it is in no file, no update and no
+    message (FedPer, Arivazhagan et al. 2019, arXiv 1912.00818). Without any, the field is left out of the
+    bytes.
     """
 
     schema_version: Literal[1] = 1
@@ -147,6 +153,7 @@ class ModelManifest(Schema):
     train_batch_size: Annotated[int, Field(ge=1, le=4096)]
     parameter_count: Annotated[int, Field(ge=1, le=MAX_PARAMETERS)]
     parameters: Annotated[tuple[ParameterSpec, ...], Field(min_length=1, max_length=2048)]
+    local_parameters: Annotated[tuple[ParameterSpec, ...], Field(max_length=2048)] = ()
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -159,6 +166,10 @@ class ModelManifest(Schema):
         names = [signature.name for signature in self.signatures]
         if len(set(names)) != len(names) or not set(names) >= TRAINABLE_SIGNATURES:
             raise ValueError(f"signatures are {names}, needed once each: {sorted(TRAINABLE_SIGNATURES)}")
+        if (LOCAL_SIGNATURE in names) != bool(self.local_parameters):
+            raise ValueError(
+                f"local parameters and the signature {LOCAL_SIGNATURE} come together or not at all"
+            )
         if len(set(self.labels)) != len(self.labels):
             raise ValueError("two labels have the same name")
         self._check_target()
@@ -169,6 +180,24 @@ class ModelManifest(Schema):
     def regression(self) -> bool:
         """Whether values are predicted, and not classes or labels."""
         return self.loss in {"mean_squared_error", "huber"}
+
+    @property
+    def local_count(self) -> int:
+        """Length k of the vector that stays on the device; 0 for none."""
+        return sum(parameter.size for parameter in self.local_parameters)
+
+    @property
+    def whole_layout(self) -> tuple[ParameterSpec, ...]:
+        """Both vectors as one, the local parameters after the shared ones."""
+        shift = self.parameter_count
+        local = (part.model_copy(update={"offset": part.offset + shift}) for part in self.local_parameters)
+        return (*self.parameters, *local)
+
+    @property
+    def local_layout(self) -> str:
+        """Hex digest of the names and shapes of the local parameters: versions that share it share them."""
+        layout = [[parameter.name, *parameter.shape] for parameter in self.local_parameters]
+        return hashlib.sha256(json.dumps(layout).encode()).hexdigest()
 
     def _check_target(self) -> None:
         labels, target = len(self.labels), self.target
@@ -185,19 +214,15 @@ class ModelManifest(Schema):
             raise ValueError(f"the target does not fit the loss {self.loss} with {labels} labels")
 
     def _check_layout(self) -> None:
-        offset = 0
-        seen: set[str] = set()
-        for parameter in self.parameters:
-            if parameter.offset != offset:
-                raise ValueError(
-                    f"parameter {parameter.name} starts at {parameter.offset}, expected {offset}"
-                )
-            if parameter.name in seen:
-                raise ValueError(f"parameter {parameter.name} appears twice")
-            seen.add(parameter.name)
-            offset += parameter.size
-        if offset != self.parameter_count:
-            raise ValueError(f"the layout covers {offset} of {self.parameter_count} parameters")
+        names = [parameter.name for parameter in (*self.parameters, *self.local_parameters)]
+        if len(set(names)) != len(names):
+            twice = next(name for name in names if names.count(name) > 1)
+            raise ValueError(f"parameter {twice} appears twice")
+        count = _tiled(self.parameters)
+        if count != self.parameter_count:
+            raise ValueError(f"the layout covers {count} of {self.parameter_count} parameters")
+        if _tiled(self.local_parameters) > MAX_PARAMETERS:
+            raise ValueError(f"more than {MAX_PARAMETERS} local parameters")
 
     @classmethod
     def from_bytes(cls, data: bytes) -> ModelManifest:
@@ -223,7 +248,9 @@ class ModelManifest(Schema):
 
     def to_bytes(self) -> bytes:
         """The canonical JSON bytes: sorted keys, no white space, ASCII; what is hashed and signed."""
-        content = self.model_dump(mode="json")
+        # A field that came later, so that manifests without it keep their bytes and their digests.
+        without = None if self.local_parameters else {"local_parameters"}
+        content = self.model_dump(mode="json", exclude=without)
         return json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False).encode("ascii")
 
     def sha256(self) -> str:
@@ -245,6 +272,16 @@ class ModelManifest(Schema):
             raise InvalidManifest(f"new weights have {len(weights)} bytes, this model {self.weights.size}")
         changes = {"version": self.version + 1, "weights": describe(weights)}
         return ModelManifest.model_validate(dict(self) | changes)
+
+
+def _tiled(parameters: tuple[ParameterSpec, ...]) -> int:
+    """Elements of a vector that parameters tile without a gap."""
+    offset = 0
+    for parameter in parameters:
+        if parameter.offset != offset:
+            raise ValueError(f"parameter {parameter.name} starts at {parameter.offset}, expected {offset}")
+        offset += parameter.size
+    return offset
 
 
 def describe(data: bytes) -> BlobRef:

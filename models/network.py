@@ -43,7 +43,9 @@ class Network:
     """The builtin-only form of a Keras model with one input and one output of logits.
 
     Attributes:
-        parameters: layout of the flat vector: layer by layer, each in Keras's order; trainable weights only.
+        parameters: layout of the flat vector: layer by layer, each in Keras's order; trainable weights only,
+            those of local layers last.
+        shared_count: elements of the flat vector before the first of a local layer.
         variables: the Keras variables behind `parameters`.
         example_shape: shape of one example.
         classes: number of logits.
@@ -53,11 +55,16 @@ class Network:
         frozen_count: weights that are constants of the graph.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, local_layers: Sequence[str] = ()) -> None:
         """Lower every layer of a built Sequential or functional model.
 
+        Args:
+            model: built Keras model.
+            local_layers: names of the layers, or of models used as layers, whose weights stay on a device.
+
         Raises:
-            UnsupportedModel: not exactly one input and one output, or a shape that is not fixed.
+            UnsupportedModel: not exactly one input and one output, a shape that is not fixed, a local layer
+                that is not there or has nothing to train, or none that is shared.
             UnsupportedLayer: a layer that has no builtin-only form.
         """
         if not getattr(model, "built", False) or len(model.inputs or ()) != 1 or len(model.outputs) != 1:
@@ -78,11 +85,18 @@ class Network:
         # For each layer: where its weights are, as an index into the parameters or as a constant.
         self._weights: dict[int, list[int | NDArray[np.float32]]] = {}
         self._steps: list[_Step | _Rename] = []
-        for layer in _leaves(model):
-            self._add(layer)
+        local = _named_leaves(model, local_layers)
+        leaves = list(_leaves(model))
+        for layer in leaves:
+            if id(layer) not in local:
+                self._add(layer)
+        self.shared_count = self.parameter_count
+        for layer in leaves:
+            if id(layer) in local:
+                self._add(layer)
         self._trace(model)
-        if not self.parameters:
-            raise UnsupportedModel(f"model {model.name!r} has no parameters to train")
+        if not self.shared_count:
+            raise UnsupportedModel(f"model {model.name!r} has no parameters to train and share")
         _refuse_final_probabilities(self._last())
         # Some refusals need the shapes that reach a layer.
         self.forward(self.split(tf.zeros([self.parameter_count])), tf.zeros([1, *self.example_shape]))
@@ -199,6 +213,29 @@ def _leaves(model: Any) -> Iterator[Any]:
             yield from _leaves(layer)
         elif type(layer) is not tf.keras.layers.InputLayer:
             yield layer
+
+
+def _named_leaves(model: Any, names: Sequence[str]) -> set[int]:
+    """The ids of the layers with these names, and of those inside models with these names.
+
+    Raises:
+        UnsupportedModel: no layer has that name, or none of its weights is trainable.
+    """
+    found: set[int] = set()
+    for name in names:
+        layer = next((layer for layer in _all_layers(model) if layer.name == name), None)
+        if layer is None or not layer.trainable_weights:
+            reason = "there is no such layer" if layer is None else "it has no weights to train"
+            raise UnsupportedModel(f"local layer {name!r} of model {model.name!r}: {reason}")
+        found.update(id(leaf) for leaf in (_leaves(layer) if _is_model(layer) else [layer]))
+    return found
+
+
+def _all_layers(model: Any) -> Iterator[Any]:
+    for layer in model.layers:
+        yield layer
+        if _is_model(layer):
+            yield from _all_layers(layer)
 
 
 def _calls(model: Any) -> Iterator[Any]:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from models.losses import stock_losses
 from models.manifest import ModelManifest
 from models.network import Network
+from models.weights import entry_vectors
 
 TOLERANCE = 1e-4
 """Largest accepted error of a gradient, relative to the largest entry of its parameter."""
@@ -70,23 +71,25 @@ def _compare(model: Any, graph: bytes, manifest: ModelManifest, seed: int, inter
     if batch > 2:
         mask[-2:] = 0.0
     # Biases start at 0 in Keras, where a wrong bias would go unseen: try all parameters at random values.
-    start = 0.3 * generator.normal(size=manifest.parameter_count).astype(np.float32)
+    count = manifest.parameter_count + manifest.local_count
+    start = 0.3 * generator.normal(size=count).astype(np.float32)
     make = interpreter or (lambda content: tf.lite.Interpreter(model_content=content, num_threads=1))
     loaded = make(graph)
     run = {name: loaded.get_signature_runner(name) for name in loaded.get_signature_list()}
-    run["set_weights"](weights=start)
+    run["set_weights"](**entry_vectors(manifest, start))
     logits = run["infer"](x=x)["logits"]
     one, zero = np.array(1.0, np.float32), np.array(0.0, np.float32)
     more = {"keep": np.ones((batch, sum(part.size for part in manifest.dropouts)), np.float32)}
     more = {name: value for name, value in {**more, "last": one}.items() if name in _train_inputs(manifest)}
     loss = float(run["train"](x=x, y=y, mask=mask, lr=one, mu=zero, **more)["loss"])
-    moved = start - run["get_weights"]()["weights"]
+    found = run["get_weights"]()
+    moved = start - np.concatenate([found[name] for name in entry_vectors(manifest, start)])
 
     expected_logits, expected_loss, expected_gradients = _stock(model, start, manifest, x, y, mask)
     _check("logits", relative_error(logits, expected_logits))
     _check("loss", abs(loss - expected_loss) / max(abs(expected_loss), 1e-6))
     worst = 0.0
-    for parameter, expected in zip(manifest.parameters, expected_gradients, strict=True):
+    for parameter, expected in zip(manifest.whole_layout, expected_gradients, strict=True):
         part = moved[parameter.offset : parameter.offset + parameter.size].reshape(parameter.shape)
         if manifest.optimizer.kind == "adam":
             # Adam's first step is g / (|g| + epsilon'): it tells the sign of a gradient, and that it is one.
@@ -134,9 +137,11 @@ def _stock(
 ) -> tuple[NDArray[np.float32], float, list[NDArray[np.float32]]]:
     """Logits, loss and gradients by Keras's layers and TensorFlow's gradients; leaves the model as it was."""
     saved = model.get_weights()
-    variables = Network(model).variables
+    network = Network(model)
+    by_name = dict(zip((part.name for part in network.parameters), network.variables, strict=True))
+    variables = [by_name[parameter.name] for parameter in manifest.whole_layout]
     try:
-        for parameter, variable in zip(manifest.parameters, variables, strict=True):
+        for parameter, variable in zip(manifest.whole_layout, variables, strict=True):
             part = start[parameter.offset : parameter.offset + parameter.size]
             variable.assign(part.reshape(parameter.shape))
         with tf.GradientTape() as tape:

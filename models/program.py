@@ -10,7 +10,7 @@ import tensorflow as tf
 
 from models.layers.primitives import Tensor
 from models.losses import LOSSES
-from models.manifest import LossName, OptimizerSpec, SignatureSpec, TargetSpec
+from models.manifest import LOCAL_SIGNATURE, LossName, OptimizerSpec, SignatureSpec, TargetSpec
 from models.network import Network
 
 
@@ -38,20 +38,27 @@ def signatures_of(network: Network, form: TrainingForm) -> tuple[SignatureSpec, 
     inputs = ["x", "y", "mask", "lr", "mu"]
     inputs += ["keep"] if network.dropouts else []
     inputs += ["last"] if form.accumulation > 1 else []
+    local = network.parameter_count > network.shared_count
+    vectors = ("weights", "local") if local else ("weights",)
+    start = (SignatureSpec(name=LOCAL_SIGNATURE, inputs=(), outputs=("local",)),) if local else ()
     return (
         SignatureSpec(name="train", inputs=tuple(inputs), outputs=("loss",)),
         SignatureSpec(name="infer", inputs=("x",), outputs=("logits",)),
-        SignatureSpec(name="get_weights", inputs=(), outputs=("weights",)),
-        SignatureSpec(name="set_weights", inputs=("weights",), outputs=("count",)),
+        SignatureSpec(name="get_weights", inputs=(), outputs=vectors),
+        SignatureSpec(name="set_weights", inputs=vectors, outputs=("count",)),
+        *start,
     )
 
 
 def build_program(network: Network, form: TrainingForm) -> Any:
     """A `tf.Module` with the functions `train`, `infer`, `get_weights` and `set_weights`.
 
-    Its variables: the parameters, where training started, and what optimizer and accumulation remember.
+    Its variables: the parameters, where training started, and what optimizer and accumulation remember. Local
+    parameters come last in them. They enter and leave as a vector of their own, and `start_local` gives the
+    Keras model's present ones.
     """
-    count = network.parameter_count
+    count, shared = network.parameter_count, network.shared_count
+    start = network.flat_weights()[shared:]
     module = tf.Module()
     module.theta = tf.Variable(tf.zeros([count]), name="theta")
     module.anchor = tf.Variable(tf.zeros([count]), name="anchor")
@@ -78,6 +85,9 @@ def build_program(network: Network, form: TrainingForm) -> Any:
             loss = loss / total
         # FedProx (Li et al. 2020, arXiv 1812.06127, eq. 2): the gradient of mu/2 |theta - anchor|^2.
         pull = mu * (theta - module.anchor.read_value())
+        if shared < count:
+            # The server knows nothing of local parameters that they could be pulled to.
+            pull = tf.concat([pull[:shared], pull[shared:] * 0.0], 0)
         module.theta.assign(theta - rule.step(gradient + pull, lr, last))
         return {"loss": loss}
 
@@ -87,6 +97,13 @@ def build_program(network: Network, form: TrainingForm) -> Any:
     def get_weights() -> dict[str, Tensor]:
         return {"weights": module.theta.read_value()}
 
+    def get_both() -> dict[str, Tensor]:
+        theta = module.theta.read_value()
+        return {"weights": theta[:shared], "local": theta[shared:]}
+
+    def start_local() -> dict[str, Tensor]:
+        return {"local": tf.constant(start)}
+
     def set_weights(weights: Tensor) -> dict[str, Tensor]:
         module.theta.assign(weights)
         module.anchor.assign(weights)
@@ -94,6 +111,9 @@ def build_program(network: Network, form: TrainingForm) -> Any:
         if summing is not None:
             summing.reset(weights)
         return {"count": tf.size(weights)}
+
+    def set_both(weights: Tensor, local: Tensor) -> dict[str, Tensor]:
+        return set_weights(tf.concat([weights, local], 0))
 
     shape = network.example_shape
     scalar = ("lr", "mu") if summing is None else ("lr", "mu", "last")
@@ -113,6 +133,16 @@ def build_program(network: Network, form: TrainingForm) -> Any:
         "get_weights": (get_weights, []),
         "set_weights": (set_weights, [tf.TensorSpec([count], tf.float32, "weights")]),
     }
+    if shared < count:
+        vectors = [
+            tf.TensorSpec([shared], tf.float32, "weights"),
+            tf.TensorSpec([count - shared], tf.float32, "local"),
+        ]
+        inputs |= {
+            "get_weights": (get_both, []),
+            "set_weights": (set_both, vectors),
+            LOCAL_SIGNATURE: (start_local, []),
+        }
     for name, (function, signature) in inputs.items():
         setattr(module, name, tf.function(function, input_signature=signature, autograph=False))
     return module

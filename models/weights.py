@@ -33,6 +33,12 @@ def encode_weights(weights: NDArray[np.float32]) -> bytes:
     return weights.astype("<f4").tobytes()
 
 
+def entry_vectors(manifest: ModelManifest, whole: NDArray[np.float32]) -> dict[str, NDArray[np.float32]]:
+    """Shared and local parameters in one vector (d + k,), as `set_weights` takes them by name."""
+    vectors = {"weights": whole[: manifest.parameter_count]}
+    return vectors | ({"local": whole[manifest.parameter_count :]} if manifest.local_parameters else {})
+
+
 def decode_weights(data: bytes, manifest: ModelManifest) -> NDArray[np.float32]:
     """The vector in a weights file, checked against its manifest before it is used.
 

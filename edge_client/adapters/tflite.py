@@ -25,7 +25,7 @@ from edge_client.training import (
     TrainingConfig,
     WeightsRejected,
 )
-from models.manifest import ModelManifest
+from models.manifest import LOCAL_SIGNATURE, ModelManifest
 
 try:
     from tflite_runtime.interpreter import Interpreter
@@ -87,15 +87,16 @@ class TfliteTrainer:
         examples: Examples,
         config: TrainingConfig,
         generator: np.random.Generator,
+        local: NDArray[np.float32] | None = None,
     ) -> LocalUpdate:
         """Train on the device's examples from the global weights; see `LocalTrainer.train`."""
         y = scoring.scaled_targets(self._manifest, examples.y)
-        before = self._evaluate(weights, examples.x, y)
+        before = self._evaluate(weights, examples.x, y, local)
         fixed = {
             "lr": np.array(config.learning_rate, np.float32),
             "mu": np.array(config.proximal_mu, np.float32),
         }
-        self._set_weights(weights)
+        self._set_weights(weights, local)
         for _ in range(config.local_epochs):
             order = generator.permutation(len(examples))
             for chosen, more in _calls(self._manifest, order, generator):
@@ -103,37 +104,56 @@ class TfliteTrainer:
                 loss = self._call("train", x=x, y=y[chosen], **fixed, **more)["loss"]
                 if not np.isfinite(loss):
                     raise NonFiniteUpdate(f"the loss became {float(loss)}")
-        trained = np.array(self._call("get_weights")["weights"], np.float32)
-        largest = float(np.abs(trained).max())
-        # Written so that NaN is refused.
-        if not largest <= MAX_WEIGHT:
-            raise NonFiniteUpdate(f"a weight became {largest}, beyond {MAX_WEIGHT:g}")
-        delta = trained - weights
-        after = self._evaluate(trained, examples.x, y)
+        found = {name: np.array(vector, np.float32) for name, vector in self._call("get_weights").items()}
+        for vector in found.values():
+            largest = float(np.abs(vector).max())
+            # Written so that NaN is refused.
+            if not largest <= MAX_WEIGHT:
+                raise NonFiniteUpdate(f"a weight became {largest}, beyond {MAX_WEIGHT:g}")
+        after = self._evaluate(found["weights"], examples.x, y, found.get("local"))
         return LocalUpdate(
-            delta=delta,
+            delta=found["weights"] - weights,
             example_count=len(examples),
             loss_before=before.loss,
             loss_after=after.loss,
             accuracy=after.accuracy,
+            local=found.get("local"),
         )
 
-    def predict(self, weights: NDArray[np.float32], x: NDArray[np.float32]) -> NDArray[np.float32]:
+    def predict(
+        self,
+        weights: NDArray[np.float32],
+        x: NDArray[np.float32],
+        local: NDArray[np.float32] | None = None,
+    ) -> NDArray[np.float32]:
         """Probabilities or values of raw inputs; see `LocalTrainer.predict`."""
-        return scoring.predictions(self._manifest, self._outputs(weights, x))
+        return scoring.predictions(self._manifest, self._outputs(weights, x, local))
 
-    def evaluate(self, weights: NDArray[np.float32], examples: Examples) -> Evaluation:
+    def evaluate(
+        self,
+        weights: NDArray[np.float32],
+        examples: Examples,
+        local: NDArray[np.float32] | None = None,
+    ) -> Evaluation:
         """Loss, accuracy and confusion on labelled examples; see `LocalTrainer.evaluate`."""
         y = scoring.scaled_targets(self._manifest, examples.y)
-        return self._evaluate(weights, examples.x, y)
+        return self._evaluate(weights, examples.x, y, local)
 
-    def _evaluate(self, weights: NDArray[np.float32], x: NDArray[np.float32], y: NDArray[Any]) -> Evaluation:
-        return scoring.evaluate(self._manifest, self._outputs(weights, x), y)
+    def _evaluate(
+        self,
+        weights: NDArray[np.float32],
+        x: NDArray[np.float32],
+        y: NDArray[Any],
+        local: NDArray[np.float32] | None,
+    ) -> Evaluation:
+        return scoring.evaluate(self._manifest, self._outputs(weights, x, local), y)
 
-    def _outputs(self, weights: NDArray[np.float32], x: NDArray[np.float32]) -> NDArray[np.float64]:
+    def _outputs(
+        self, weights: NDArray[np.float32], x: NDArray[np.float32], local: NDArray[np.float32] | None
+    ) -> NDArray[np.float64]:
         """The graph's outputs (n, k) for raw inputs, in batches that bound the memory."""
         self._check_inputs(x)
-        self._set_weights(weights)
+        self._set_weights(weights, local)
         parts = [self._call("infer", x=self._scale(part))["logits"] for part in _slices(x, PREDICTION_BATCH)]
         outputs: NDArray[np.float64] = np.concatenate(parts).astype(np.float64)
         return outputs
@@ -150,15 +170,21 @@ class TfliteTrainer:
             raise ModelRejected(f"the runtime cannot run {entry}: {_first_line(error)}") from error
         return outputs
 
-    def _set_weights(self, weights: NDArray[np.float32]) -> None:
-        if weights.dtype != np.float32 or weights.shape != (self.parameter_count,):
-            raise WeightsRejected(
-                f"weights are {weights.dtype} of shape {weights.shape}, "
-                f"the model has {self.parameter_count} float32 parameters"
-            )
-        if not np.isfinite(weights).all():
-            raise WeightsRejected("a weight is not finite")
-        self._call("set_weights", weights=weights)
+    def _set_weights(self, weights: NDArray[np.float32], local: NDArray[np.float32] | None) -> None:
+        manifest = self._manifest
+        vectors = {"weights": (weights, manifest.parameter_count)}
+        if local is None and manifest.local_parameters:
+            local = self._call(LOCAL_SIGNATURE)["local"]
+        if local is not None:
+            vectors["local"] = (local, manifest.local_count)
+        for name, (vector, count) in vectors.items():
+            if vector.dtype != np.float32 or vector.shape != (count,):
+                raise WeightsRejected(
+                    f"{name} are {vector.dtype} of shape {vector.shape}, the model has {count} float32 ones"
+                )
+            if not np.isfinite(vector).all():
+                raise WeightsRejected(f"one of the {name} is not finite")
+        self._call("set_weights", **{name: vector for name, (vector, _) in vectors.items()})
 
     def _check_inputs(self, x: NDArray[np.float32]) -> None:
         """Refuses what cannot be raw inputs of this model.
@@ -256,6 +282,8 @@ def _check_tensors(manifest: ModelManifest, run: dict[str, Any]) -> None:
         ("infer", "x"): (-1, *shape),
         ("set_weights", "weights"): (manifest.parameter_count,),
     }
+    if manifest.local_parameters:
+        expected["set_weights", "local"] = (manifest.local_count,)
     if manifest.dropouts:
         expected["train", "keep"] = (batch, sum(dropout.size for dropout in manifest.dropouts))
     if manifest.accumulation > 1:

@@ -27,6 +27,7 @@ class Architecture:
         loss: what training lowers.
         target: scaling of predicted values; None where the loss has none.
         optimizer: what a step does with a gradient.
+        local_layers: names of layers whose weights stay on each device.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Architecture:
     loss: LossName = "sparse_categorical_crossentropy"
     target: TargetSpec | None = None
     optimizer: Literal["sgd", "momentum", "adam"] = "sgd"
+    local_layers: tuple[str, ...] = ()
 
     def build_seeded(self) -> Any:
         """The Keras model with the same initial weights every time."""
@@ -55,4 +57,5 @@ class Architecture:
             loss=self.loss,
             target=self.target,
             optimizer=OptimizerSpec(kind=self.optimizer),
+            local_layers=self.local_layers,
         )
