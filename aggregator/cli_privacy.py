@@ -110,6 +110,7 @@ def privacy_ledger(
         content = {
             "population": _spent(audit.population),
             "models": {name: _spent(spent) for name, spent in audit.models.items()},
+            "queries": _spent(audit.queries),
             "rounds": audit.rounds,
             "matches": not audit.differences,
             "differences": list(audit.differences),
@@ -117,7 +118,8 @@ def privacy_ledger(
         sys.stdout.write(json_module.dumps(content) + "\n")
     else:
         output.line("what was released, for a device that was in every round; unit of privacy: the device")
-        for name, spent in (("all models", audit.population), *audit.models.items()):
+        queries = (("queries", audit.queries),) if audit.queries.rounds else ()
+        for name, spent in (("everything", audit.population), *audit.models.items(), *queries):
             output.line(
                 f"{name:16}  {spent.rounds:4} releases  epsilon {_epsilon(spent.epsilon)}, delta {delta:g}"
             )

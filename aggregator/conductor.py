@@ -16,7 +16,7 @@ from aggregator.repository import Reader, Repository, RepositoryError
 from aggregator.rounds import machine
 from aggregator.rounds.clipping import adapted
 from aggregator.rounds.events import DeviceOffline, DeviceOnline, MessageReceived, Reconnected, Tick
-from aggregator.rounds.planning import CampaignSettings, make_plan
+from aggregator.rounds.planning import CampaignSettings, make_plan, train_task
 from aggregator.rounds.report import RoundReport
 from aggregator.rounds.selection import ready, select
 from aggregator.running import LostBase, RunningRound
@@ -276,7 +276,7 @@ class Conductor:
         last = work.writer.rounds(campaign_id=campaign.campaign_id, last=1)
         settings = adapted(settings, last[0] if last else None)
         round_id = self._entropy()[:16].hex()
-        plan = make_plan(settings, self._authority.fleet, round_id, base, version.manifest_sha256, work.at)
+        plan = make_plan(settings, self._authority.fleet, round_id, train_task(settings, base), work.at)
         document = self._authority.sign_plan(plan)
         if settings.epsilon_limit is not None:
             encoding = round_encoding(plan, document.digest, base.parameter_count)

@@ -177,11 +177,7 @@ def _beginning(running: RunningRound, event: DPEvent | None) -> list[transcript.
     """The records up to the release."""
     state = running.state
     contents: list[transcript.Content] = [
-        transcript.PlanRecord(
-            plan_sha256=state.document.digest.hex(),
-            model=running.record.model,
-            base_version=running.record.base_version,
-        )
+        transcript.PlanRecord(plan_sha256=state.document.digest.hex(), task=state.plan.task)
     ]
     if state.cohort is not None:
         contents.append(

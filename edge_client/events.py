@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
+from edge_client.assignment import Assignment
 from edge_client.ledger import LedgerEntry
 from edge_client.training import LocalUpdate, TrainingConfig
 from models.manifest import ModelManifest
@@ -148,14 +149,14 @@ class RoundRecord:
 
     Attributes:
         document: the signed plan.
-        manifest: of the base version.
+        assignment: what the plan asks of this device.
         client: the protocol state; it holds secrets.
         upload: the masked input, once it is written.
         uploaded: its receipt came.
     """
 
     document: SignedDocument
-    manifest: ModelManifest
+    assignment: Assignment
     client: ClientState = field(repr=False)
     upload: BlobRef | None = None
     uploaded: bool = False

@@ -8,23 +8,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import assert_never
 
 from pydantic import TypeAdapter, ValidationError
 
 from edge_client import policy
+from edge_client.assignment import Assignment, Training
 from edge_client.events import Fault
 from edge_client.ledger import History
 from edge_client.models import Library
 from edge_client.participation import ActiveRound
 from edge_client.policy import Proposal
 from edge_client.profile import Profile
-from models.manifest import ModelManifest
 from protocol.dp.errors import PrivacyError
 from protocol.dp.events import event_for
 from protocol.errors import BadSignature, MalformedMessage
 from protocol.fields import RoundId
 from protocol.identity import SignedDocument, verify_certificate
-from protocol.plan import PLAN_KIND, Plan
+from protocol.plan import PLAN_KIND, Plan, QueryTask, TrainTask
 from protocol.round_encoding import METRICS, round_encoding
 
 MAX_DETAIL = 300
@@ -38,7 +39,7 @@ class Accepted:
     """Join this round; whatever round was active is over."""
 
     plan: Plan
-    manifest: ModelManifest
+    assignment: Assignment
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,7 @@ def consider(desk: Desk, document: SignedDocument, now: int) -> Verdict:
         _refuse_history(desk, plan)
         or _refuse_policy(desk, plan, document.key_id, now)
         or _refuse_device(desk, plan, now)
-        or _judge_version(desk, plan, document, now)
+        or _judge_task(desk, plan, document, now)
     )
 
 
@@ -148,14 +149,14 @@ def _refuse_policy(desk: Desk, plan: Plan, signer: str, now: int) -> Refused | N
 
 
 def _refuse_device(desk: Desk, plan: Plan, now: int) -> Refused | None:
-    profile = desk.profile
-    if not profile.follows(plan.model):
-        return Refused(plan.round_id, "model-not-followed", f"this device does not follow {plan.model}")
+    profile, task = desk.profile, plan.task
+    if isinstance(task, TrainTask) and not profile.follows(task.model):
+        return Refused(plan.round_id, "model-not-followed", f"this device does not follow {task.model}")
     try:
         verify_certificate(profile.certificate, profile.ca, now=now)
     except BadSignature as error:
         return Refused(plan.round_id, "certificate-invalid", str(error))
-    if desk.unfit is not None:
+    if desk.unfit is not None and isinstance(task, TrainTask):
         return Refused(plan.round_id, desk.unfit.code, desk.unfit.detail)
     active = desk.active
     if active is not None and not _supersedes(plan, active.plan):
@@ -169,43 +170,63 @@ def _supersedes(plan: Plan, active: Plan) -> bool:
     Its end may have been lost on the way. Leaving is safe at any time, and what the device still owed there
     nobody waits for.
     """
+    task, before = plan.task, active.task
     return (
-        plan.model == active.model
-        and plan.base_version > active.base_version
+        isinstance(task, TrainTask)
+        and isinstance(before, TrainTask)
+        and task.model == before.model
+        and task.base_version > before.base_version
         and plan.issued_at >= active.issued_at
     )
 
 
-def _judge_version(desk: Desk, plan: Plan, document: SignedDocument, now: int) -> Verdict:
-    round_id, shelf = plan.round_id, desk.library.shelf(plan.model)
-    if plan.manifest_sha256 in shelf.bad:
-        reason = shelf.bad[plan.manifest_sha256]
+def _judge_task(desk: Desk, plan: Plan, document: SignedDocument, now: int) -> Verdict:
+    task = plan.task
+    if isinstance(task, TrainTask):
+        return _judge_version(desk, plan, task, document, now)
+    if isinstance(task, QueryTask):
+        return Refused(plan.round_id, "unknown-field", f"this device declares no field {task.field}")
+    assert_never(task)
+
+
+def _judge_version(desk: Desk, plan: Plan, task: TrainTask, document: SignedDocument, now: int) -> Verdict:
+    round_id, shelf = plan.round_id, desk.library.shelf(task.model)
+    if task.manifest_sha256 in shelf.bad:
+        reason = shelf.bad[task.manifest_sha256]
         return Refused(
             round_id, "model-unusable", f"the base version does not run here: {reason}"[:MAX_DETAIL]
         )
-    version = desk.library.find(plan.model, plan.manifest_sha256)
+    version = desk.library.find(task.model, task.manifest_sha256)
     if version is None:
-        if shelf.newest > plan.base_version:
+        if shelf.newest > task.base_version:
             return Refused(
                 round_id,
                 "stale-version",
-                f"the plan starts from version {plan.base_version}, this device is at {shelf.newest}",
+                f"the plan starts from version {task.base_version}, this device is at {shelf.newest}",
             )
-        return Waiting(round_id, plan.model, plan.base_version)
+        return Waiting(round_id, task.model, task.base_version)
     manifest = version.manifest
-    if manifest.version != plan.base_version:
+    if manifest.version != task.base_version:
         return Refused(
             round_id,
             "bad-plan",
-            f"the plan's manifest is of version {manifest.version}, not {plan.base_version}",
+            f"the plan's manifest is of version {manifest.version}, not {task.base_version}",
         )
     unknown = [slot.name for slot in plan.privacy.metric_slots if slot.name not in METRICS]
     if unknown:
         return Refused(round_id, "unknown-metric", f"this device has no metric {unknown[0]}")
+    return _judge_cost(desk, plan, Training(task, manifest), document, now)
+
+
+def _judge_cost(
+    desk: Desk, plan: Plan, assignment: Assignment, document: SignedDocument, now: int
+) -> Verdict:
+    """The last gate: whether this device can afford the round."""
+    round_id = plan.round_id
     try:
-        encoding = round_encoding(plan, document.digest, manifest.parameter_count)
+        encoding = round_encoding(plan, document.digest, assignment.dimension)
         planned = event_for(encoding, plan.cohort.minimum_survivors)
     except PrivacyError as error:
         return Refused(round_id, "bad-plan", str(error)[:MAX_DETAIL])
     refusal = policy.check_epsilon(desk.profile.policy, planned, desk.history, now)
-    return Refused(round_id, refusal.code, refusal.detail) if refusal else Accepted(plan, manifest)
+    return Refused(round_id, refusal.code, refusal.detail) if refusal else Accepted(plan, assignment)

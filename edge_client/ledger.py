@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from protocol.dp.accounting import Spent, spend
 from protocol.dp.events import DPEvent, Mechanism
 from protocol.fields import RoundId, Sha256, Slug, UnixTime
+from protocol.plan import Task
 
 DAY = 86_400
 
@@ -29,8 +30,7 @@ class LedgerEntry(BaseModel):
     round_id: RoundId
     at: UnixTime
     fleet: Slug
-    model: Slug
-    base_version: Annotated[int, Field(ge=1)]
+    task: Task
     plan_sha256: Sha256
     signer: Sha256
     delta: Annotated[float, Field(gt=0, lt=1)]

@@ -14,7 +14,9 @@ first masked input that is durably stored is the only one that is ever offered.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import assert_never
 
+from edge_client.assignment import Answering, Assignment, Training, described
 from edge_client.events import (
     CloseRound,
     Fault,
@@ -34,7 +36,6 @@ from edge_client.ledger import LedgerEntry
 from edge_client.models import Library
 from edge_client.profile import Profile
 from edge_client.training import LocalUpdate, TrainingConfig
-from models.manifest import ModelManifest
 from protocol.dp.events import event_for
 from protocol.dp.mechanism import EncodingParameters
 from protocol.errors import IllegalEvent, RoundViolation
@@ -104,7 +105,7 @@ class ActiveRound:
     Attributes:
         document: the signed plan.
         plan: its content, verified.
-        manifest: of the plan's base version.
+        assignment: what the plan asks of this device.
         client: the protocol state.
         upload: the masked input, once it is durably stored.
         uploaded: its receipt came.
@@ -115,7 +116,7 @@ class ActiveRound:
 
     document: SignedDocument
     plan: Plan
-    manifest: ModelManifest
+    assignment: Assignment
     client: ClientState
     upload: BlobRef | None = None
     uploaded: bool = False
@@ -130,8 +131,8 @@ class ActiveRound:
 
     @property
     def encoding(self) -> EncodingParameters:
-        """How the update becomes a ring vector; a function of plan and manifest."""
-        return round_encoding(self.plan, self.document.digest, self.manifest.parameter_count)
+        """How this device's vector becomes one of the ring; a function of plan and manifest."""
+        return round_encoding(self.plan, self.document.digest, self.assignment.dimension)
 
 
 Step = tuple[ActiveRound | None, Outputs]
@@ -139,7 +140,7 @@ Step = tuple[ActiveRound | None, Outputs]
 
 
 def check_in(
-    profile: Profile, document: SignedDocument, plan: Plan, manifest: ModelManifest, stamp: Stamp
+    profile: Profile, document: SignedDocument, plan: Plan, assignment: Assignment, stamp: Stamp
 ) -> tuple[ActiveRound, Outputs]:
     """Joins a round whose plan was verified and agreed to."""
     context = RoundContext(
@@ -155,10 +156,10 @@ def check_in(
     )
     entropy = derive_key(stamp.entropy, purpose="edge/check-in")
     client = secagg.begin(context, profile.certificate, profile.identity, entropy)
-    active = ActiveRound(document, plan, manifest, client)
+    active = ActiveRound(document, plan, assignment, client)
     return active, (
         _save(active, stamp),
-        note("checked-in", round=plan.round_id, model=plan.model, base_version=plan.base_version),
+        note("checked-in", round=plan.round_id, **described(plan.task)),
         Send(client.answer),
     )
 
@@ -166,7 +167,9 @@ def check_in(
 def restore(record: RoundRecord) -> ActiveRound:
     """The round that an earlier process left; `advance` and `tick` take it up."""
     plan = Plan.from_bytes(record.document.payload)
-    return ActiveRound(record.document, plan, record.manifest, record.client, record.upload, record.uploaded)
+    return ActiveRound(
+        record.document, plan, record.assignment, record.client, record.upload, record.uploaded
+    )
 
 
 def answer_of(active: ActiveRound) -> FromDevice | None:
@@ -214,13 +217,11 @@ def advance(active: ActiveRound, library: Library, stamp: Stamp) -> Step:
     if not isinstance(active.client, SharesSent | Masking):
         return active, ()
     if isinstance(active.work, Untrained):
-        model, digest = active.manifest.name, active.plan.manifest_sha256
-        if library.ready(model, digest):
-            return replace(active, work=TrainingNow()), (_train(active, stamp),)
-        if library.find(model, digest) is None:
-            reason = library.shelf(model).bad.get(digest, "it was replaced before it was here")
-            return abort(active, Fault("model-unusable", f"the base version does not run: {reason}"), stamp)
-        return active, ()
+        if isinstance(active.assignment, Training):
+            return _begin_training(active, active.assignment, library, stamp)
+        if isinstance(active.assignment, Answering):
+            return abort(active, Fault("unknown-field", "this device answers no queries"), stamp)
+        assert_never(active.assignment)
     if isinstance(active.work, Trained) and isinstance(active.client, Masking):
         masking = MaskInput(
             active.round_id,
@@ -230,6 +231,16 @@ def advance(active: ActiveRound, library: Library, stamp: Stamp) -> Step:
             derive_key(stamp.entropy, purpose="edge/noise"),
         )
         return replace(active, work=MaskingNow()), (masking,)
+    return active, ()
+
+
+def _begin_training(active: ActiveRound, assignment: Training, library: Library, stamp: Stamp) -> Step:
+    model, digest = assignment.task.model, assignment.task.manifest_sha256
+    if library.ready(model, digest):
+        return replace(active, work=TrainingNow()), (_train(active.round_id, assignment, stamp),)
+    if library.find(model, digest) is None:
+        reason = library.shelf(model).bad.get(digest, "it was replaced before it was here")
+        return abort(active, Fault("model-unusable", f"the base version does not run: {reason}"), stamp)
     return active, ()
 
 
@@ -266,8 +277,7 @@ def input_written(active: ActiveRound, blob: BlobRef, stamp: Stamp) -> Step:
         round_id=plan.round_id,
         at=stamp.unix,
         fleet=plan.fleet,
-        model=plan.model,
-        base_version=plan.base_version,
+        task=plan.task,
         plan_sha256=active.document.digest.hex(),
         signer=active.document.key_id,
         delta=plan.privacy.delta,
@@ -341,16 +351,16 @@ def _leave(client: Aborted, stamp: Stamp) -> Step:
 
 
 def _save(active: ActiveRound, stamp: Stamp) -> SaveRound:
-    record = RoundRecord(active.document, active.manifest, active.client, active.upload, active.uploaded)
+    record = RoundRecord(active.document, active.assignment, active.client, active.upload, active.uploaded)
     return SaveRound(record, stamp.unix)
 
 
-def _train(active: ActiveRound, stamp: Stamp) -> Train:
-    training = active.plan.training
+def _train(round_id: str, assignment: Training, stamp: Stamp) -> Train:
+    training = assignment.task.training
     config = TrainingConfig(
         local_epochs=training.local_epochs,
         learning_rate=training.learning_rate,
         proximal_mu=training.proximal_mu,
         seed=int.from_bytes(derive_key(stamp.entropy, purpose="edge/example-order")[:8], "little"),
     )
-    return Train(active.round_id, active.manifest, config)
+    return Train(round_id, assignment.manifest, config)

@@ -15,7 +15,7 @@ from edge_client.ledger import DAY, History
 from protocol.dp.events import DPEvent, Mechanism
 from protocol.dp.parameters import PrivacyMode
 from protocol.fields import MAX_COHORT, Sha256
-from protocol.plan import Plan
+from protocol.plan import Plan, TrainTask
 
 
 class InvalidPolicy(ValueError):
@@ -230,20 +230,21 @@ def _check_privacy(policy: DevicePolicy, plan: Plan) -> PolicyRefusal | None:
         return PolicyRefusal(
             "privacy-mode", f"the plan's privacy mode is {privacy.mode}, privacy_modes allows {allowed}"
         )
-    if policy.maximum_clip_norm is not None and privacy.clip_norm > policy.maximum_clip_norm:
+    # A query's vector has no unit that an owner could set a bound in.
+    limit = policy.maximum_clip_norm if isinstance(plan.task, TrainTask) else None
+    if limit is not None and privacy.clip_norm > limit:
         return PolicyRefusal(
             "clip-norm",
-            f"the plan's clip norm is {privacy.clip_norm:g}, "
-            f"maximum_clip_norm is {policy.maximum_clip_norm:g}",
+            f"the plan's clip norm is {privacy.clip_norm:g}, maximum_clip_norm is {limit:g}",
         )
     return None
 
 
 def _check_effort(policy: DevicePolicy, plan: Plan, history: History, now: int) -> PolicyRefusal | None:
-    if plan.training.local_epochs > policy.maximum_local_epochs:
+    if isinstance(plan.task, TrainTask) and plan.task.training.local_epochs > policy.maximum_local_epochs:
         return PolicyRefusal(
             "too-many-epochs",
-            f"the plan trains {plan.training.local_epochs} epochs, "
+            f"the plan trains {plan.task.training.local_epochs} epochs, "
             f"maximum_local_epochs is {policy.maximum_local_epochs}",
         )
     today = history.within_day(now)

@@ -143,12 +143,12 @@ def privacy_text(answer: dict[str, Any]) -> str:
     entries = answer["entries"]
     if not entries:
         return f"{answer['device_id']} has contributed nothing yet"
-    headings = ("when", "round", "model", "mode", "clip norm", "noise", "in a sum of", "delta")
+    headings = ("when", "round", "for", "mode", "clip norm", "noise", "in a sum of", "delta")
     rows = [
         (
             _time(entry["at"]),
             entry["round_id"][:8],
-            f"{entry['model']} v{entry['base_version']}",
+            _asked(entry["task"]),
             entry["event"]["mode"],
             f"{entry['event']['clip_norm']:g}",
             f"{entry['event']['noise_multiplier']:g}",
@@ -171,6 +171,12 @@ def privacy_text(answer: dict[str, Any]) -> str:
     if answer["without_noise"]:
         lines.append(f"{answer['without_noise']} of them without noise: no epsilon bounds those")
     return "\n".join(lines)
+
+
+def _asked(task: dict[str, Any]) -> str:
+    if task["kind"] == "query":
+        return f"{task['question']['kind']} of {task['field']}"
+    return f"{task['model']} v{task['base_version']}"
 
 
 def _epsilon(value: float | None) -> str:

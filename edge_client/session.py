@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import assert_never
 
 from edge_client import models, participation
+from edge_client.assignment import Training
 from edge_client.events import (
     Announce,
     BlobFound,
@@ -188,7 +189,9 @@ def _invited(profile: Profile, state: SessionState, message: Invitation, stamp: 
         ended: Outputs = ()
         if state.active is not None:
             state, ended = _adopt(state, participation.close(state.active, "superseded", stamp))
-        active, outputs = participation.check_in(profile, message.plan, verdict.plan, verdict.manifest, stamp)
+        active, outputs = participation.check_in(
+            profile, message.plan, verdict.plan, verdict.assignment, stamp
+        )
         used, joined_at = state.used | {active.round_id}, (*recent, stamp.unix)
         state = replace(state, active=active, used=used, joined_at=joined_at)
         return state, (*ended, *outputs)
@@ -297,6 +300,8 @@ def _adopt(state: SessionState, step: Step) -> Result:
 
 def _keep(state: SessionState) -> KeepBlobs:
     """The files that are still needed: those of the library, and of the version that the round trains."""
-    manifest = state.active.manifest if state.active else None
-    training = {manifest.graph.sha256, manifest.weights.sha256} if manifest else frozenset()
-    return KeepBlobs(state.library.blobs() | training)
+    needed = state.library.blobs()
+    if state.active is not None and isinstance(state.active.assignment, Training):
+        manifest = state.active.assignment.manifest
+        needed |= {manifest.graph.sha256, manifest.weights.sha256}
+    return KeepBlobs(needed)

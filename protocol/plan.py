@@ -1,7 +1,9 @@
 """The plan: what one round asks of its cohort, signed by the operator's key.
 
 A device does nothing for a round but what its plan says, and every signature of the round covers the plan's
-hash: an aggregator that shows two devices different plans gets no unmasking.
+hash: an aggregator that shows two devices different plans gets no unmasking. What is asked is a closed union:
+train a model further (`TrainTask`), or answer a query over a number that the device's owner declares
+(`QueryTask`); all the rest of a round is the same for both.
 """
 
 from __future__ import annotations
@@ -18,6 +20,11 @@ from protocol.secagg.parameters import GraphAssumptions
 PLAN_KIND = "plan"
 MODEL_KIND = "model-manifest"
 
+MAX_BINS = 4096
+MAX_BOUND = 1e15
+MIN_RELATIVE_WIDTH = 1e-9
+"""Narrower bounds would ask for more digits than a double has left."""
+
 Seconds = Annotated[float, Field(gt=0, le=86_400)]
 
 
@@ -28,6 +35,82 @@ class TrainingParameters(Schema):
     learning_rate: Annotated[float, Field(gt=0, le=100)]
     proximal_mu: Annotated[float, Field(ge=0, le=1000)] = 0.0
     """Weight of the FedProx term (Li et al. 2020, arXiv 1812.06127); 0 is FedAvg."""
+
+
+class TrainTask(Schema):
+    """Train one version of a model further, on data that stays where it is."""
+
+    kind: Literal["train"] = "train"
+    model: Slug
+    base_version: Annotated[int, Field(ge=1, le=2**31)]
+    manifest_sha256: Sha256
+    """Digest of the signed manifest of the base version: same graph, same starting weights for all."""
+    training: TrainingParameters
+
+
+class SumQuestion(Schema):
+    """The sum of the cohort's values."""
+
+    kind: Literal["sum"] = "sum"
+
+
+class MeanQuestion(Schema):
+    """The mean of the cohort's values."""
+
+    kind: Literal["mean"] = "mean"
+
+
+class HistogramQuestion(Schema):
+    """How many of the cohort's values lie in each of `bins` intervals of equal width."""
+
+    kind: Literal["histogram"] = "histogram"
+    bins: Annotated[int, Field(ge=2, le=MAX_BINS)]
+
+
+class QuantileQuestion(Schema):
+    """The value below which a share `q` of the cohort's values lie, from a histogram of `bins` intervals."""
+
+    kind: Literal["quantile"] = "quantile"
+    q: Annotated[float, Field(ge=0, le=1)]
+    bins: Annotated[int, Field(ge=2, le=MAX_BINS)]
+
+
+Question = Annotated[
+    SumQuestion | MeanQuestion | HistogramQuestion | QuantileQuestion, Field(discriminator="kind")
+]
+Bound = Annotated[float, Field(ge=-MAX_BOUND, le=MAX_BOUND)]
+
+
+class QueryTask(Schema):
+    """Answer with one value of a field that the device's owner declares; no model has a part in it.
+
+    A value is clipped to [low, high] on the device. The bounds are public, and nothing about them may come
+    from the data: they alone bound what one device can change.
+    """
+
+    kind: Literal["query"] = "query"
+    field: Slug
+    low: Bound
+    high: Bound
+    question: Question
+
+    @model_validator(mode="after")
+    def _bounds_hold_an_interval(self) -> Self:
+        if not self.low < self.high:
+            raise ValueError(f"low {self.low:g} is not below high {self.high:g}")
+        if self.high - self.low < MIN_RELATIVE_WIDTH * max(abs(self.low), abs(self.high)):
+            raise ValueError("low and high are too close together to tell values between them apart")
+        return self
+
+    @property
+    def dimension(self) -> int:
+        """Elements of the vector that a device answers with (`protocol.queries`)."""
+        if isinstance(self.question, SumQuestion | MeanQuestion):
+            return 1
+        return self.question.bins
+
+
+Task = Annotated[TrainTask | QueryTask, Field(discriminator="kind")]
 
 
 class CohortParameters(Schema):
@@ -63,21 +146,26 @@ class Deadlines(Schema):
 
 
 class Plan(Schema):
-    """One round: model, training, privacy, cohort and deadlines."""
+    """One round: task, privacy, cohort and deadlines."""
 
     v: Literal[1] = PROTOCOL_VERSION
     fleet: Slug
     round_id: RoundId
-    model: Slug
-    base_version: Annotated[int, Field(ge=1, le=2**31)]
-    manifest_sha256: Sha256
-    """Digest of the signed manifest of the base version: same graph, same starting weights for all."""
-    training: TrainingParameters
+    task: Task
     privacy: PrivacyParameters
     cohort: CohortParameters
     deadlines: Deadlines = Deadlines()
     issued_at: UnixTime
     expires_at: UnixTime
+
+    @model_validator(mode="after")
+    def _privacy_fits_the_task(self) -> Self:
+        # A query's vector has norm 1 by its definition and nothing rides behind it, so that everybody who
+        # reads the plan knows what its noise multiplier means.
+        privacy = self.privacy
+        if isinstance(self.task, QueryTask) and (privacy.clip_norm != 1 or privacy.slots or privacy.rotation):
+            raise ValueError("a query has clip norm 1, no metrics, no adaptive clipping and no rotation")
+        return self
 
     def to_bytes(self) -> bytes:
         """The JSON bytes that are signed and hashed."""

@@ -1,4 +1,4 @@
-"""How a round's updates are encoded, from its signed plan: one rule for the devices and the aggregator."""
+"""How a round's vectors are encoded, from its signed plan: one rule for the devices and the aggregator."""
 
 from __future__ import annotations
 
@@ -27,10 +27,11 @@ def round_encoding(plan: Plan, plan_hash: bytes, dimension: int) -> EncodingPara
         plan: the verified plan.
         plan_hash: SHA-256 of its signed bytes; it seeds the rotation, so that nobody chooses the seed alone
             and no two rounds share one.
-        dimension: parameters of the model that the plan names.
+        dimension: elements of one device's vector: parameters of the model to train, or
+            `QueryTask.dimension`.
 
     Raises:
-        InvalidParameters: the plan makes no round with a model of this size.
+        InvalidParameters: the plan makes no round with vectors of this size.
     """
     return derive_encoding(
         plan.privacy,

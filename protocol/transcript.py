@@ -19,7 +19,8 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from protocol.dp.events import DPEvent
 from protocol.errors import ProtocolError
-from protocol.fields import MAX_COHORT, PROTOCOL_VERSION, Bytes32, RoundId, Schema, Sha256, Slug
+from protocol.fields import MAX_COHORT, PROTOCOL_VERSION, Bytes32, RoundId, Schema, Sha256
+from protocol.plan import Task
 
 MAX_RECORD_BYTES = 16_384
 GENESIS = bytes(32)
@@ -37,8 +38,8 @@ class PlanRecord(Schema):
 
     kind: Literal["plan"] = "plan"
     plan_sha256: Sha256
-    model: Slug
-    base_version: Annotated[int, Field(ge=1, le=2**31)]
+    task: Task
+    """What the plan asks, which is public to every device of the cohort."""
 
 
 class RosterRecord(Schema):

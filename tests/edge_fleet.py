@@ -71,7 +71,7 @@ from protocol.messages import (
     UploadOffer,
     UploadReceipt,
 )
-from protocol.plan import MODEL_KIND, PLAN_KIND, CohortParameters, Plan, TrainingParameters
+from protocol.plan import MODEL_KIND, PLAN_KIND, CohortParameters, Plan, TrainingParameters, TrainTask
 from protocol.round_encoding import round_encoding
 from protocol.secagg import server
 from protocol.secagg.client_state import dump_state, load_state
@@ -145,15 +145,19 @@ def announcement(model: ModelManifest, signer: Ed25519PrivateKey = OPERATOR) -> 
 
 
 def plan(round_id: str = "a" * 32, base: ModelManifest | None = None, **changes: Any) -> Plan:
-    """A plan that a permissive device agrees to; `changes` replace its fields."""
+    """A plan that a permissive device agrees to; `changes` replace its fields, or those of its task."""
     base = base or manifest()
-    values: dict[str, Any] = {
-        "fleet": FLEET,
-        "round_id": round_id,
+    task = {
         "model": base.name,
         "base_version": base.version,
         "manifest_sha256": base.sha256(),
         "training": TrainingParameters(local_epochs=1, learning_rate=0.1),
+    }
+    task |= {name: changes.pop(name) for name in task if name in changes}
+    values: dict[str, Any] = {
+        "fleet": FLEET,
+        "round_id": round_id,
+        "task": TrainTask(**task),
         "privacy": PrivacyParameters(
             mode=PrivacyMode.NONE,
             clip_norm=10.0,

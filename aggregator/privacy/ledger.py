@@ -17,16 +17,21 @@ from aggregator.repository import Reader
 from protocol import transcript
 from protocol.dp.accounting import Spent
 from protocol.dp.events import DPEvent
+from protocol.plan import TrainTask
 
 _EVENT: TypeAdapter[DPEvent] = TypeAdapter(DPEvent)
 
 
 @dataclass(frozen=True)
 class Release:
-    """One release that a transcript tells of."""
+    """One release that a transcript tells of.
+
+    Attributes:
+        model: the model that was trained; None for a query.
+    """
 
     round_id: str
-    model: str
+    model: str | None
     event: DPEvent
 
 
@@ -37,12 +42,14 @@ class LedgerAudit:
     Attributes:
         population: over all models: they all say something about the same devices.
         models: of each model's rounds alone.
+        queries: of all queries alone.
         rounds: how many rounds the transcript holds, released or not.
         differences: where the stored ledger says something else, a sentence each; empty when it agrees.
     """
 
     population: Spent
     models: Mapping[str, Spent]
+    queries: Spent
     rounds: int
     differences: tuple[str, ...]
 
@@ -61,10 +68,11 @@ def audit_ledger(reader: Reader, delta: float) -> LedgerAudit:
     records = {round_id: reader.transcript(round_id) for round_id in ended}
     chained = _chain(records, reader.transcript_head())
     releases = [release for round_ in chained if (release := _release(round_)) is not None]
-    models = sorted({release.model for release in releases})
+    models = sorted({release.model for release in releases if release.model is not None})
     return LedgerAudit(
         account([release.event for release in releases], delta),
         {name: account([r.event for r in releases if r.model == name], delta) for name in models},
+        account([r.event for r in releases if r.model is None], delta),
         len(chained),
         _differences(releases, reader.ledger()),
     )
@@ -90,10 +98,11 @@ def _chain(records: Mapping[str, Sequence[bytes]], head: bytes | None) -> list[t
 
 
 def _release(records: Sequence[transcript.Record]) -> Release | None:
-    model = ""
+    model = None
     for record in records:
         if isinstance(record.content, transcript.PlanRecord):
-            model = record.content.model
+            task = record.content.task
+            model = task.model if isinstance(task, TrainTask) else None
         if isinstance(record.content, transcript.PrivacyRecord):
             return Release(record.round_id, model, record.content.event)
     return None
@@ -109,7 +118,10 @@ def _differences(releases: Sequence[Release], ledger: Sequence[LedgerEntry]) -> 
             continue
         release = told[round_id]
         if entry.model != release.model:
-            found.append(f"round {round_id} is of {release.model}, the ledger says {entry.model}")
+            found.append(
+                f"round {round_id} is of {release.model or 'a query'}, "
+                f"the ledger says {entry.model or 'a query'}"
+            )
         if _parse(entry.event) != release.event:
             found.append(f"round {round_id} has another event in the ledger than in the transcript")
     return tuple(found)

@@ -13,7 +13,7 @@ from models.manifest import ModelManifest
 from protocol.dp.parameters import MetricSlot, PrivacyParameters
 from protocol.errors import MalformedMessage, ProtocolError
 from protocol.fields import Bytes32, RoundId, Schema, Slug
-from protocol.plan import CohortParameters, Deadlines, Plan, TrainingParameters
+from protocol.plan import CohortParameters, Deadlines, Plan, Task, TrainingParameters, TrainTask
 from protocol.round_encoding import METRICS, round_encoding
 from protocol.secagg.parameters import parameters
 
@@ -69,12 +69,21 @@ class CampaignSettings(Schema):
         return hashlib.sha256(self.selection_seed + number.to_bytes(8, "big")).digest()
 
 
+def train_task(settings: CampaignSettings, base: ModelManifest) -> TrainTask:
+    """The task of a round that improves `base`."""
+    return TrainTask(
+        model=base.name,
+        base_version=base.version,
+        manifest_sha256=base.sha256(),
+        training=settings.training,
+    )
+
+
 def make_plan(
     settings: CampaignSettings,
     fleet: Slug,
     round_id: RoundId,
-    base: ModelManifest,
-    manifest_sha256: str,
+    task: Task,
     now: Moment,
 ) -> Plan:
     """Makes the plan of one round.
@@ -83,8 +92,7 @@ def make_plan(
         settings: of the campaign.
         fleet: the fleet's name.
         round_id: fresh, 128 random bits.
-        base: manifest of the version to improve.
-        manifest_sha256: its digest.
+        task: what the round asks of each device.
         now: the plan is valid from here until every deadline has passed.
     """
     limits = settings.deadlines
@@ -98,10 +106,7 @@ def make_plan(
     return Plan(
         fleet=fleet,
         round_id=round_id,
-        model=base.name,
-        base_version=base.version,
-        manifest_sha256=manifest_sha256,
-        training=settings.training,
+        task=task,
         privacy=settings.privacy,
         cohort=settings.cohort,
         deadlines=limits,
@@ -120,7 +125,7 @@ def check_settings(settings: CampaignSettings, base: ModelManifest) -> None:
     unknown = {slot.name for slot in settings.privacy.metric_slots} - METRICS.keys()
     if unknown:
         raise ValueError(f"devices know no metric {sorted(unknown)}; they know {sorted(METRICS)}")
-    trial = make_plan(settings, "trial", "0" * 32, base, "0" * 64, Moment(0, 0))
+    trial = make_plan(settings, "trial", "0" * 32, train_task(settings, base), Moment(0, 0))
     try:
         round_encoding(trial, bytes(32), base.parameter_count)
         parameters(settings.cohort.size, settings.cohort.graph)

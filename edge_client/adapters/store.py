@@ -28,6 +28,7 @@ from edge_client.adapters.files import (
     private_directory,
     storage_errors,
 )
+from edge_client.assignment import Assignment, Training, assignment_of
 from edge_client.events import (
     CloseRound,
     Durable,
@@ -44,8 +45,10 @@ from edge_client.models import StoredVersion
 from edge_client.session import Memory
 from models.manifest import ModelManifest
 from protocol.dp.events import DPEvent
+from protocol.errors import MalformedMessage
 from protocol.fields import BlobRef
 from protocol.identity import SignedDocument
+from protocol.plan import Plan
 from protocol.secagg.client_state import dump_state, load_state
 
 APPLICATION_ID = 0x436F7665  # "Cove"
@@ -246,7 +249,7 @@ class DeviceStore:
                 at,
                 phase,
                 record.document.model_dump_json(),
-                record.manifest.to_bytes(),
+                _manifest_bytes(record.assignment),
                 client,
                 record.upload.sha256 if record.upload else None,
                 record.upload.size if record.upload else None,
@@ -304,14 +307,18 @@ class DeviceStore:
             return None
         plan, manifest, phase, client, sha256, size, uploaded = row
         try:
+            document = SignedDocument.model_validate_json(plan)
             return RoundRecord(
-                document=SignedDocument.model_validate_json(plan),
-                manifest=ModelManifest.from_bytes(manifest),
+                document=document,
+                assignment=assignment_of(
+                    Plan.from_bytes(document.payload).task,
+                    None if manifest is None else ModelManifest.from_bytes(manifest),
+                ),
                 client=load_state(phase, client),
                 upload=BlobRef(sha256=sha256, size=size) if sha256 else None,
                 uploaded=bool(uploaded),
             )
-        except (ValueError, KeyError):
+        except (ValueError, KeyError, MalformedMessage):
             # Written by a client that kept rounds otherwise. Leaving one is always safe; its id stays used.
             _LOG.warning("unreadable-round phase=%s", phase)
             return None
@@ -364,6 +371,10 @@ class DeviceStore:
                 (limit,),
             ).fetchall()
         return tuple(RoundSummary(*row) for row in rows)
+
+
+def _manifest_bytes(assignment: Assignment) -> bytes | None:
+    return assignment.manifest.to_bytes() if isinstance(assignment, Training) else None
 
 
 @contextlib.contextmanager

@@ -20,7 +20,7 @@ from models.weights import decode_weights
 from protocol import ring, transcript
 from protocol.dp.mechanism import decode
 from protocol.identity import SignedDocument
-from protocol.plan import Deadlines, Plan
+from protocol.plan import Deadlines, Plan, TrainTask
 from protocol.round_encoding import round_encoding
 from tests.aggregator_devices import toy_input
 from tests.aggregator_process import ServiceProcess, SimulatedFleet
@@ -60,7 +60,8 @@ def exact_sum(operator: Operator, view: RoundView) -> NDArray[np.float32]:
     total = np.zeros(encoding.length, np.uint32)
     for device_id in view.report.survivors:
         ring.add(total, toy_input(device_id, encoding), encoding.bits, out=total)
-    base = operator.model("toy", plan.base_version)
+    assert isinstance(plan.task, TrainTask)
+    base = operator.model("toy", plan.task.base_version)
     mean = decode(total, len(view.report.survivors), encoding)[0]
     return decode_weights(base.weights, base.manifest) + mean
 

@@ -31,7 +31,7 @@ from protocol.messages import (
     UploadOffer,
     UploadReceipt,
 )
-from protocol.plan import PLAN_KIND, CohortParameters, Plan, TrainingParameters
+from protocol.plan import PLAN_KIND, CohortParameters, Plan, TrainingParameters, TrainTask
 from protocol.round_encoding import round_encoding
 from protocol.secagg import server
 from protocol.secagg.masking import apply_masks
@@ -51,10 +51,12 @@ class Round:
         self.plan = Plan(
             fleet=FLEET,
             round_id=secrets.token_hex(16),
-            model="watch",
-            base_version=1,
-            manifest_sha256=WATCH.manifest.sha256(),
-            training=TrainingParameters(local_epochs=1, learning_rate=0.05),
+            task=TrainTask(
+                model="watch",
+                base_version=1,
+                manifest_sha256=WATCH.manifest.sha256(),
+                training=TrainingParameters(local_epochs=1, learning_rate=0.05),
+            ),
             privacy=PrivacyParameters(
                 mode=PrivacyMode.DISTRIBUTED,
                 clip_norm=1.0,

@@ -61,12 +61,10 @@ class Table:
         self.sent: list[Send] = []
         _, settings = replace(REQUEST, cohort=size).resolve()
         from aggregator.registry.publishing import manifest_of
-        from aggregator.rounds.planning import make_plan
+        from aggregator.rounds.planning import make_plan, train_task
 
-        version = self.bench.operator.versions()[0]
-        plan = make_plan(
-            settings, "orchard", secrets.token_hex(16), manifest_of(version), version.manifest_sha256, START
-        )
+        task = train_task(settings, manifest_of(self.bench.operator.versions()[0]))
+        plan = make_plan(settings, "orchard", secrets.token_hex(16), task, START)
         self.document = self.bench.authority.sign_plan(plan)
         self.plan = plan
         self.state, outputs = machine.begin(plan, self.document, self.bench.authority.ca, self.devices, START)

@@ -39,7 +39,7 @@ from protocol.messages import (
     UploadOffer,
     UploadReceipt,
 )
-from protocol.plan import MODEL_KIND, Deadlines, Plan
+from protocol.plan import MODEL_KIND, Deadlines, Plan, TrainTask
 from protocol.round_encoding import round_encoding
 from protocol.transfer import describe
 from tests.aggregator_bench import Bench
@@ -87,7 +87,8 @@ def expected_weights(bench: Bench, view: RoundView) -> NDArray[np.float32]:
         ring.add(total, toy_input(device_id, encoding), encoding.bits, out=total)
     mean, metrics = decode(total, len(view.report.survivors), encoding)
     assert view.report.metrics == metrics
-    base = bench.operator.model("toy", plan.base_version)
+    assert isinstance(plan.task, TrainTask)
+    base = bench.operator.model("toy", plan.task.base_version)
     state = FedAvg().init(decode_weights(base.weights, base.manifest))
     return FedAvg().apply(state, mean).parameters
 

@@ -19,7 +19,7 @@ from protocol.dp.parameters import MetricSlot, PrivacyMode, PrivacyParameters
 from protocol.dp.scaling import derive_encoding
 from protocol.identity import SignedDocument, key_id
 from protocol.messages import AdvertiseKeys, Invitation, Refusal
-from protocol.plan import PLAN_KIND, CohortParameters, TrainingParameters
+from protocol.plan import PLAN_KIND, CohortParameters, MeanQuestion, QueryTask, TrainingParameters
 from protocol.secagg.parameters import GraphAssumptions
 from tests.edge_fleet import (
     FLEET,
@@ -260,8 +260,7 @@ def contribution(round_id: str, at: int, cost: DPEvent | None = None) -> LedgerE
         round_id=round_id,
         at=at,
         fleet=FLEET,
-        model="watch",
-        base_version=1,
+        task=plan().task,
         plan_sha256="0" * 64,
         signer="0" * 64,
         delta=1e-5,
@@ -400,3 +399,10 @@ def test_an_expired_certificate_is_no_ticket() -> None:
     device.unix = NOW + 400 * DAY
     late = plan(issued_at=device.unix - 10, expires_at=device.unix + 100)
     assert code_of(answer(device, invitation(late))) == "certificate-invalid"
+
+
+def test_a_query_over_a_field_that_nobody_declared_is_refused() -> None:
+    task = QueryTask(field="battery-temperature", low=0.0, high=80.0, question=MeanQuestion())
+    privacy = plan().privacy.model_copy(update={"clip_norm": 1.0, "metric_slots": (), "rotation": False})
+    device = FakeDevice()
+    assert code_of(answer(device, invitation(plan(task=task, privacy=privacy)))) == "unknown-field"

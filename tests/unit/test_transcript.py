@@ -11,6 +11,7 @@ from protocol import transcript
 from protocol.dp.events import event_for
 from protocol.dp.mechanism import derive_encoding
 from protocol.dp.parameters import PrivacyMode, PrivacyParameters
+from protocol.plan import TrainingParameters, TrainTask
 from protocol.transcript import (
     GENESIS,
     AbortRecord,
@@ -37,7 +38,15 @@ EVENT = event_for(
     ),
     survivors=4,
 )
-PLAN = PlanRecord(plan_sha256="1" * 64, model="watch", base_version=1)
+PLAN = PlanRecord(
+    plan_sha256="1" * 64,
+    task=TrainTask(
+        model="watch",
+        base_version=1,
+        manifest_sha256="0" * 64,
+        training=TrainingParameters(local_epochs=1, learning_rate=0.1),
+    ),
+)
 ROSTER = RosterRecord(roster_hash=b"r" * 32, size=5)
 SURVIVORS = SurvivorsRecord(survivors_hash=b"s" * 32, size=4)
 COMPLETED: list[Content] = [
