@@ -13,6 +13,8 @@ VENV_TFF ?= .venv-tff
 BENCH ?= secagg
 ARGS ?=
 PYTEST_ARGS ?=
+# More than cores, since many tests wait for brokers and deadlines; a file's tests stay together.
+PARALLEL ?= -n 4 --dist loadfile
 
 # The first that runs and fits: a version manager's stub may exist and yet not run.
 supported = $(shell for name in $(1); do "$$name" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' \
@@ -48,7 +50,7 @@ demo: $(STAMP)-demo  ## set up, then let ten watches train one model: `covey dem
 	@$(BIN)/covey demo $(ARGS)
 
 test: debian $(STAMP)-dev  ## set up (Debian packages too, when root), then lint and run the fast tests
-	@lint=0; $(MAKE) lint || lint=$$?; $(BIN)/python -m pytest $(PYTEST_ARGS) && exit $$lint
+	@lint=0; $(MAKE) lint || lint=$$?; $(BIN)/python -m pytest $(PARALLEL) $(PYTEST_ARGS) && exit $$lint
 
 test-slow: debian-slow $(STAMP)-dev  ## the slow tests: whole demo, aarch64, browser, faults
 	@$(BIN)/python -m pytest -m "e2e or arm64 or browser or chaos" $(PYTEST_ARGS) || [ $$? -eq 5 ]
@@ -56,7 +58,7 @@ test-slow: debian-slow $(STAMP)-dev  ## the slow tests: whole demo, aarch64, bro
 test-313:  ## unit and property tests of the bare device install on Python 3.13, where there is one
 	$(eval PYTHON_313 := $(PYTHON_313))
 	@$(if $(PYTHON_313),$(MAKE) PYTHON_313="$(PYTHON_313)" $(VENV_313)/.covey-device \
-		&& $(VENV_313)/bin/python -m pytest tests/unit tests/property $(PYTEST_ARGS),\
+		&& $(VENV_313)/bin/python -m pytest $(PARALLEL) tests/unit tests/property $(PYTEST_ARGS),\
 		echo "no Python 3.13 on this machine: its tests are skipped")
 
 test-all:  ## every test there is
@@ -124,7 +126,7 @@ $(STAMP)-dev: pyproject.toml | $(STAMP)-venv
 $(VENV_313)/.covey-device: pyproject.toml
 	@echo "installing the device's packages into $(VENV_313)"
 	@"$(PYTHON_313)" -m venv "$(VENV_313)"
-	@$(VENV_313)/bin/python $(PIP_INSTALL) -e . 'pytest>=8' 'pytest-timeout>=2.3' 'hypothesis>=6.100'
+	@$(VENV_313)/bin/python $(PIP_INSTALL) -e . 'pytest>=8' 'pytest-timeout>=2.3' 'pytest-xdist>=3.6' 'hypothesis>=6.100'
 	@touch $@
 
 $(VENV_PEERS)/.covey-peers: benchmarks/requirements-peers.txt | $(STAMP)-venv

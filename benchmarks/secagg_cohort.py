@@ -178,7 +178,8 @@ class RealClient:
         both = "share keys"
         self._handle(both, lambda: client.RosterReceived(message, drawn, NOW, CertificateCache()))
         self.watch.add("verify roster", cold)
-        self.watch.add("make and seal shares", self.watch.parts.pop(both) - cold)
+        # Two clocks that are read apart: on a busy machine the difference can fall below nothing.
+        self.watch.add("make and seal shares", max(0.0, self.watch.parts.pop(both) - cold))
 
     def masked_input(self, vector: NDArray[np.uint32], bits: int) -> list[tuple[int, bytes]]:
         """The packed slices of the masked vector."""
