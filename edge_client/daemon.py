@@ -133,6 +133,7 @@ class Daemon:
         """Runs until `Stop` comes; leaves an offline status behind."""
         active = self._state.active
         self._store.blobs.keep_upload(active.round_id if active else None)
+        self._store.keep_local()
         self._worker.start()
         self._check_conditions()
         self._take(Started())

@@ -112,10 +112,11 @@ class TrainingFinished:
 
 @dataclass(frozen=True)
 class InputWritten:
-    """The packed masked input is on disk, fsynced."""
+    """The packed masked input is on disk, fsynced, and so are the local parameters that go with it."""
 
     round_id: str
     blob: BlobRef
+    local: BlobRef | None = None
 
 
 @dataclass(frozen=True)
@@ -184,6 +185,19 @@ class CloseRound:
     round_id: str
     outcome: str
     at: int
+
+
+@dataclass(frozen=True)
+class SaveLocal:
+    """From now on these are the device's local parameters of a model; the file is on disk already.
+
+    Attributes:
+        layout: digest of their names and shapes (`ModelManifest.local_layout`).
+    """
+
+    model: str
+    layout: str
+    blob: BlobRef
 
 
 class VersionStatus(StrEnum):
@@ -273,11 +287,16 @@ class TestVersion:
 
 @dataclass(frozen=True)
 class Train:
-    """Train on this device's examples; the answer is `TrainingFinished` or `WorkFailed`."""
+    """Train on this device's examples; the answer is `TrainingFinished` or `WorkFailed`.
+
+    Attributes:
+        local: the device's local parameters; None where the model has none, or they start anew.
+    """
 
     round_id: str
     manifest: ModelManifest
     config: TrainingConfig
+    local: BlobRef | None = None
 
 
 @dataclass(frozen=True)
@@ -311,8 +330,8 @@ class Note:
     fields: Mapping[str, Any] = field(default_factory=dict)
 
 
-Durable = SaveRound | SaveContribution | CloseRound | SaveVersion | ForgetVersion | StoreChunk
-DURABLE = (SaveRound, SaveContribution, CloseRound, SaveVersion, ForgetVersion, StoreChunk)
+Durable = SaveRound | SaveContribution | SaveLocal | CloseRound | SaveVersion | ForgetVersion | StoreChunk
+DURABLE = (SaveRound, SaveContribution, SaveLocal, CloseRound, SaveVersion, ForgetVersion, StoreChunk)
 Output = (
     Durable | Send | SendChunks | Announce | FindBlob | KeepBlobs | TestVersion | Train | MaskInput | Note
 )

@@ -23,6 +23,7 @@ from edge_client.events import (
     ForgetVersion,
     Output,
     Outputs,
+    SaveLocal,
     SaveVersion,
     Send,
     Stamp,
@@ -116,9 +117,14 @@ class Shelf:
 
 @dataclass(frozen=True)
 class Library:
-    """Every model's shelf, by name."""
+    """Every model's shelf, by name.
+
+    Attributes:
+        own: this device's local parameters of models that have such, by model; they outlive versions.
+    """
 
     shelves: Mapping[str, Shelf] = field(default_factory=dict)
+    own: Mapping[str, SaveLocal] = field(default_factory=dict)
 
     def shelf(self, model: str) -> Shelf:
         """The shelf of a model; an empty one when it is not known."""
@@ -151,8 +157,21 @@ class Library:
             for blob in version.blobs
         )
 
+    def local(self, manifest: ModelManifest) -> BlobRef | None:
+        """This device's local parameters for a version; None if it has none of these names and shapes yet.
+
+        Then they start where the version says. Those of other shapes stay until a round replaces them, so
+        that a version that is taken back finds its own again.
+        """
+        own = self.own.get(manifest.name)
+        return own.blob if own is not None and own.layout == manifest.local_layout else None
+
+    def with_local(self, saved: SaveLocal) -> Library:
+        """The library after a round has moved a model's local parameters."""
+        return replace(self, own={**self.own, saved.model: saved})
+
     def _with(self, model: str, shelf: Shelf) -> Library:
-        return Library({**self.shelves, model: shelf})
+        return replace(self, shelves={**self.shelves, model: shelf})
 
 
 @dataclass(frozen=True)
@@ -165,9 +184,9 @@ class StoredVersion:
     reason: str
 
 
-def restore(stored: Iterable[StoredVersion]) -> Library:
+def restore(stored: Iterable[StoredVersion], own: Iterable[SaveLocal] = ()) -> Library:
     """The library that an earlier process left; `resume` takes up its candidates."""
-    library = Library()
+    library = Library(own={saved.model: saved for saved in own})
     for item in sorted(stored, key=lambda item: item.manifest.version):
         version = Version(item.document, item.manifest)
         shelf = library.shelf(item.manifest.name)

@@ -24,6 +24,7 @@ from edge_client.events import (
     Outputs,
     RoundRecord,
     SaveContribution,
+    SaveLocal,
     SaveRound,
     Send,
     SendChunks,
@@ -237,7 +238,8 @@ def advance(active: ActiveRound, library: Library, stamp: Stamp) -> Step:
 def _begin_training(active: ActiveRound, assignment: Training, library: Library, stamp: Stamp) -> Step:
     model, digest = assignment.task.model, assignment.task.manifest_sha256
     if library.ready(model, digest):
-        return replace(active, work=TrainingNow()), (_train(active.round_id, assignment, stamp),)
+        local = library.local(assignment.manifest)
+        return replace(active, work=TrainingNow()), (_train(active.round_id, assignment, local, stamp),)
     if library.find(model, digest) is None:
         reason = library.shelf(model).bad.get(digest, "it was replaced before it was here")
         return abort(active, Fault("model-unusable", f"the base version does not run: {reason}"), stamp)
@@ -259,8 +261,12 @@ def trained(active: ActiveRound, library: Library, update: LocalUpdate, stamp: S
     return following, (finished, *outputs)
 
 
-def input_written(active: ActiveRound, blob: BlobRef, stamp: Stamp) -> Step:
-    """The masked input is on disk: commit to it, enter it into the ledger, and offer it."""
+def input_written(active: ActiveRound, blob: BlobRef, local: BlobRef | None, stamp: Stamp) -> Step:
+    """The masked input is on disk: commit to it, enter it into the ledger, and offer it.
+
+    Local parameters move with it, in the same transaction: once for each contribution. A round that this
+    device leaves before has changed nothing; what becomes of the sum afterwards does not matter to them.
+    """
     if not isinstance(active.client, Masking) or not isinstance(active.work, MaskingNow):
         return active, ()
     client, _ = secagg.handle(active.client, secagg.InputMasked(blob))
@@ -283,9 +289,14 @@ def input_written(active: ActiveRound, blob: BlobRef, stamp: Stamp) -> Step:
         delta=plan.privacy.delta,
         event=event_for(active.encoding, plan.cohort.minimum_survivors),
     )
+    moved: Outputs = ()
+    if local is not None and isinstance(active.assignment, Training):
+        manifest = active.assignment.manifest
+        moved = (SaveLocal(manifest.name, manifest.local_layout, local),)
     return active, (
         _save(active, stamp),
         SaveContribution(entry),
+        *moved,
         note("input-masked", round=plan.round_id, bytes=blob.size),
         Send(UploadOffer(round_id=plan.round_id, blob=blob)),
     )
@@ -355,7 +366,7 @@ def _save(active: ActiveRound, stamp: Stamp) -> SaveRound:
     return SaveRound(record, stamp.unix)
 
 
-def _train(round_id: str, assignment: Training, stamp: Stamp) -> Train:
+def _train(round_id: str, assignment: Training, local: BlobRef | None, stamp: Stamp) -> Train:
     training = assignment.task.training
     config = TrainingConfig(
         local_epochs=training.local_epochs,
@@ -363,4 +374,4 @@ def _train(round_id: str, assignment: Training, stamp: Stamp) -> Train:
         proximal_mu=training.proximal_mu,
         seed=int.from_bytes(derive_key(stamp.entropy, purpose="edge/example-order")[:8], "little"),
     )
-    return Train(round_id, assignment.manifest, config)
+    return Train(round_id, assignment.manifest, config, local)

@@ -18,9 +18,10 @@ from edge_client.adapters.files import StorageError
 from edge_client.adapters.store import DATABASE, DeviceStore
 from edge_client.events import VersionStatus
 from edge_client.ledger import DAY, History, LedgerEntry
+from edge_client.models import Library
 from edge_client.training import LocalTrainer
 from models.manifest import ModelManifest
-from models.weights import decode_weights
+from models.weights import decode_local, decode_weights
 
 TrainerFactory = Callable[[ModelManifest, bytes], LocalTrainer]
 
@@ -184,7 +185,7 @@ def _epsilon(value: float | None) -> str:
 
 
 def predict(state: Path, path: Path, model: str | None, trainer: TrainerFactory) -> dict[str, Any]:
-    """Class probabilities for the examples in an NPY file, from the last good version.
+    """Class probabilities for the examples in an NPY file, from the last good version and local parameters.
 
     Raises:
         NoModel: no version of the model is good yet.
@@ -194,9 +195,9 @@ def predict(state: Path, path: Path, model: str | None, trainer: TrainerFactory)
     """
     x = _read(path)
     for attempt in (1, 2):
-        manifest, graph, weights = None, b"", b""
+        manifest, graph, weights, local = None, b"", b"", None
         try:
-            manifest, graph, weights = _last_good(state, model)
+            manifest, graph, weights, local = _last_good(state, model)
             break
         except StorageError:
             # `run` may have switched versions and deleted the old one's files in between.
@@ -204,7 +205,7 @@ def predict(state: Path, path: Path, model: str | None, trainer: TrainerFactory)
                 raise
     assert manifest is not None  # noqa: S101 - the loop ended by `break`
     examples = x[np.newaxis] if x.shape == manifest.input.shape else x
-    probabilities = trainer(manifest, graph).predict(decode_weights(weights, manifest), examples)
+    probabilities = trainer(manifest, graph).predict(decode_weights(weights, manifest), examples, local)
     return {
         "model": manifest.name,
         "version": manifest.version,
@@ -246,7 +247,9 @@ def _read(path: Path) -> NDArray[np.float32]:
     return x.astype(np.float32)
 
 
-def _last_good(state: Path, model: str | None) -> tuple[ModelManifest, bytes, bytes]:
+def _last_good(
+    state: Path, model: str | None
+) -> tuple[ModelManifest, bytes, bytes, NDArray[np.float32] | None]:
     load_credentials(state)
     if not (state / DATABASE).exists():
         raise NoModel("this device has no model yet: start `covey-edge run`")
@@ -260,7 +263,9 @@ def _last_good(state: Path, model: str | None) -> tuple[ModelManifest, bytes, by
             missing = f"no good version of {model}" if model else "no model"
             raise NoModel(f"this device has {missing} yet: it comes while `covey-edge run` runs")
         manifest = max(chosen, key=lambda manifest: manifest.version)
-        return manifest, store.blobs.read(manifest.graph), store.blobs.read(manifest.weights)
+        own = Library(own={saved.model: saved for saved in store.local()}).local(manifest)
+        local = decode_local(store.blobs.read_local(own)) if own is not None else None
+        return manifest, store.blobs.read(manifest.graph), store.blobs.read(manifest.weights), local
 
 
 def _time(seconds: int) -> str:

@@ -25,6 +25,7 @@ from edge_client.events import (
     Outputs,
     RoundRecord,
     SaveContribution,
+    SaveLocal,
     Send,
     Stamp,
     Started,
@@ -99,6 +100,7 @@ class Memory:
     """What an earlier process left on disk."""
 
     versions: tuple[StoredVersion, ...] = ()
+    local: tuple[SaveLocal, ...] = ()
     active: RoundRecord | None = None
     used: frozenset[str] = frozenset()
     joined_at: tuple[int, ...] = ()
@@ -112,7 +114,7 @@ Result = tuple[SessionState, Outputs]
 def restore(memory: Memory) -> SessionState:
     """The state that follows from what is on disk; the event `Started` takes it up."""
     return SessionState(
-        library=models.restore(memory.versions),
+        library=models.restore(memory.versions, memory.local),
         active=participation.restore(memory.active) if memory.active else None,
         used=memory.used,
         joined_at=memory.joined_at,
@@ -276,7 +278,7 @@ def _worked(state: SessionState, event: TrainingFinished | InputWritten | WorkFa
     if isinstance(event, TrainingFinished):
         return _adopt(state, participation.trained(active, state.library, event.update, stamp))
     if isinstance(event, InputWritten):
-        return _adopt(state, participation.input_written(active, event.blob, stamp))
+        return _adopt(state, participation.input_written(active, event.blob, event.local, stamp))
     return _adopt(state, participation.abort(active, event.fault, stamp))
 
 
@@ -289,12 +291,14 @@ def _advance(state: SessionState, stamp: Stamp) -> Result:
 def _adopt(state: SessionState, step: Step) -> Result:
     """Takes over what a round became; when it is over, its base version may be, too."""
     active, outputs = step
-    history = state.history
+    history, library = state.history, state.library
     for output in outputs:
         if isinstance(output, SaveContribution):
             history = history.with_contribution(output.entry.at, output.entry.event)
+        elif isinstance(output, SaveLocal):
+            library = library.with_local(output)
     ended = state.active is not None and active is None
-    state = replace(state, active=active, history=history)
+    state = replace(state, active=active, history=history, library=library)
     return state, (*outputs, _keep(state)) if ended else outputs
 
 

@@ -39,6 +39,17 @@ def entry_vectors(manifest: ModelManifest, whole: NDArray[np.float32]) -> dict[s
     return vectors | ({"local": whole[manifest.parameter_count :]} if manifest.local_parameters else {})
 
 
+def decode_local(data: bytes) -> NDArray[np.float32]:
+    """The local parameters in a file of this device's own, float32, shape (k,).
+
+    Raises:
+        InvalidWeights: the file holds no whole number of them.
+    """
+    if len(data) % FLOAT32_BYTES:
+        raise InvalidWeights(f"{len(data)} bytes are no float32 vector")
+    return np.frombuffer(data, "<f4").astype(np.float32)
+
+
 def decode_weights(data: bytes, manifest: ModelManifest) -> NDArray[np.float32]:
     """The vector in a weights file, checked against its manifest before it is used.
 

@@ -32,6 +32,7 @@ from edge_client.events import (
     Note,
     RoundRecord,
     SaveContribution,
+    SaveLocal,
     SaveRound,
     SaveVersion,
     Send,
@@ -121,9 +122,11 @@ def weights(version: int = 1) -> bytes:
     return np.full(SIZE, version / 10, "<f4").tobytes()
 
 
-def manifest(version: int = 1, *, graph: bytes = GRAPH, name: str = "watch") -> ModelManifest:
-    """A manifest of the test model."""
-    names = ("train", "infer", "get_weights", "set_weights")
+def manifest(
+    version: int = 1, *, graph: bytes = GRAPH, name: str = "watch", local: tuple[int, ...] = ()
+) -> ModelManifest:
+    """A manifest of the test model; `local` are the sizes of its local parameters."""
+    names = ("train", "infer", "get_weights", "set_weights", *(("start_local",) if local else ()))
     return ModelManifest(
         name=name,
         version=version,
@@ -136,6 +139,10 @@ def manifest(version: int = 1, *, graph: bytes = GRAPH, name: str = "watch") -> 
         train_batch_size=4,
         parameter_count=SIZE,
         parameters=(ParameterSpec(name="w", shape=(SIZE,), offset=0),),
+        local_parameters=tuple(
+            ParameterSpec(name=f"own-{i}", shape=(size,), offset=sum(local[:i]))
+            for i, size in enumerate(local)
+        ),
     )
 
 
@@ -195,6 +202,7 @@ class Disk:
     blobs: dict[str, bytes] = field(default_factory=dict)
     partial: dict[str, dict[int, bytes]] = field(default_factory=dict)
     uploads: dict[str, bytes] = field(default_factory=dict)
+    local: dict[str, SaveLocal] = field(default_factory=dict)
 
     def apply(self, output: object) -> None:
         """Carries out a durable output."""
@@ -207,6 +215,8 @@ class Disk:
             self.uploads.pop(output.round_id, None)
         elif isinstance(output, SaveContribution):
             self.ledger.append(output)
+        elif isinstance(output, SaveLocal):
+            self.local[output.model] = output
         elif isinstance(output, SaveVersion):
             self.versions[output.document.digest.hex()] = output
         elif isinstance(output, ForgetVersion):
@@ -240,6 +250,7 @@ class Disk:
             versions=tuple(
                 StoredVersion(v.document, v.manifest, v.status, v.reason) for v in self.versions.values()
             ),
+            local=tuple(self.local.values()),
             active=active[0] if active else None,
             used=frozenset(self.rounds),
             joined_at=tuple(self.joined_at.values()),
@@ -266,6 +277,7 @@ class FakeDevice:
         self.jobs: list[Train | MaskInput | TestVersion] = []
         self.state: SessionState = restore(Memory())
         self.unix, self.steady, self._events = NOW, 0.0, 0
+        self.local: NDArray[np.float32] | None = None
         self.delta = np.linspace(-1, 1, SIZE, dtype=np.float32) * (1 + int(device_id.rpartition("-")[2]))
         self.give(Started())
 
@@ -334,12 +346,14 @@ class FakeDevice:
                 parts = packed_slices(job.update, job.encoding, job.masks, job.noise_key)
                 data = b"".join(parts)
                 self.disk.uploads[job.round_id] = data
-                self.give(InputWritten(job.round_id, describe(data)))
+                own = job.update.local
+                local = describe(own.tobytes()) if own is not None else None
+                self.give(InputWritten(job.round_id, describe(data), local))
             count = None if count is None else count - 1
 
     def update(self) -> LocalUpdate:
         """What the fake training gives."""
-        return LocalUpdate(self.delta, 7, 1.0, 0.5, 0.9)
+        return LocalUpdate(self.delta, 7, 1.0, 0.5, 0.9, self.local)
 
     # --- shortcuts ---------------------------------------------------------------------------------------
 

@@ -3,6 +3,7 @@
     blobs/<sha256>      whole and checked
     partial/<sha256>    a download; <sha256>.map says which chunks are surely in it
     uploads/<round id>  a packed masked input
+    local/<sha256>      local parameters of a model; nothing that is sent is ever read from here
 
 A download's map is written every `MAP_EVERY` chunks and not with each, to spare an SD card: a power cut costs
 at most that much of the download, and the digest over the whole finds whatever else it did.
@@ -41,6 +42,7 @@ class Blobs:
         self._whole = root / "blobs"
         self._partial = root / "partial"
         self._uploads = root / "uploads"
+        self._local = root / "local"
         self._arrived: dict[str, set[int]] = {}
 
     def prepare(self) -> None:
@@ -49,7 +51,7 @@ class Blobs:
         Raises:
             StorageError: the file system refuses.
         """
-        for directory in (self._whole, self._partial, self._uploads):
+        for directory in (self._whole, self._partial, self._uploads, self._local):
             private_directory(directory)
 
     # --- models ------------------------------------------------------------------------------------------
@@ -194,6 +196,38 @@ class Blobs:
         with storage_errors("deleting old masked inputs"):
             for path in self._uploads.iterdir():
                 if path.name != round_id:
+                    path.unlink(missing_ok=True)
+
+    # --- local parameters --------------------------------------------------------------------------------
+
+    def write_local(self, data: bytes) -> BlobRef:
+        """Writes local parameters durably; they count once the database names them.
+
+        Raises:
+            StorageFull: no space is left.
+            StorageError: the write failed.
+        """
+        blob = BlobRef.of(data)
+        write_durably(self._local / blob.sha256, [data])
+        return blob
+
+    def read_local(self, blob: BlobRef) -> bytes:
+        """Reads local parameters, checking them.
+
+        Raises:
+            StorageError: they are not there, cannot be read, or are damaged.
+        """
+        with storage_errors("reading local parameters"):
+            data = (self._local / blob.sha256).read_bytes()
+        if hashlib.sha256(data).hexdigest() != blob.sha256:
+            raise StorageError(5, "the local parameters are damaged on disk")
+        return data
+
+    def keep_local(self, digests: frozenset[str]) -> None:
+        """Deletes all local parameters that are not among these."""
+        with storage_errors("deleting old local parameters"):
+            for path in self._local.iterdir():
+                if path.name not in digests:
                     path.unlink(missing_ok=True)
 
 

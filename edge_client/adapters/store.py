@@ -3,6 +3,7 @@
     rounds    every round ever joined; secrets only in the active one's row
     ledger    what this device contributed
     versions  signed manifests, and what became of them
+    local     which file holds this device's local parameters of a model
 
 WAL with synchronous=FULL makes a commit durable when it returns, and lets `status` and `predict` read while
 `run` writes. `secure_delete` and a truncated log take the secrets of a finished round off the file as far as
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Self, assert_never
 
 from edge_client.adapters.blobs import Blobs
+from edge_client.adapters.device_schema import SCHEMA_VERSION, check_schema, configure
 from edge_client.adapters.files import (
     StorageError,
     StorageFull,
@@ -35,6 +37,7 @@ from edge_client.events import (
     ForgetVersion,
     RoundRecord,
     SaveContribution,
+    SaveLocal,
     SaveRound,
     SaveVersion,
     StoreChunk,
@@ -51,46 +54,8 @@ from protocol.identity import SignedDocument
 from protocol.plan import Plan
 from protocol.secagg.client_state import dump_state, load_state
 
-APPLICATION_ID = 0x436F7665  # "Cove"
-SCHEMA_VERSION = 1
 DATABASE = "device.sqlite"
 _LOG = logging.getLogger("covey.edge.store")
-
-_SCHEMA = """
-CREATE TABLE rounds (
-    round_id TEXT PRIMARY KEY,
-    joined_at INTEGER NOT NULL,
-    phase TEXT NOT NULL,
-    outcome TEXT,
-    closed_at INTEGER,
-    plan TEXT,
-    manifest BLOB,
-    client BLOB,
-    upload_sha256 TEXT,
-    upload_size INTEGER,
-    uploaded INTEGER NOT NULL DEFAULT 0
-) STRICT, WITHOUT ROWID;
-CREATE UNIQUE INDEX one_active_round ON rounds (client IS NOT NULL) WHERE client IS NOT NULL;
-CREATE TABLE ledger (
-    sequence INTEGER PRIMARY KEY AUTOINCREMENT,
-    round_id TEXT NOT NULL UNIQUE,
-    at INTEGER NOT NULL,
-    entry TEXT NOT NULL
-) STRICT;
-CREATE TABLE versions (
-    sha256 TEXT PRIMARY KEY,
-    model TEXT NOT NULL,
-    version INTEGER NOT NULL,
-    document TEXT NOT NULL,
-    manifest BLOB NOT NULL,
-    status TEXT NOT NULL CHECK (status IN ('candidate', 'good', 'bad')),
-    reason TEXT NOT NULL DEFAULT ''
-) STRICT, WITHOUT ROWID;
-"""
-
-
-class UnknownSchema(StorageError):
-    """The database was made by another version of the client: it is left as it is."""
 
 
 @dataclass(frozen=True)
@@ -132,9 +97,9 @@ class DeviceStore:
                 f"{path.absolute().as_uri()}?mode={mode}", uri=True, isolation_level=None, timeout=2.0
             )
             try:
-                _check_schema(connection, path)
+                check_schema(connection, path)
                 if not read_only:
-                    _configure(connection)
+                    configure(connection)
             except BaseException:
                 connection.close()
                 raise
@@ -183,6 +148,10 @@ class DeviceStore:
                 self.blobs.remove_upload(round_id)
         if closed:
             self._truncate_log()
+        if any(isinstance(output, SaveLocal) for output in rows):
+            # What remains is deleted at the next start.
+            with contextlib.suppress(StorageError):
+                self.keep_local()
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[None]:
@@ -201,7 +170,17 @@ class DeviceStore:
         with contextlib.suppress(sqlite3.Error):
             self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
 
-    def _write(self, output: SaveRound | SaveContribution | CloseRound | SaveVersion | ForgetVersion) -> None:
+    def keep_local(self) -> None:
+        """Deletes every file of local parameters that the database does not name.
+
+        Raises:
+            StorageError: reading or deleting failed.
+        """
+        self.blobs.keep_local(frozenset(saved.blob.sha256 for saved in self.local()))
+
+    def _write(
+        self, output: SaveRound | SaveContribution | SaveLocal | CloseRound | SaveVersion | ForgetVersion
+    ) -> None:
         if isinstance(output, SaveRound):
             self._save_round(output.record, output.at)
         elif isinstance(output, SaveContribution):
@@ -231,6 +210,11 @@ class DeviceStore:
                     output.status.value,
                     output.reason,
                 ),
+            )
+        elif isinstance(output, SaveLocal):
+            self._connection.execute(
+                "INSERT OR REPLACE INTO local (model, layout, sha256, size) VALUES (?, ?, ?, ?)",
+                (output.model, output.layout, output.blob.sha256, output.blob.size),
             )
         elif isinstance(output, ForgetVersion):
             self._connection.execute("DELETE FROM versions WHERE sha256 = ?", (output.sha256,))
@@ -276,6 +260,7 @@ class DeviceStore:
             times = self._connection.execute("SELECT at FROM ledger ORDER BY sequence DESC LIMIT 10000")
             return Memory(
                 versions=self.versions(),
+                local=self.local(),
                 active=active,
                 used=used,
                 joined_at=tuple(row[0] for row in joined)[::-1],
@@ -348,6 +333,18 @@ class DeviceStore:
             versions.append(StoredVersion(signed, manifest, status, reason))
         return tuple(versions)
 
+    def local(self) -> tuple[SaveLocal, ...]:
+        """This device's local parameters, by model.
+
+        Raises:
+            StorageError: the database cannot be read.
+        """
+        with _typed_errors("reading the local parameters"):
+            if self._connection.execute("PRAGMA user_version").fetchone()[0] < SCHEMA_VERSION:
+                return ()  # read-only, and no newer process has written yet
+            rows = self._connection.execute("SELECT model, layout, sha256, size FROM local").fetchall()
+        return tuple(SaveLocal(model, layout, BlobRef(sha256=a, size=n)) for model, layout, a, n in rows)
+
     def ledger(self) -> tuple[LedgerEntry, ...]:
         """Every contribution, in order.
 
@@ -384,27 +381,3 @@ def _typed_errors(doing: str) -> Iterator[None]:
     except sqlite3.Error as error:
         full = getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL
         raise (StorageFull if full else StorageError)(28 if full else 5, f"{doing}: {error}") from error
-
-
-def _check_schema(connection: sqlite3.Connection, path: Path) -> None:
-    application = connection.execute("PRAGMA application_id").fetchone()[0]
-    version = connection.execute("PRAGMA user_version").fetchone()[0]
-    empty = connection.execute("SELECT count(*) FROM sqlite_schema").fetchone()[0] == 0
-    if (application, version) == (APPLICATION_ID, SCHEMA_VERSION) or empty:
-        return
-    raise UnknownSchema(
-        1,
-        f"{path} has schema {version} of application {application:#x}, this client knows "
-        f"{SCHEMA_VERSION}: update the client, or start with another state directory",
-    )
-
-
-def _configure(connection: sqlite3.Connection) -> None:
-    connection.execute("PRAGMA secure_delete = ON")
-    connection.execute("PRAGMA journal_mode = WAL")
-    connection.execute("PRAGMA synchronous = FULL")
-    if connection.execute("SELECT count(*) FROM sqlite_schema").fetchone()[0] == 0:
-        connection.executescript(
-            f"BEGIN IMMEDIATE; {_SCHEMA} PRAGMA application_id = {APPLICATION_ID};"
-            f" PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;"
-        )

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable
 
 import numpy as np
+from numpy.typing import NDArray
 
 from edge_client.adapters.blobs import Blobs
 from edge_client.adapters.data import DataSource
@@ -38,10 +39,11 @@ from edge_client.training import (
 )
 from models.examples import InvalidExamples
 from models.manifest import ModelManifest
-from models.weights import InvalidWeights, decode_weights
+from models.weights import InvalidWeights, decode_local, decode_weights, encode_weights
 from protocol.dp.errors import NonFiniteUpdate as NonFiniteVector
 from protocol.dp.errors import PrivacyError
 from protocol.dp.sampling import discrete_gaussian_sampler, skellam_sampler
+from protocol.fields import BlobRef
 
 Job = TestVersion | Train | MaskInput
 TrainerFactory = Callable[[ModelManifest, bytes], LocalTrainer]
@@ -91,6 +93,18 @@ def self_test(trainer: LocalTrainer, manifest: ModelManifest, weights: bytes) ->
     probabilities = trainer.predict(decode_weights(weights, manifest), x)
     if probabilities.shape != (1, len(manifest.labels)) or not np.isfinite(probabilities).all():
         raise ModelRejected("a prediction with the new weights is not finite or has a wrong shape")
+
+
+def read_local(blobs: Blobs, blob: BlobRef) -> NDArray[np.float32] | None:
+    """The local parameters in a file; None, and a warning, when it does not hold them any more.
+
+    A damaged file must not keep a device out of all rounds: its local parameters start anew.
+    """
+    try:
+        return decode_local(blobs.read_local(blob))
+    except (StorageError, InvalidWeights) as error:
+        _LOG.warning("local-parameters-lost reason=%r", str(error))
+        return None
 
 
 class Worker:
@@ -174,15 +188,17 @@ class Worker:
             self._loaded = None
             parts = packed_slices(job.update, job.encoding, job.masks, job.noise_key)
             blob = self._blobs.write_upload(job.round_id, parts)
+            own = job.update.local
+            local = self._blobs.write_local(encode_weights(own)) if own is not None else None
             skellam_sampler.cache_clear()
             discrete_gaussian_sampler.cache_clear()
-            return InputWritten(job.round_id, blob)
+            return InputWritten(job.round_id, blob, local)
         trainer = self._trainer(job.manifest)
         weights = decode_weights(self._blobs.read(job.manifest.weights), job.manifest)
         examples = self._data.load(job.manifest)
-        return TrainingFinished(
-            job.round_id, trainer.train(weights, examples, job.config, job.config.generator())
-        )
+        own = read_local(self._blobs, job.local) if job.local is not None else None
+        update = trainer.train(weights, examples, job.config, job.config.generator(), own)
+        return TrainingFinished(job.round_id, update)
 
     def _trainer(self, manifest: ModelManifest) -> LocalTrainer:
         """The trainer of a version; the last one is kept, since a version is tested and then trained."""

@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 
 from edge_client.adapters.blobs import MAP_EVERY
+from edge_client.adapters.device_schema import UnknownSchema
 from edge_client.adapters.files import Lock, StorageError, StorageFull, write_durably
-from edge_client.adapters.store import DATABASE, DeviceStore, UnknownSchema
+from edge_client.adapters.store import DATABASE, DeviceStore
 from edge_client.events import (
     CloseRound,
     ForgetVersion,
@@ -132,7 +133,7 @@ def test_everything_is_private(tmp_path: Path) -> None:
     assert all(mode == (0o700 if path.is_dir() else 0o600) for path, mode in modes.items()), modes
 
 
-@pytest.mark.parametrize("pragma", ["user_version = 2", "application_id = 7"])
+@pytest.mark.parametrize("pragma", ["user_version = 3", "application_id = 7"])
 def test_an_unknown_schema_is_refused_and_left_alone(tmp_path: Path, pragma: str) -> None:
     DeviceStore.open(tmp_path).close()
     connection = sqlite3.connect(tmp_path / DATABASE)
