@@ -7,11 +7,17 @@ next poll.
 from __future__ import annotations
 
 import secrets
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+
+from aggregator.access.roles import Role
+from aggregator.access.tokens import ID_BYTES, SECRET_BYTES, TokenRecord, make_token
 from aggregator.clock import Clock
 from aggregator.fleet.authority import Authority, requested_name
-from aggregator.records import Campaign, Device, Round, RoundStatus, Version
+from aggregator.records import AuditEntry, Campaign, Device, DeviceFilter, Round, RoundStatus, Version
 from aggregator.registry.artefacts import ArtefactStore
 from aggregator.registry.publishing import manifest_of, publish
 from aggregator.repository import NotFound, Repository
@@ -23,9 +29,15 @@ from protocol.codec import decode_from_device
 from protocol.enrolment import EnrolmentBundle
 from protocol.messages import DeviceStatus
 
+T = TypeVar("T")
+
 
 class OperationRefused(Exception):
     """What was asked for cannot be done; the message says what to do."""
+
+
+class NoSuch(OperationRefused):
+    """What was named is not there."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +83,7 @@ class Operator:
     store: ArtefactStore
     authority: Authority
     clock: Clock
+    publishers: Mapping[str, Ed25519PublicKey] = field(default_factory=dict)
 
     # --- devices
 
@@ -101,22 +114,56 @@ class Operator:
         with self.repository.read() as reader:
             return reader.devices()
 
+    def devices_page(self, which: DeviceFilter, *, after: str, limit: int) -> tuple[Device, ...]:
+        """At most `limit` devices that fit, by id, from the first id above `after` on."""
+        with self.repository.read() as reader:
+            return reader.devices_page(which, after=after, limit=limit)
+
+    def device(self, device_id: str) -> Device:
+        """One device.
+
+        Raises:
+            NoSuch: it is not enrolled.
+        """
+        with self.repository.read() as reader:
+            return _there(reader.device(device_id), f"no device {device_id}: see `covey device list`")
+
+    def label(self, device_id: str, labels: Iterable[str]) -> Device:
+        """Replaces the labels of a device.
+
+        Raises:
+            NoSuch: it is not enrolled.
+        """
+        with self.repository.write() as writer:
+            device = _there(writer.device(device_id), f"no device {device_id}: see `covey device list`")
+            sorted_labels = tuple(sorted(set(labels)))
+            writer.set_labels(device_id, sorted_labels)
+        return replace(device, labels=sorted_labels)
+
     def exclude(self, device_id: str, reason: str | None) -> None:
         """Keeps a device out of future rounds, or lets it in again with None.
 
         Raises:
-            OperationRefused: no such device.
+            NoSuch: it is not enrolled.
         """
         try:
             with self.repository.write() as writer:
                 writer.set_exclusion(device_id, reason)
         except NotFound as error:
-            raise OperationRefused(f"{error}: see `covey device list`") from error
+            raise NoSuch(f"{error}: see `covey device list`") from error
 
     # --- models
 
-    def publish(self, manifest: bytes, graph: bytes, weights: bytes) -> Version:
+    def publish(
+        self, manifest: bytes, graph: bytes, weights: bytes, signature: bytes | None = None
+    ) -> Version:
         """Publishes a model as its next version; the service announces it.
+
+        Args:
+            manifest: as the exporter wrote it.
+            graph: the model's graph.
+            weights: its weights file.
+            signature: JSON of the SignedDocument around the manifest; needed where publishers are named.
 
         Raises:
             PublishRefused: it says what to do.
@@ -130,6 +177,8 @@ class Operator:
                 graph=graph,
                 weights=weights,
                 now=self.clock.moment().unix,
+                signature=signature,
+                publishers=self.publishers,
             )
 
     def versions(self, model: str | None = None) -> tuple[Version, ...]:
@@ -137,17 +186,27 @@ class Operator:
         with self.repository.read() as reader:
             return reader.versions(model)
 
+    def version(self, name: str, version: int) -> Version:
+        """One version.
+
+        Raises:
+            NoSuch: it was never published.
+        """
+        with self.repository.read() as reader:
+            found = reader.version(name, version)
+        return _there(found, f"no published {name} version {version}: see `covey model list`")
+
     def model(self, name: str, version: int | None = None) -> Model:
         """The files of a version; of the newest one by default.
 
         Raises:
-            OperationRefused: no such version.
+            NoSuch: no such version.
         """
         with self.repository.read() as reader:
             found = reader.newest_version(name) if version is None else reader.version(name, version)
         if found is None:
             what = f"{name} version {version}" if version else name
-            raise OperationRefused(f"there is no published {what}: see `covey model list`")
+            raise NoSuch(f"there is no published {what}: see `covey model list`")
         manifest = manifest_of(found)
         return Model(manifest, self.store.read(manifest.graph), self.store.read(manifest.weights))
 
@@ -187,13 +246,11 @@ class Operator:
         """One campaign as it is now.
 
         Raises:
-            OperationRefused: no such campaign.
+            NoSuch: no such campaign.
         """
         with self.repository.read() as reader:
             campaign = reader.campaign(campaign_id)
-        if campaign is None:
-            raise OperationRefused(f"there is no campaign {campaign_id}: see `covey round status`")
-        return campaign
+        return _there(campaign, f"no campaign {campaign_id}: see `covey round status`")
 
     def campaigns(self, *, active: bool = False) -> tuple[Campaign, ...]:
         """Campaigns, oldest first; with `active`, only those that have rounds to run."""
@@ -201,12 +258,27 @@ class Operator:
             return reader.campaigns("waiting", "running") if active else reader.campaigns()
 
     def rounds(
-        self, campaign_id: str | None = None, *, status: RoundStatus | None = None, last: int | None = None
+        self,
+        campaign_id: str | None = None,
+        *,
+        status: RoundStatus | None = None,
+        last: int | None = None,
+        before: str | None = None,
     ) -> tuple[RoundView, ...]:
-        """Rounds with their figures, oldest first."""
+        """Rounds with their figures, oldest first; with `before`, those that began before that round."""
         with self.repository.read() as reader:
-            records = reader.rounds(campaign_id=campaign_id, status=status, last=last)
+            records = reader.rounds(campaign_id=campaign_id, status=status, last=last, before=before)
         return tuple(RoundView(record, RoundReport.from_bytes(record.report)) for record in records)
+
+    def round(self, round_id: str) -> RoundView:
+        """One round.
+
+        Raises:
+            NoSuch: there was none.
+        """
+        with self.repository.read() as reader:
+            record = _there(reader.round(round_id), f"no round {round_id}: see `covey round status`")
+        return RoundView(record, RoundReport.from_bytes(record.report))
 
     def live_rounds(self) -> tuple[LiveRound, ...]:
         """What the running rounds have heard so far; for those who stage accidents, and for curious ones."""
@@ -232,6 +304,46 @@ class Operator:
             )
         return tuple(live)
 
+    # --- access
+
+    def create_token(
+        self, *, role: Role, label: str, seconds: float, created_by: str
+    ) -> tuple[str, TokenRecord]:
+        """Makes a token; returns (the token, which is not kept; its record)."""
+        token, record = make_token(
+            secrets.token_bytes(ID_BYTES + SECRET_BYTES),
+            role=role,
+            label=label,
+            now=self.clock.moment().unix,
+            seconds=seconds,
+            created_by=created_by,
+        )
+        with self.repository.write() as writer:
+            writer.add_token(record)
+        return token, record
+
+    def tokens(self) -> tuple[TokenRecord, ...]:
+        """Every token ever made, oldest first, without what opens it."""
+        with self.repository.read() as reader:
+            return reader.tokens()
+
+    def revoke_token(self, token_id: str) -> None:
+        """Revokes a token, from the next request on.
+
+        Raises:
+            NoSuch: there is none.
+        """
+        try:
+            with self.repository.write() as writer:
+                writer.revoke_token(token_id, self.clock.moment().unix)
+        except NotFound as error:
+            raise NoSuch(f"{error}: see `covey token list`") from error
+
+    def audit_log(self, *, before: int | None = None, limit: int = 100) -> tuple[AuditEntry, ...]:
+        """Entries of the audit log, newest first."""
+        with self.repository.read() as reader:
+            return reader.audit(before=before, limit=limit)
+
     def note_all_offline(self) -> None:
         """Marks every device offline: nobody is known to be there before the service hears of it."""
         now = self.clock.moment().unix
@@ -240,3 +352,9 @@ class Operator:
                 if device.online:
                     gone = DeviceStatus(session=bytes(32), online=False, models={})
                     writer.note_status(device.device_id, gone, device.last_seen or now)
+
+
+def _there(found: T | None, what: str) -> T:
+    if found is None:
+        raise NoSuch(f"there is {what}")
+    return found

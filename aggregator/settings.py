@@ -6,9 +6,9 @@ import hashlib
 import math
 import secrets
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
-from pydantic import ValidationError
+from pydantic import ConfigDict, ValidationError
 
 from aggregator.rounds.planning import (
     GATHER_SECONDS,
@@ -53,6 +53,8 @@ class CampaignRequest:
         epsilon_limit: no round starts that would take the fleet beyond it.
         seed: draws the cohorts; random by default.
     """
+
+    __pydantic_config__: ClassVar = ConfigDict(extra="forbid")
 
     model: str
     rounds: int | None = None

@@ -11,7 +11,7 @@ from aggregator.records import AuditEntry
 from aggregator.repository import Reader, Repository, Writer
 
 
-@dataclass(frozen=True)
+@dataclass
 class AuditedRepository:
     """A repository in the hands of one principal: every write transaction carries its entry.
 

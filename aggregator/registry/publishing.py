@@ -3,18 +3,32 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Final
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+from pydantic import ValidationError
 
 from aggregator.fleet.authority import Authority
 from aggregator.records import Version
 from aggregator.registry.artefacts import ArtefactStore
 from aggregator.repository import Reader, Writer
 from models.manifest import InvalidManifest, ModelManifest
+from protocol.errors import BadSignature
 from protocol.fields import BlobRef
 from protocol.identity import SignedDocument
+from protocol.plan import MODEL_KIND
+
+NOBODY: Final[Mapping[str, Ed25519PublicKey]] = MappingProxyType({})
 
 
 class PublishRefused(Exception):
     """Files that are no version, or a wrong moment for one; the message says what to do."""
+
+
+class UnknownSigner(PublishRefused):
+    """A manifest with a signature that counts for nothing here."""
 
 
 def publish(
@@ -26,6 +40,8 @@ def publish(
     graph: bytes,
     weights: bytes,
     now: float,
+    signature: bytes | None = None,
+    publishers: Mapping[str, Ed25519PublicKey] = NOBODY,
 ) -> Version:
     """Checks, numbers, signs and records a model.
 
@@ -34,10 +50,14 @@ def publish(
         graph: the model's graph.
         weights: its weights file.
         now: seconds since 1970.
+        signature: JSON of the SignedDocument around `manifest`, by its publisher.
+        publishers: whose signature counts, by key id; with any of them, a model without one is refused.
 
     Raises:
         PublishRefused: it says what to do.
     """
+    if signature is not None or publishers:
+        _check_signature(manifest, signature, publishers)
     try:
         exported = ModelManifest.from_bytes(manifest)
     except InvalidManifest as error:
@@ -63,6 +83,22 @@ def publish(
         now=now,
         round_id=None,
     )
+
+
+def _check_signature(
+    manifest: bytes, signature: bytes | None, publishers: Mapping[str, Ed25519PublicKey]
+) -> None:
+    if signature is None:
+        raise UnknownSigner("this fleet takes signed models only: publish with --sign-key")
+    try:
+        document = SignedDocument.model_validate_json(signature)
+        payload = document.open(MODEL_KIND, dict(publishers))
+    except ValidationError as error:
+        raise PublishRefused("the signature is no signed document: sign the model again") from error
+    except BadSignature as error:
+        raise UnknownSigner(f"{error}: name its key among the `publishers` in aggregator.json") from error
+    if payload != manifest:
+        raise PublishRefused("the signature is of another manifest: sign the model again")
 
 
 def record(

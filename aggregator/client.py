@@ -1,0 +1,334 @@
+"""A client of the aggregator's API, for programs and for the command line.
+
+Example:
+    with Client("https://aggregator.example:8443", token, ca=Path("ca.pem")) as covey:
+        campaign = covey.start_rounds(CampaignRequest("watch", rounds=3))
+        for event in covey.events():
+            if event.kind == "campaign" and event.data["status"] == "finished":
+                break
+        print(covey.rounds(campaign.campaign)[0].report.metrics["accuracy"])
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import ssl
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+import httpx
+from pydantic import BaseModel, TypeAdapter, ValidationError
+
+from aggregator.settings import CampaignRequest
+from aggregator.web import schemas
+from aggregator.web.schemas import PREFIX
+from protocol.enrolment import EnrolmentBundle
+from protocol.identity import SignedDocument
+
+TIMEOUT_SECONDS = 60.0
+_REQUEST: TypeAdapter[CampaignRequest] = TypeAdapter(CampaignRequest)
+M = TypeVar("M", bound=BaseModel)
+
+
+class ApiError(Exception):
+    """The service refused; its words say what to do.
+
+    Attributes:
+        status: of HTTP.
+        code: stable, such as `forbidden`; `unknown` when it was not the service that answered.
+    """
+
+    def __init__(self, status: int, code: str, detail: str) -> None:
+        """Takes what the service said."""
+        super().__init__(detail)
+        self.status = status
+        self.code = code
+
+
+class Unreachable(Exception):
+    """There is no service at that address, or it is not the one that its certificate should name."""
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something happened; see `aggregator.web.events`.
+
+    Attributes:
+        event_id: give it to `events` to go on after this one.
+    """
+
+    event_id: str
+    kind: str
+    data: Mapping[str, Any]
+
+
+class Client:
+    """The operations of an aggregator, at the other end of a connection; one thread at a time."""
+
+    def __init__(
+        self,
+        url: str,
+        token: str,
+        *,
+        ca: Path | str | None = None,
+        transport: httpx.BaseTransport | None = None,
+    ) -> None:
+        """Prepares the client; nothing is sent yet.
+
+        Args:
+            url: of the service, such as `https://aggregator.example:8443`.
+            token: as `covey token create` printed it, or an OIDC token.
+            ca: who may have signed the service's certificate: a file, or PEM; the system's list by default.
+            transport: in place of the network.
+
+        Raises:
+            Unreachable: the address or the CA cannot be used, or would send the token unencrypted.
+        """
+        address = httpx.URL(url)
+        near = address.host in ("127.0.0.1", "::1", "localhost")
+        if address.scheme not in ("http", "https") or not address.host:
+            raise Unreachable(f"{url} is no address of a service: write https://host:8443")
+        if address.scheme == "http" and not near and transport is None:
+            raise Unreachable(f"{url} would send your token unencrypted: write https://")
+        self.url = url
+        self._http = httpx.Client(
+            base_url=url,
+            headers={"Authorization": f"Bearer {token}"},
+            timeout=TIMEOUT_SECONDS,
+            verify=_trust(ca),
+            transport=transport,
+            trust_env=not near,
+        )
+
+    def __enter__(self) -> Self:
+        """Begins a block at whose end the connection closes."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Closes the connection."""
+        self._http.close()
+
+    # --- who
+
+    def whoami(self) -> schemas.Whoami:
+        """Who the service takes this client for."""
+        return self._get("/whoami", schemas.Whoami)
+
+    def create_token(self, request: schemas.TokenRequest) -> schemas.NewToken:
+        """Makes a token; its secret is shown this once."""
+        return self._send("POST", "/tokens", schemas.NewToken, json=request.model_dump(mode="json"))
+
+    def tokens(self) -> tuple[schemas.Token, ...]:
+        """Every token ever made."""
+        return self._get("/tokens", schemas.Page[schemas.Token]).items
+
+    def revoke_token(self, token_id: str) -> None:
+        """Revokes a token."""
+        self._call("DELETE", f"/tokens/{token_id}")
+
+    def audit_log(self, *, limit: int = 100, cursor: str | None = None) -> schemas.Page[schemas.AuditEntry]:
+        """What was done, newest first."""
+        return self._get("/audit", schemas.Page[schemas.AuditEntry], limit=limit, cursor=cursor)
+
+    # --- devices
+
+    def enrol(self, csr: bytes, *, name: str | None = None) -> EnrolmentBundle:
+        """Enrols a device by its signing request (PKCS#10, DER)."""
+        body = {"csr": base64.b64encode(csr).decode(), "name": name}
+        return self._send("POST", "/devices", EnrolmentBundle, json=body)
+
+    def devices(
+        self,
+        *,
+        label: str | None = None,
+        online: bool | None = None,
+        client_version: str | None = None,
+        answers_with: str | None = None,
+    ) -> Iterator[schemas.Device]:
+        """The devices that fit, by id, fetched a page at a time.
+
+        Args:
+            label: it carries this label.
+            online: whether it is.
+            client_version: of Covey on it.
+            answers_with: `model:version` that it answers predictions with.
+        """
+        query = {
+            "label": label,
+            "online": online,
+            "client_version": client_version,
+            "answers_with": answers_with,
+        }
+        return self._pages("/devices", schemas.Page[schemas.Device], limit=1000, **query)
+
+    def device(self, device_id: str) -> schemas.Device:
+        """One device."""
+        return self._get(f"/devices/{device_id}", schemas.Device)
+
+    def exclude(self, device_id: str, reason: str | None) -> None:
+        """Keeps a device out of future rounds, or lets it in again with None."""
+        where = f"/devices/{device_id}/exclusion"
+        if reason is None:
+            self._call("DELETE", where)
+        else:
+            self._call("PUT", where, json={"reason": reason})
+
+    def label(self, device_id: str, labels: tuple[str, ...]) -> schemas.Device:
+        """Replaces the labels of a device."""
+        return self._send("PUT", f"/devices/{device_id}/labels", schemas.Device, json={"labels": labels})
+
+    # --- models
+
+    def publish(
+        self, manifest: bytes, graph: bytes, weights: bytes, signature: bytes | None = None
+    ) -> schemas.Version:
+        """Publishes a model as its next version.
+
+        Args:
+            manifest: `manifest.json`.
+            graph: `model.tflite`.
+            weights: `weights.bin`.
+            signature: JSON of the SignedDocument around the manifest, where publishers sign.
+        """
+        files = {"manifest": manifest, "graph": graph, "weights": weights}
+        if signature is not None:
+            files["signature"] = signature
+        parts = {name: (name, data, "application/octet-stream") for name, data in files.items()}
+        return self._send("POST", "/versions", schemas.Version, files=parts)
+
+    def versions(self, model: str | None = None) -> tuple[schemas.Version, ...]:
+        """Published versions."""
+        return tuple(self._pages("/versions", schemas.Page[schemas.Version], limit=1000, model=model))
+
+    def manifest(self, model: str, version: int) -> SignedDocument:
+        """The signed manifest of a version."""
+        return self._get(f"/models/{model}/versions/{version}/manifest", SignedDocument)
+
+    def graph(self, model: str, version: int) -> bytes:
+        """The graph of a version."""
+        return self._call("GET", f"/models/{model}/versions/{version}/graph").content
+
+    def weights(self, model: str, version: int) -> bytes:
+        """The weights of a version."""
+        return self._call("GET", f"/models/{model}/versions/{version}/weights").content
+
+    # --- rounds
+
+    def start_rounds(self, request: CampaignRequest) -> schemas.Campaign:
+        """Asks for rounds."""
+        body = _REQUEST.dump_python(request, mode="json")
+        return self._send("POST", "/campaigns", schemas.Campaign, json=body)
+
+    def campaign(self, campaign_id: str) -> schemas.Campaign:
+        """One campaign."""
+        return self._get(f"/campaigns/{campaign_id}", schemas.Campaign)
+
+    def campaigns(self, *, active: bool = False) -> tuple[schemas.Campaign, ...]:
+        """Campaigns, oldest first."""
+        found = self._pages("/campaigns", schemas.Page[schemas.Campaign], limit=1000, active=active)
+        return tuple(found)[::-1]
+
+    def rounds(self, campaign_id: str | None = None, *, last: int = 1000) -> tuple[schemas.Round, ...]:
+        """The latest rounds, oldest first.
+
+        Args:
+            campaign_id: only of this campaign.
+            last: how many at most, 1 to 1000.
+        """
+        page = self._get("/rounds", schemas.Page[schemas.Round], campaign=campaign_id, limit=last)
+        return page.items[::-1]
+
+    def ledger(self, delta: float) -> schemas.Ledger:
+        """What has been spent in privacy, at this delta."""
+        return self._get("/privacy/ledger", schemas.Ledger, delta=delta)
+
+    # --- events
+
+    def events(self, after: str | None = None) -> Iterator[Event]:
+        """Events as they happen; ends when the service closes the stream.
+
+        Args:
+            after: id of the last event that was seen: those that came since are sent first.
+        """
+        headers = {} if after is None else {"Last-Event-ID": after}
+        try:
+            with self._http.stream("GET", f"{PREFIX}/events", headers=headers) as response:
+                if response.is_error:
+                    response.read()
+                    raise _error(response)
+                yield from _parse(response.iter_lines())
+        except httpx.HTTPError as error:
+            raise Unreachable(f"the connection to {self.url} ended: {error}") from error
+
+    # --- transport
+
+    def _get(self, path: str, model: type[M], /, **query: Any) -> M:
+        known = {name: value for name, value in query.items() if value is not None}
+        return self._send("GET", path, model, params=known)
+
+    def _pages(self, path: str, page: type[schemas.Page[M]], /, **query: Any) -> Iterator[M]:
+        cursor: str | None = None
+        while True:
+            found = self._get(path, page, cursor=cursor, **query)
+            yield from found.items
+            cursor = found.next
+            if cursor is None:
+                return
+
+    def _send(self, method: str, path: str, model: type[M], **arguments: Any) -> M:
+        answer = self._call(method, path, **arguments)
+        try:
+            return model.model_validate_json(answer.content)
+        except ValidationError as error:
+            raise Unreachable(
+                f"what answers at {self.url} is no aggregator, or of another version"
+            ) from error
+
+    def _call(self, method: str, path: str, **arguments: Any) -> httpx.Response:
+        try:
+            response = self._http.request(method, PREFIX + path, **arguments)
+        except httpx.HTTPError as error:
+            raise Unreachable(f"no aggregator answers at {self.url}: {error}") from error
+        if response.is_error:
+            raise _error(response)
+        return response
+
+
+def _error(response: httpx.Response) -> ApiError:
+    try:
+        problem = schemas.Problem.model_validate_json(response.content)
+    except ValidationError:
+        return ApiError(response.status_code, "unknown", f"the answer was {response.status_code}")
+    return ApiError(problem.status, problem.code, "; ".join(problem.errors) or problem.detail)
+
+
+def _parse(lines: Iterator[str]) -> Iterator[Event]:
+    fields: dict[str, str] = {}
+    for line in lines:
+        if line:
+            name, _, value = line.partition(":")
+            fields[name] = value.removeprefix(" ")
+        elif "data" in fields:
+            yield Event(fields.get("id", ""), fields.get("event", "message"), json.loads(fields["data"]))
+            fields = {}
+
+
+def _trust(ca: Path | str | None) -> ssl.SSLContext | bool:
+    if ca is None:
+        return True
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    try:
+        if isinstance(ca, Path):
+            context.load_verify_locations(cafile=ca)
+        else:
+            context.load_verify_locations(cadata=ca)
+    except (OSError, ssl.SSLError) as error:
+        raise Unreachable(f"the CA cannot be used ({error}): it is a PEM file, `ca.pem`") from error
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    return context
