@@ -180,7 +180,7 @@ def rounds_table(views: Sequence[RoundView]) -> Table:
         phase = report.phases[-1] if report.phases else None
         outcome = {
             "running": "selected" if phase is None else f"{phase.phase} {phase.answered}/{phase.expected}",
-            "completed": f"[green]version {r.version}[/green]",
+            "completed": f"[green]version {r.version}[/green]{_lost_parts(report)}",
             "aborted": f"[red]{escape(r.code)}[/red]",
         }[r.status]
         table.add_row(
@@ -194,6 +194,12 @@ def rounds_table(views: Sequence[RoundView]) -> Table:
             "" if r.ended_at is None else f"{r.ended_at - r.started_at:.1f}",
         )
     return table
+
+
+def _lost_parts(report: RoundReport) -> str:
+    """What a completed round has to say of sub-cohorts that failed."""
+    lost = sum(bool(part.code) for part in report.subcohorts)
+    return f" [yellow]without {lost} of {len(report.subcohorts)} sub-cohorts[/yellow]" if lost else ""
 
 
 def _metric(report: RoundReport, name: str) -> str:

@@ -15,7 +15,7 @@ from aggregator.operations import OperationRefused
 from aggregator.records import Campaign
 from aggregator.settings import CampaignRequest
 from protocol.dp.parameters import PrivacyMode
-from protocol.plan import Deadlines
+from protocol.plan import SUBCOHORT_LIMIT, Deadlines
 
 ABORTED = 3
 """Exit code of `watch`: a round aborted, or the campaign failed."""
@@ -36,12 +36,17 @@ def round_start(
     cohort: Annotated[int, typer.Option(min=2, help="Devices in a full cohort.")] = 10,
     minimum: Annotated[
         int | None,
-        typer.Option(min=2, help="Check-ins that a round needs.", show_default="above 2/3 of the cohort"),
+        typer.Option(
+            min=2, help="Check-ins that a roster needs.", show_default="above 2/3 of a (sub-)cohort"
+        ),
     ] = None,
     min_survivors: Annotated[
         int | None,
         typer.Option(min=2, help="Masked inputs that a sum needs.", show_default="as many as --minimum"),
     ] = None,
+    subcohort_limit: Annotated[
+        int, typer.Option(min=2, help="Split a larger cohort: its parts hide, and fail, by themselves.")
+    ] = SUBCOHORT_LIMIT,
     local_epochs: Annotated[
         int | None, typer.Option(min=1, help="Passes over local data.", show_default="the model's recipe")
     ] = None,
@@ -113,6 +118,7 @@ def round_start(
         cohort=cohort,
         minimum=minimum,
         min_survivors=min_survivors,
+        subcohort_limit=subcohort_limit,
         local_epochs=local_epochs,
         learning_rate=lr,
         privacy=privacy,

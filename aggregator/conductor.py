@@ -157,6 +157,7 @@ class Conductor:
             if running.changed:
                 report = RoundReport(
                     phases=running.state.phases(),
+                    subcohorts=running.state.reports(),
                     survivors=running.state.survivors,
                     traffic=self.traffic.read(running.state.invited),
                     delta=running.encoding.privacy.delta,
@@ -243,7 +244,7 @@ class Conductor:
             if machine.expects(running.state, device_id)
         }
         online = self._presence.online() - engaged
-        size, minimum = settings.cohort.size, settings.cohort.minimum
+        size, minimum = settings.cohort.size, settings.cohort.minimum * settings.cohort.split.count
         available: list[str] = []
         if len(online) >= minimum:
             known = work.writer.devices()

@@ -14,8 +14,9 @@ from aggregator.registry.artefacts import ArtefactStore
 from aggregator.registry.publishing import sign
 from aggregator.rounds import machine
 from aggregator.rounds.partial_sum import load_sum
-from aggregator.rounds.release import Release, release
+from aggregator.rounds.release import Release, release, together
 from aggregator.rounds.report import RoundReport, Traffic
+from aggregator.rounds.subcohort import SubcohortState
 from aggregator.running import RunningRound
 from aggregator.spending import epsilon_of, spent_events
 from aggregator.work import Work
@@ -51,47 +52,50 @@ class Finisher:
         Raises:
             Exception: whatever the release stumbled over; the transaction must not be committed.
         """
-        secagg = running.state.secagg
-        if isinstance(secagg, Recovered):
-            self._complete(work, running, secagg, traffic)
-        elif isinstance(secagg, Failed):
-            self.abort(work, running, secagg.code, secagg.detail, traffic)
-        else:
+        state = running.state
+        if not state.ended:
             raise ValueError(f"round {running.round_id} has not ended")
+        if state.completes:
+            self._complete(work, running, traffic)
+            return
+        failures = [part.secagg for part in state.subcohorts if isinstance(part.secagg, Failed)]
+        detail = failures[0].detail
+        if len(state.subcohorts) > 1:
+            detail = f"{len(failures)} of {len(state.subcohorts)} sub-cohorts failed, the first: {detail}"
+        self.abort(work, running, failures[0].code, detail, traffic)
 
     def abort(
         self, work: Work, running: RunningRound, code: str, detail: str, traffic: dict[str, Traffic]
     ) -> None:
         """Ends a round without a version. What it spent in privacy is entered all the same."""
-        event = None
-        if running.state.released:
-            # Answers to the request to unmask may have come: the sum counts as released.
-            event = event_for(running.encoding, len(running.state.survivors))
+        event = _spent(running)
         detail = "; ".join(part for part in (detail, machine.why_declined(running.state)) if part)
         contents = [*_beginning(running, event), transcript.AbortRecord(code=code)]
         self._end(work, running, contents, event, traffic, code=code, detail=detail)
         logger.warning("round %s aborted: %s: %s", running.round_id[:8], code, detail)
 
-    def _complete(
-        self, work: Work, running: RunningRound, recovered: Recovered, traffic: dict[str, Traffic]
-    ) -> None:
-        central = running.encoding.privacy.mode is PrivacyMode.CENTRAL
-        total = load_sum(work.writer, running.round_id, running.encoding)
-        released = release(recovered, total, running.encoding, self.entropy() if central else None)
+    def _complete(self, work: Work, running: RunningRound, traffic: dict[str, Traffic]) -> None:
+        recovered = running.state.recovered
+        parts = (self._release(work, running, part) for part in recovered)
+        released = together(parts, [len(part.survivors) for part in recovered])
+        event = _spent(running)
         version = self._make_version(running, released, work.at)
         contents = [
-            *_beginning(running, released.event),
+            *_beginning(running, event),
             transcript.ReleaseRecord(release_sha256=released.digest),
             transcript.VersionRecord(version=version.version, manifest_sha256=version.manifest_sha256),
         ]
         misbehaved = tuple(
-            recovered.cohort.members[index].device_id for index in sorted(recovered.misbehaved)
+            part.secagg.cohort.members[index].device_id
+            for part in recovered
+            if isinstance(part.secagg, Recovered)
+            for index in sorted(part.secagg.misbehaved)
         )
         self._end(
             work,
             running,
             contents,
-            released.event,
+            event,
             traffic,
             version=version,
             released=released,
@@ -105,6 +109,14 @@ class Finisher:
             version.version,
             len(running.state.survivors),
         )
+
+    def _release(self, work: Work, running: RunningRound, part: SubcohortState) -> Release:
+        encoding = running.encoding
+        if not isinstance(part.secagg, Recovered):
+            raise ValueError(f"sub-cohort {part.number} of round {running.round_id} has no sum")
+        total = load_sum(work.writer, running.round_id, encoding, part.number)
+        central = encoding.privacy.mode is PrivacyMode.CENTRAL
+        return release(part.secagg, total, encoding, self.entropy() if central else None)
 
     def _make_version(self, running: RunningRound, released: Release, at: Moment) -> Version:
         base = running.base
@@ -141,6 +153,7 @@ class Finisher:
         events = [*spent_events(writer), *(() if event is None else (event,))]
         report = RoundReport(
             phases=state.phases(),
+            subcohorts=state.reports(),
             survivors=state.survivors,
             metrics={} if released is None else released.metrics,
             metric_noise={} if released is None else released.metric_noise,
@@ -173,20 +186,33 @@ class Finisher:
             work.send(device_id, end)
 
 
+def _spent(running: RunningRound) -> DPEvent | None:
+    """What a round spent: that of the sub-cohort that was asked to unmask with the fewest survivors.
+
+    A device is in one sub-cohort, so its loss is what that sub-cohort's sum costs, and the round's is the
+    largest of them (parallel composition; McSherry 2009, doi 10.1145/1559845.1559850, Theorem 4). Answers to
+    the request may have come even where it failed: such a sum counts as released.
+    """
+    events = [event_for(running.encoding, len(part.survivors)) for part in running.state.spent]
+    return min(events, key=lambda event: event.survivors, default=None)
+
+
 def _beginning(running: RunningRound, event: DPEvent | None) -> list[transcript.Content]:
     """The records up to the release."""
     state = running.state
     contents: list[transcript.Content] = [
         transcript.PlanRecord(plan_sha256=state.document.digest.hex(), task=state.plan.task)
     ]
-    if state.cohort is not None:
-        contents.append(
-            transcript.RosterRecord(roster_hash=state.cohort.roster_hash, size=state.cohort.graph.size)
-        )
-    if state.survivors_hash is not None:
-        contents.append(
-            transcript.SurvivorsRecord(survivors_hash=state.survivors_hash, size=len(state.survivors))
-        )
+    contents += (
+        transcript.RosterRecord(roster_hash=part.cohort.roster_hash, size=part.cohort.graph.size)
+        for part in state.subcohorts
+        if part.cohort is not None
+    )
+    contents += (
+        transcript.SurvivorsRecord(survivors_hash=part.survivors_hash, size=len(part.survivors))
+        for part in state.subcohorts
+        if part.survivors_hash is not None
+    )
     if event is not None:
         contents.append(transcript.PrivacyRecord(event=event))
     return contents

@@ -113,13 +113,23 @@ class LogEntry:
         at: seconds since 1970.
         kind: `received` (a device's message), `stored` (its masked input is in the sum), `closed` (a phase).
         device_id: empty for `closed`.
-        frame: the message of `received`, as `protocol.codec` frames it.
+        frame: the message of `received`, as `protocol.codec` frames it; the sub-cohort of `closed`.
     """
 
     at: float
     kind: Literal["received", "stored", "closed"]
     device_id: str = ""
     frame: bytes = b""
+
+    @classmethod
+    def closing(cls, at: float, subcohort: int) -> LogEntry:
+        """The end of a phase of one sub-cohort."""
+        return cls(at, "closed", frame=subcohort.to_bytes(2, "big"))
+
+    @property
+    def subcohort(self) -> int:
+        """Whose phase was closed; an entry of `closing`."""
+        return int.from_bytes(self.frame, "big")
 
 
 @dataclass(frozen=True)

@@ -102,15 +102,18 @@ class RunningRound:
         before = self.state
         self.state, outputs = machine.handle(self.state, event, work.at)
         self._execute(work, outputs)
-        if isinstance(before.secagg, Collecting) and not isinstance(self.state.secagg, Collecting):
-            # Whoever is not in the survivor set now never will be: its chunks are of no use to anybody.
-            work.writer.drop_uploads(self.round_id)
-            self.receptions.clear()
-        if len(self.state.closed) > len(before.closed):
-            for phase in self.state.closed[len(before.closed) :]:
+        for was, part in zip(before.subcohorts, self.state.subcohorts, strict=True):
+            if isinstance(was.secagg, Collecting) and not isinstance(part.secagg, Collecting):
+                # Whoever is not in the survivor set now never will be: its chunks are of no use to anybody.
+                for device_id in part.invited & self.receptions.keys():
+                    work.writer.drop_upload(self.round_id, device_id)
+                    del self.receptions[device_id]
+            for phase in part.closed[len(was.closed) :]:
                 logger.info(
-                    "round %s: %s over, %d of %d answered",
+                    "round %s, sub-cohort %d of %d: %s over, %d of %d answered",
                     self.round_id[:8],
+                    part.number + 1,
+                    len(self.state.subcohorts),
                     phase.phase,
                     phase.answered,
                     phase.expected,
@@ -139,9 +142,10 @@ class RunningRound:
                 work, device_id, blob, "stored" if accepted else "another-stored", accepted=accepted
             )
             return
-        if isinstance(self.state.secagg, Advertising | Sharing):
+        secagg = self.state.of(device_id).secagg
+        if isinstance(secagg, Advertising | Sharing):
             raise IllegalEvent("an upload before the shares were delivered")
-        if not isinstance(self.state.secagg, Collecting):
+        if not isinstance(secagg, Collecting):
             self._receipt(work, device_id, blob, "too-late")
             return
         if not machine.expects(self.state, device_id):
@@ -172,7 +176,14 @@ class RunningRound:
             return
         del self.receptions[device_id]
         try:
-            add_input(work.writer, self.round_id, device_id, reception.blob, self.encoding)
+            add_input(
+                work.writer,
+                self.round_id,
+                device_id,
+                reception.blob,
+                self.encoding,
+                self.state.of(device_id).number,
+            )
         except UnusableInput as error:
             self._expel(work, device_id, reception.blob, error.code)
             return

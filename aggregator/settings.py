@@ -18,8 +18,9 @@ from aggregator.rounds.planning import (
 )
 from models.recipes import RECIPES, Recipe
 from protocol.dp.parameters import AdaptiveClipping, PrivacyMode, PrivacyParameters
-from protocol.plan import CohortParameters, Deadlines, TrainingParameters
+from protocol.plan import SUBCOHORT_LIMIT, CohortParameters, Deadlines, TrainingParameters
 from protocol.ring import MAX_BITS
+from protocol.secagg.subcohorts import Split
 
 GENERIC = Recipe(rounds=10, local_epochs=1, learning_rate=0.05, clip_norm=1.0)
 """For a model without a recipe of its own."""
@@ -61,6 +62,7 @@ class CampaignRequest:
     cohort: int = 10
     minimum: int | None = None
     min_survivors: int | None = None
+    subcohort_limit: int = SUBCOHORT_LIMIT
     local_epochs: int | None = None
     learning_rate: float | None = None
     proximal_mu: float | None = None
@@ -87,7 +89,8 @@ class CampaignRequest:
             InvalidSettings: it says what is wrong.
         """
         recipe = self.recipe
-        two_thirds = min(self.cohort, 2 * self.cohort // 3 + 1)
+        part = Split.of(max(1, self.cohort), max(1, self.subcohort_limit)).average
+        two_thirds = min(part, 2 * part // 3 + 1)
         minimum = _given(self.minimum, max(2, two_thirds))
         no_noise = self.privacy is PrivacyMode.NONE
         rounds = _given(self.rounds, recipe.rounds)
@@ -119,6 +122,7 @@ class CampaignRequest:
                     size=self.cohort,
                     minimum=minimum,
                     minimum_survivors=_given(self.min_survivors, minimum),
+                    subcohort_limit=self.subcohort_limit,
                 ),
                 deadlines=self.deadlines,
                 gather_seconds=self.gather_seconds,

@@ -151,9 +151,10 @@ def check_in(
         ca=profile.ca,
         device_id=profile.device_id,
         minimum_cohort=max(plan.cohort.minimum, profile.policy.minimum_cohort),
-        maximum_cohort=plan.cohort.size,
+        maximum_cohort=plan.cohort.split.largest,
         minimum_survivors=max(plan.cohort.minimum_survivors, profile.policy.minimum_survivors),
         graph=plan.cohort.graph,
+        split=plan.cohort.split,
     )
     entropy = derive_key(stamp.entropy, purpose="edge/check-in")
     client = secagg.begin(context, profile.certificate, profile.identity, entropy)

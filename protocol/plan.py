@@ -16,6 +16,7 @@ from protocol.dp.parameters import PrivacyParameters
 from protocol.errors import MalformedMessage
 from protocol.fields import MAX_COHORT, PROTOCOL_VERSION, RoundId, Schema, Sha256, Slug, UnixTime
 from protocol.secagg.parameters import GraphAssumptions
+from protocol.secagg.subcohorts import Split
 
 PLAN_KIND = "plan"
 MODEL_KIND = "model-manifest"
@@ -24,6 +25,11 @@ MAX_BINS = 4096
 MAX_BOUND = 1e15
 MIN_RELATIVE_WIDTH = 1e-9
 """Narrower bounds would ask for more digits than a double has left."""
+
+SUBCOHORT_LIMIT = 4096
+"""Where a cohort is split unless the plan says otherwise: a sub-cohort of this size costs a device no more
+than one of a tenth does (its work grows with the logarithm), while the aggregator's memory, and what a
+failure takes along, stay bounded."""
 
 Seconds = Annotated[float, Field(gt=0, le=86_400)]
 
@@ -117,11 +123,13 @@ class CohortParameters(Schema):
     """How many devices take part."""
 
     size: Annotated[int, Field(ge=2, le=MAX_COHORT)]
-    """Devices invited, at most. The ring is wide enough for this many."""
+    """Devices invited, at most. The ring is wide enough for those of a sub-cohort."""
     minimum: Annotated[int, Field(ge=2, le=MAX_COHORT)]
-    """The roster has at least this many, or the round aborts before anything is shared."""
+    """A roster has at least this many, or its sub-cohort fails before anything is shared."""
     minimum_survivors: Annotated[int, Field(ge=2, le=MAX_COHORT)]
-    """At least this many masked inputs are in the sum. The noise is sized for it."""
+    """At least this many masked inputs are in a sum. The noise is sized for it."""
+    subcohort_limit: Annotated[int, Field(ge=2, le=MAX_COHORT)] = SUBCOHORT_LIMIT
+    """A cohort of more devices is split into sub-cohorts of at most this many on average, with a sum each."""
 
     graph: GraphAssumptions = GraphAssumptions()
     """What is assumed of the cohort; degree and threshold of the graph follow from it."""
@@ -130,7 +138,17 @@ class CohortParameters(Schema):
     def _ordered(self) -> Self:
         if not self.minimum_survivors <= self.minimum <= self.size:
             raise ValueError("a cohort needs minimum_survivors <= minimum <= size")
+        if self.minimum > self.split.average:
+            raise ValueError(
+                f"{self.split.count} sub-cohorts have {self.split.average} devices on average, "
+                f"fewer than the minimum of {self.minimum}"
+            )
         return self
+
+    @property
+    def split(self) -> Split:
+        """How the cohort falls into sub-cohorts; most fall into one, which is the whole."""
+        return Split.of(self.size, self.subcohort_limit)
 
 
 class Deadlines(Schema):

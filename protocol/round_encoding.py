@@ -37,6 +37,6 @@ def round_encoding(plan: Plan, plan_hash: bytes, dimension: int) -> EncodingPara
         plan.privacy,
         dimension=dimension,
         minimum_survivors=plan.cohort.minimum_survivors,
-        maximum_clients=plan.cohort.size,
+        maximum_clients=plan.cohort.split.largest,
         rotation_seed=plan_hash,
     )

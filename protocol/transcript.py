@@ -3,7 +3,9 @@
 Every record names the digest of the one before it, across rounds, so that whoever keeps the newest digest can
 tell whether anything before it was changed, left out or put in. A round has its records in this order:
 
-    PlanRecord  RosterRecord?  SurvivorsRecord?  PrivacyRecord?  ReleaseRecord?  VersionRecord | AbortRecord
+    PlanRecord  RosterRecord*  SurvivorsRecord*  PrivacyRecord?  ReleaseRecord?  VersionRecord | AbortRecord
+
+with one roster and one survivor set for each sub-cohort that came so far.
 
 Records hold digests and counts, no names of devices and nothing that was masked: enough to check a round's
 artefacts, and to re-compute the privacy ledger from the DP events.
@@ -59,7 +61,10 @@ class SurvivorsRecord(Schema):
 
 
 class PrivacyRecord(Schema):
-    """A sum was unmasked, or its unmasking was asked for: this much privacy is spent."""
+    """A sum was unmasked, or its unmasking was asked for: this much privacy is spent.
+
+    With several sub-cohorts, what the one with the fewest survivors spent: a device is in one of them.
+    """
 
     kind: Literal["privacy"] = "privacy"
     event: DPEvent
@@ -94,6 +99,7 @@ Content = Annotated[
 ]
 
 _ORDER = ("plan", "roster", "survivors", "privacy", "release", "version", "abort")
+_REPEATED = frozenset({"roster", "survivors"})
 
 
 class Record(Schema):
@@ -183,9 +189,10 @@ def _parse(data: bytes) -> Record:
 
 def _check_order(kinds: list[str]) -> None:
     places = [_ORDER.index(kind) for kind in kinds]
-    if places != sorted(set(places)):
+    once = [place for place, kind in zip(places, kinds, strict=True) if kind not in _REPEATED]
+    if places != sorted(places) or len(once) != len(set(once)):
         raise BrokenTranscript(f"records are out of order or repeated: {kinds}")
     if not kinds or kinds[0] != "plan" or kinds[-1] not in ("version", "abort"):
         raise BrokenTranscript("a round begins with a plan and ends with a version or an abort")
-    if "version" in kinds and kinds != list(_ORDER[:-1]):
+    if "version" in kinds and {*kinds} != {*_ORDER[:-1]}:
         raise BrokenTranscript(f"a completed round has every record, this one has {kinds}")

@@ -176,9 +176,10 @@ class SimulatedDevice:
                 ca=self.bundle.ca,
                 device_id=self.device_id,
                 minimum_cohort=plan.cohort.minimum,
-                maximum_cohort=plan.cohort.size,
+                maximum_cohort=plan.cohort.split.largest,
                 minimum_survivors=plan.cohort.minimum_survivors,
                 graph=plan.cohort.graph,
+                split=plan.cohort.split,
             )
             self.state = client.begin(
                 context, self.bundle.certificate, self.identity, secrets.token_bytes(32)

@@ -22,6 +22,7 @@ from protocol.secagg.client_state import ClientState, Masking, RoundContext, dum
 from protocol.secagg.masking import apply_masks
 from protocol.secagg.parameters import GraphAssumptions
 from protocol.secagg.server_state import Failed, Recovered, ServerContext, ServerState
+from protocol.secagg.subcohorts import WHOLE, Split
 from protocol.transfer import describe
 
 NOW = 1_800_000_000
@@ -84,6 +85,7 @@ class Cohort:
     minimum_survivors: int = 2
     reboot: bool = True
     graph: GraphAssumptions = field(default_factory=GraphAssumptions)
+    split: Split = WHOLE
     clients: dict[str, ClientState] = field(default_factory=dict)
     inputs: dict[str, NDArray[np.uint32]] = field(default_factory=dict)
     alive: set[str] = field(default_factory=set)
@@ -94,7 +96,15 @@ class Cohort:
         self.alive = set(devices)
         self.server: ServerState = server.begin(
             ServerContext(
-                FLEET, ROUND_ID, PLAN_HASH, CA, frozenset(devices), 2, self.minimum_survivors, self.graph
+                FLEET,
+                ROUND_ID,
+                PLAN_HASH,
+                CA,
+                frozenset(devices),
+                2,
+                self.minimum_survivors,
+                self.graph,
+                self.split,
             )
         )
         self.total = np.zeros(self.length, dtype=np.uint32)
@@ -102,7 +112,11 @@ class Cohort:
         for device in devices:
             self.inputs[device] = rng.integers(0, 2**32, self.length, dtype=np.uint32)
             context = client_context(
-                device, minimum_survivors=self.minimum_survivors, maximum_cohort=self.size, graph=self.graph
+                device,
+                minimum_survivors=self.minimum_survivors,
+                maximum_cohort=self.size,
+                graph=self.graph,
+                split=self.split,
             )
             self.clients[device] = client.begin(
                 context, certificate(device), identity(device), entropy("begin", device)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from aggregator.records import LogEntry
-from protocol.messages import Invitation
+from protocol.messages import Invitation, RoundEnd
 from protocol.secagg.server import ClientMessage, Request
 
 
@@ -76,7 +76,7 @@ class Send:
     """Send this to a device; nothing is lost if it does not arrive, since it will be sent again."""
 
     device_id: str
-    message: Request | Invitation
+    message: Request | Invitation | RoundEnd
 
 
 Output = Log | Send

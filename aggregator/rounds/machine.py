@@ -1,168 +1,125 @@
-"""One round as the aggregator runs it: the secure-aggregation server, with deadlines, dropouts and repeats.
+"""One round as the aggregator runs it: its sub-cohorts, side by side.
 
-Theory of operation. `protocol.secagg.server` knows what an answer means; this machine knows when a phase is
-over and who must be asked (again). Both are pure: `handle(state, event, at)` returns the new state and what
-to do, in order: first make log entries durable, then send.
+Theory of operation. A plan splits its cohort into sub-cohorts (`protocol.secagg.subcohorts`), most often into
+one. Each of them is a state machine of its own (`aggregator.rounds.subcohort`), with its own roster, phases,
+deadlines and survivors, which neither waits for the others nor fails with them. A device's sub-cohort follows
+from its name and the plan, so that this machine only hands each event to whom it concerns:
 
-    over      = nobody is awaited
-                or the deadline of the phase has passed, or the plan has expired
-                or every device that is awaited has been offline for the grace time, and the round can go on
-    asked     = when the phase opens, when the device comes online, and again and again until it answers,
-                at growing intervals
+    an event of a device   -> its sub-cohort
+    Tick, Reconnected      -> all of them
 
-Restart. The log entries are the round: `resume` replays them and arrives at the same state, except for who is
-online, which births will tell. Requests follow from the state, so nothing else needs to be stored. A phase
-that a restart interrupts gets its whole time again.
+The round has ended when every sub-cohort has. It completes if at least half of them have a sum to release:
+one half of a random split is a sample of the cohort as good as the whole but for its size, and the noise in
+the mean has at most twice the variance; with less, the step would be more noise than the plan asked for.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
-from typing import assert_never
+from dataclasses import dataclass, replace
 
 from aggregator.clock import Moment
 from aggregator.records import LogEntry
-from aggregator.rounds.events import (
-    DeviceHeard,
-    DeviceOffline,
-    DeviceOnline,
-    Event,
-    Log,
-    MaskedInputStored,
-    MessageReceived,
-    Output,
-    Reconnected,
-    Send,
-    Tick,
-)
-from aggregator.rounds.report import Phase, PhaseReport
-from protocol.codec import decode_from_device, encode
-from protocol.errors import IllegalEvent
+from aggregator.rounds import subcohort
+from aggregator.rounds.events import Event, Output, Reconnected, Send, Tick
+from aggregator.rounds.report import PHASES, PhaseReport, SubcohortReport
+from aggregator.rounds.subcohort import SubcohortState
 from protocol.identity import SignedDocument
-from protocol.messages import (
-    BlobChunk,
-    BlobNeed,
-    ClientAbort,
-    DeviceStatus,
-    Invitation,
-    Refusal,
-    UploadOffer,
-)
-from protocol.plan import Deadlines, Plan
+from protocol.messages import Invitation, RoundEnd
+from protocol.plan import Plan
 from protocol.secagg import server
-from protocol.secagg.server import ClientMessage
-from protocol.secagg.server_state import (
-    Advertising,
-    Checking,
-    Cohort,
-    Collecting,
-    Failed,
-    Recovered,
-    ServerContext,
-    ServerState,
-    Sharing,
-    Unmasking,
-)
-
-REPEAT_SECONDS = 2.0
-REPEAT_GROWTH = 1.5
-REPEAT_LIMIT = 15.0
-
-
-@dataclass(frozen=True)
-class Repeat:
-    """When a device is asked again (on the monotonic clock), and how long after that once more."""
-
-    at: float
-    interval: float
+from protocol.secagg.server_state import Failed, Recovered
 
 
 @dataclass(frozen=True)
 class RoundState:
-    """A round that is running, or has just ended: then `secagg` is Recovered or Failed.
+    """A round that is running, or has just ended.
 
     Attributes:
         document: the signed plan, as devices get it.
-        opened: when the current phase began.
-        owed: who owed an answer when it began.
-        closed: the phases before it.
-        cohort: the roster, once it is closed.
-        survivors_hash: what survivors sign, once their set is closed.
-        survivors: their device ids.
-        declined: device id -> why it refused the plan or left the round, in its own words.
-        offline: device id -> since when (monotonic clock).
-        repeats: who has been asked and not answered.
+        subcohorts: by their number in the plan's split.
     """
 
     plan: Plan
     document: SignedDocument
-    secagg: ServerState
-    opened: Moment
-    owed: frozenset[str]
-    closed: tuple[PhaseReport, ...] = ()
-    cohort: Cohort | None = None
-    survivors_hash: bytes | None = None
-    survivors: tuple[str, ...] = ()
-    declined: Mapping[str, str] = field(default_factory=dict)
-    offline: Mapping[str, float] = field(default_factory=dict)
-    repeats: Mapping[str, Repeat] = field(default_factory=dict)
+    subcohorts: tuple[SubcohortState, ...]
+
+    def of(self, device_id: str) -> SubcohortState:
+        """The sub-cohort that a device belongs to, if it is invited."""
+        return self.subcohorts[self.plan.cohort.split.number_of(device_id, self.document.digest)]
 
     @property
     def invited(self) -> frozenset[str]:
         """The devices that were selected."""
-        return self.secagg.context.invited
+        return frozenset().union(*(part.invited for part in self.subcohorts))
 
     @property
     def ended(self) -> bool:
-        """Nothing is awaited any more: the sum's masks are known, or the round failed."""
-        return isinstance(self.secagg, Recovered | Failed)
+        """Nothing is awaited any more, in any sub-cohort."""
+        return all(part.ended for part in self.subcohorts)
 
     @property
-    def released(self) -> bool:
-        """Whether devices were asked to unmask: from here on the privacy of a sum is spent."""
-        return any(phase.phase == "Unmasking" for phase in self.closed) or isinstance(self.secagg, Unmasking)
+    def recovered(self) -> tuple[SubcohortState, ...]:
+        """The sub-cohorts whose sums can be released, once the round has ended."""
+        return tuple(part for part in self.subcohorts if isinstance(part.secagg, Recovered))
+
+    @property
+    def completes(self) -> bool:
+        """Whether enough sub-cohorts have a sum to release."""
+        return 2 * len(self.recovered) >= len(self.subcohorts)
+
+    @property
+    def spent(self) -> tuple[SubcohortState, ...]:
+        """The sub-cohorts whose devices were asked to unmask."""
+        return tuple(part for part in self.subcohorts if part.released)
+
+    @property
+    def survivors(self) -> tuple[str, ...]:
+        """Survivors of every sub-cohort that has closed its survivor set and not failed since."""
+        return tuple(
+            sorted(
+                device_id
+                for part in self.subcohorts
+                if not isinstance(part.secagg, Failed)
+                for device_id in part.survivors
+            )
+        )
+
+    @property
+    def declined(self) -> Mapping[str, str]:
+        """Device id -> why it refused the plan or left the round, in its own words."""
+        return {device_id: why for part in self.subcohorts for device_id, why in part.declined.items()}
 
     def phases(self) -> tuple[PhaseReport, ...]:
-        """Every phase so far; the current one without an end."""
-        if self.ended:
-            return self.closed
-        missing = server.awaited(self.secagg)
-        current = PhaseReport(
-            phase=_PHASES[type(self.secagg)],
-            started=self.opened.unix,
-            expected=len(self.owed),
-            answered=len(self.owed - missing),
+        """Every phase so far, all sub-cohorts together; one that somebody is in has no end."""
+        reports = [report for part in self.subcohorts for report in part.phases()]
+        together = ([r for r in reports if r.phase == phase] for phase in PHASES)
+        return tuple(PhaseReport.together(parts) for parts in together if parts)
+
+    def reports(self) -> tuple[SubcohortReport, ...]:
+        """How it goes in each sub-cohort."""
+        return tuple(
+            SubcohortReport(
+                invited=len(part.invited),
+                cohort=0 if part.cohort is None else part.cohort.graph.size,
+                survivors=len(part.survivors),
+                code=part.secagg.code if isinstance(part.secagg, Failed) else "",
+            )
+            for part in self.subcohorts
         )
-        return (*self.closed, current)
-
-
-def why_declined(state: RoundState) -> str:
-    """How many devices declined, and what one of the most said: what an operator has to know of a failure."""
-    if not state.declined:
-        return ""
-    codes = Counter(why.partition(":")[0] for why in state.declined.values())
-    common = codes.most_common(1)[0][0]
-    said = next(why for _, why in sorted(state.declined.items()) if why.partition(":")[0] == common)
-    return f"{len(state.declined)} declined, {codes[common]} of them: {said}"
-
-
-_PHASES: dict[type, Phase] = {
-    Advertising: "AdvertiseKeys",
-    Sharing: "ShareKeys",
-    Collecting: "MaskedInput",
-    Checking: "ConsistencyCheck",
-    Unmasking: "Unmasking",
-}
 
 
 def begin(
     plan: Plan, document: SignedDocument, ca: bytes, invited: Iterable[str], at: Moment
 ) -> tuple[RoundState, tuple[Output, ...]]:
     """Opens a round for check-in; the selected devices are online and get their invitation."""
-    state = _opened(plan, document, ca, invited, at)
-    return _ask(state, state.owed, at)
+    begun = [
+        subcohort.begin(number, plan, document, ca, devices, at)
+        for number, devices in enumerate(plan.cohort.split.parts(invited, document.digest))
+    ]
+    outputs = tuple(output for _, asked in begun for output in asked)
+    return RoundState(plan, document, tuple(part for part, _ in begun)), outputs
 
 
 def resume(
@@ -175,80 +132,18 @@ def resume(
     at: Moment,
 ) -> RoundState:
     """Restores a round from its log, after a restart. Nobody counts as online until a birth says so."""
-    state = _opened(plan, document, ca, invited, Moment(at.clock, started_at))
+    split, began = plan.cohort.split, Moment(at.clock, started_at)
+    parts = [
+        subcohort.opened(number, plan, document, ca, devices, began)
+        for number, devices in enumerate(split.parts(invited, document.digest))
+    ]
     for entry in log:
-        state = replay(state, entry, Moment(at.clock, entry.at))
-    return replace(state, offline=dict.fromkeys(state.invited, at.clock))
-
-
-def _opened(
-    plan: Plan, document: SignedDocument, ca: bytes, invited: Iterable[str], at: Moment
-) -> RoundState:
-    context = ServerContext(
-        fleet=plan.fleet,
-        round_id=plan.round_id,
-        plan_hash=document.digest,
-        ca=ca,
-        invited=frozenset(invited),
-        minimum_cohort=plan.cohort.minimum,
-        minimum_survivors=plan.cohort.minimum_survivors,
-        graph=plan.cohort.graph,
-    )
-    return RoundState(plan, document, server.begin(context), at, context.invited)
-
-
-# --- the log ---------------------------------------------------------------------------------------------
-
-
-def replay(state: RoundState, entry: LogEntry, at: Moment) -> RoundState:
-    """Applies one entry of the log: the one way in which a round moves on."""
-    if entry.kind == "closed":
-        return _close(state, at)
-    if entry.kind == "stored":
-        return replace(state, secagg=server.handle(state.secagg, server.InputStored(entry.device_id)))
-    message, _ = decode_from_device(entry.frame)
-    if isinstance(message, DeviceStatus | UploadOffer | BlobNeed | BlobChunk):
-        raise IllegalEvent(f"a {message.type} in the log of a round")
-    received = server.Received(entry.device_id, message, int(entry.at))
-    state = replace(state, secagg=server.handle(state.secagg, received))
-    if isinstance(message, Refusal | ClientAbort):
-        why = f"{message.code}: {message.detail}" if message.detail else message.code
-        # A device's own words end in terminals: no control characters.
-        printable = "".join(character if character.isprintable() else " " for character in why)
-        state = replace(state, declined={**state.declined, entry.device_id: printable})
-    return state
-
-
-def _close(state: RoundState, at: Moment) -> RoundState:
-    before, missing = state.secagg, server.awaited(state.secagg)
-    secagg = server.handle(before, server.ClosePhase())
-    # Whoever left in an earlier phase is not asked again, so it is a dropout of that phase only.
-    left = {d for d in state.owed if not expects(state, d)}
-    report = PhaseReport(
-        phase=_PHASES[type(before)],
-        started=state.opened.unix,
-        ended=at.unix,
-        expected=len(state.owed),
-        answered=len(state.owed - missing - left),
-        dropped=tuple(sorted(missing | left)),
-    )
-    state = replace(
-        state,
-        secagg=secagg,
-        opened=at,
-        owed=server.awaited(secagg),
-        closed=(*state.closed, report),
-        repeats={},
-    )
-    if isinstance(secagg, Sharing):
-        return replace(state, cohort=secagg.cohort)
-    if isinstance(secagg, Checking):
-        survivors = tuple(secagg.cohort.members[index].device_id for index in sorted(secagg.survivors))
-        return replace(state, survivors_hash=secagg.survivors_hash, survivors=survivors)
-    return state
-
-
-# --- the machine -----------------------------------------------------------------------------------------
+        number = (
+            entry.subcohort if entry.kind == "closed" else split.number_of(entry.device_id, document.digest)
+        )
+        parts[number] = subcohort.replay(parts[number], entry, Moment(at.clock, entry.at))
+    away = (replace(part, offline=dict.fromkeys(part.invited, at.clock)) for part in parts)
+    return RoundState(plan, document, tuple(away))
 
 
 def handle(state: RoundState, event: Event, at: Moment) -> tuple[RoundState, tuple[Output, ...]]:
@@ -257,130 +152,47 @@ def handle(state: RoundState, event: Event, at: Moment) -> tuple[RoundState, tup
     Raises:
         IllegalEvent, BadSignature, MalformedMessage: an answer not owed, or not valid; nothing changed.
     """
-    outputs: tuple[Output, ...] = ()
-    match event:
-        case MessageReceived():
-            state, outputs = _receive(state, event, at)
-        case MaskedInputStored():
-            entry = LogEntry(at.unix, "stored", event.device_id)
-            state, outputs = _without(replay(state, entry, at), event.device_id), (Log(entry),)
-        case DeviceOnline():
-            offline = {d: since for d, since in state.offline.items() if d != event.device_id}
-            state, outputs = _ask(replace(state, offline=offline), {event.device_id}, at)
-        case DeviceOffline():
-            if event.device_id in state.invited and event.device_id not in state.offline:
-                state = replace(state, offline={**state.offline, event.device_id: at.clock})
-            state = _without(state, event.device_id)
-        case DeviceHeard():
-            repeat = state.repeats.get(event.device_id)
-            if repeat is not None:
-                later = Repeat(at.clock + repeat.interval, repeat.interval)
-                state = replace(state, repeats={**state.repeats, event.device_id: later})
-        case Reconnected():
-            opened = replace(state.opened, clock=state.opened.clock + event.outage)
-            state = replace(state, opened=opened, offline=dict.fromkeys(state.invited, at.clock), repeats={})
-            return state, ()
-        case Tick():
-            due = {device_id for device_id, repeat in state.repeats.items() if repeat.at <= at.clock}
-            state, outputs = _ask(state, due, at)
-        case _:
-            assert_never(event)
-    return _advance(state, outputs, at)
+    concerned = state.subcohorts if isinstance(event, Tick | Reconnected) else (state.of(event.device_id),)
+    parts = list(state.subcohorts)
+    outputs: list[Output] = []
+    for part in concerned:
+        parts[part.number], wanted = subcohort.handle(part, event, at)
+        outputs += wanted
+    changed = any(part is not before for part, before in zip(parts, state.subcohorts, strict=True))
+    after = replace(state, subcohorts=tuple(parts)) if changed else state
+    return after, (*outputs, *_dismissed(state, after))
+
+
+def _dismissed(before: RoundState, state: RoundState) -> tuple[Send, ...]:
+    """Tells the devices of sub-cohorts that have just failed, where others go on."""
+    if state.ended:
+        return ()
+    return tuple(
+        Send(
+            device_id,
+            RoundEnd(round_id=state.plan.round_id, completed=False, reason=part.secagg.code),
+        )
+        for was, part in zip(before.subcohorts, state.subcohorts, strict=True)
+        if isinstance(part.secagg, Failed) and not was.ended
+        for device_id in sorted(part.invited)
+    )
 
 
 def request(state: RoundState, device_id: str) -> server.Request | Invitation | None:
     """What the current phase asks of a device."""
-    if isinstance(state.secagg, Advertising):
-        return Invitation(plan=state.document)
-    return server.request(state.secagg, device_id)
+    return subcohort.request(state.of(device_id), device_id)
 
 
 def expects(state: RoundState, device_id: str) -> bool:
     """Whether a device still has a part in the round; one that has not may forget it."""
-    secagg = state.secagg
-    if isinstance(secagg, Recovered | Failed):
-        return False
-    if isinstance(secagg, Advertising):
-        return device_id in state.invited and device_id not in secagg.left
-    index = secagg.cohort.index.get(device_id)
-    if index is None or index in secagg.left:
-        return False
-    if isinstance(secagg, Sharing):
-        return True
-    if isinstance(secagg, Collecting):
-        return index in secagg.sharers
-    return index in (secagg.survivors if isinstance(secagg, Checking) else secagg.signatures)
+    return subcohort.expects(state.of(device_id), device_id)
 
 
-def phase_seconds(limits: Deadlines, phase: Phase) -> float:
-    """How long a phase lasts at most."""
-    return {
-        "AdvertiseKeys": limits.advertise_keys,
-        "ShareKeys": limits.share_keys,
-        "MaskedInput": limits.masked_input,
-        "ConsistencyCheck": limits.consistency_check,
-        "Unmasking": limits.unmasking,
-    }[phase]
-
-
-def _receive(state: RoundState, event: MessageReceived, at: Moment) -> tuple[RoundState, tuple[Output, ...]]:
-    entry = LogEntry(at.unix, "received", event.device_id, encode(event.message))
-    after = replay(state, entry, at)
-    if after.secagg is state.secagg or _left_before(state.secagg, after.secagg, event.message):
-        return state, ()
-    return _without(after, event.device_id), (Log(entry),)
-
-
-def _left_before(before: ServerState, after: ServerState, message: ClientMessage) -> bool:
-    if not isinstance(message, Refusal | ClientAbort) or isinstance(before, Recovered | Failed):
-        return False
-    return not isinstance(after, Recovered | Failed) and before.left == after.left
-
-
-def _without(state: RoundState, device_id: str) -> RoundState:
-    """Stops asking a device."""
-    if device_id not in state.repeats:
-        return state
-    return replace(state, repeats={d: repeat for d, repeat in state.repeats.items() if d != device_id})
-
-
-def _ask(state: RoundState, devices: Iterable[str], at: Moment) -> tuple[RoundState, tuple[Output, ...]]:
-    """Sends the current request to those of the devices that are awaited and online."""
-    wanted = sorted(server.awaited(state.secagg).intersection(devices) - state.offline.keys())
-    repeats, outputs = dict(state.repeats), []
-    for device_id in wanted:
-        message = request(state, device_id)
-        if message is None:
-            continue
-        outputs.append(Send(device_id, message))
-        last = repeats.get(device_id)
-        interval = REPEAT_SECONDS if last is None else min(last.interval * REPEAT_GROWTH, REPEAT_LIMIT)
-        repeats[device_id] = Repeat(at.clock + interval, interval)
-    return (replace(state, repeats=repeats), tuple(outputs)) if outputs else (state, ())
-
-
-def _advance(
-    state: RoundState, outputs: tuple[Output, ...], at: Moment
-) -> tuple[RoundState, tuple[Output, ...]]:
-    """Closes every phase that is over."""
-    while not state.ended and _over(state, at):
-        entry = LogEntry(at.unix, "closed")
-        state = replay(state, entry, at)
-        state, asked = _ask(state, state.owed, at)
-        # What the closed phase still wanted to ask is stale.
-        outputs = (*(output for output in outputs if isinstance(output, Log)), Log(entry), *asked)
-    return state, outputs
-
-
-def _over(state: RoundState, at: Moment) -> bool:
-    limits, pending = state.plan.deadlines, server.pending(state.secagg)
-    seconds = phase_seconds(limits, _PHASES[type(state.secagg)])
-    if not pending or at.clock - state.opened.clock >= seconds or at.unix >= state.plan.expires_at:
-        return True
-    gone = at.clock - limits.offline_grace
-    if len(state.offline) < pending or not all(
-        state.offline.get(device_id, at.clock + 1) <= gone for device_id in server.awaited(state.secagg)
-    ):
-        return False
-    # Too few are left: those who are away get the whole time of the phase to come back.
-    return not isinstance(server.handle(state.secagg, server.ClosePhase()), Failed)
+def why_declined(state: RoundState) -> str:
+    """How many devices declined, and what one of the most said: what an operator has to know of a failure."""
+    if not state.declined:
+        return ""
+    codes = Counter(why.partition(":")[0] for why in state.declined.values())
+    common = codes.most_common(1)[0][0]
+    said = next(why for _, why in sorted(state.declined.items()) if why.partition(":")[0] == common)
+    return f"{len(state.declined)} declined, {codes[common]} of them: {said}"

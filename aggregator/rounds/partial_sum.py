@@ -1,7 +1,8 @@
-"""The one vector of a round that the aggregator keeps: the sum of the masked inputs so far.
+"""The one vector of a sub-cohort that the aggregator keeps: the sum of the masked inputs so far.
 
-It lies in the repository slice by slice. An input is added in the transaction that enters it into the
-exactly-once ledger and drops its chunks: it is in the sum once or not at all, whatever is killed when.
+Those of a round's sub-cohorts lie one behind the other, each beginning at a whole slice, in the repository.
+An input is added in the transaction that enters it into the exactly-once ledger and drops its chunks: it is
+in the sum once or not at all, whatever is killed when.
 """
 
 from __future__ import annotations
@@ -42,9 +43,16 @@ def input_size(encoding: EncodingParameters) -> int:
 
 
 def add_input(
-    writer: Writer, round_id: str, device_id: str, blob: BlobRef, encoding: EncodingParameters
+    writer: Writer,
+    round_id: str,
+    device_id: str,
+    blob: BlobRef,
+    encoding: EncodingParameters,
+    subcohort: int,
 ) -> None:
-    """Checks a complete upload, adds it to the partial sum and forgets it; never holds more than a slice.
+    """Checks a complete upload, adds it to the partial sum of its sub-cohort and forgets it.
+
+    It never holds more than a slice.
 
     Raises:
         UnusableInput: another digest than announced, or no ring vector; nothing was added.
@@ -53,19 +61,21 @@ def add_input(
     _check(writer.chunks(round_id, device_id), blob, encoding)
     writer.note_input(round_id, device_id, blob.sha256)
     packer = SlicePacker(encoding.bits, min(encoding.length, SLICE))
-    start = 0
+    start, place = 0, _place(encoding, subcohort)
     for packed in _regroup(writer.chunks(round_id, device_id), SLICE // ring.GROUP * encoding.bits):
         count = min(SLICE, encoding.length - start)
-        before = writer.sum_slice(round_id, start)
+        before = writer.sum_slice(round_id, place + start)
         total = np.zeros(count, np.uint32) if before is None else np.frombuffer(before, _ELEMENT).copy()
         packer.add(total, packed)
-        writer.put_sum_slice(round_id, start, total.astype(_ELEMENT, copy=False).tobytes())
+        writer.put_sum_slice(round_id, place + start, total.astype(_ELEMENT, copy=False).tobytes())
         start += count
     writer.drop_upload(round_id, device_id)
 
 
-def load_sum(reader: Reader, round_id: str, encoding: EncodingParameters) -> NDArray[np.uint32]:
-    """Reads the whole partial sum.
+def load_sum(
+    reader: Reader, round_id: str, encoding: EncodingParameters, subcohort: int
+) -> NDArray[np.uint32]:
+    """Reads the whole partial sum of one sub-cohort.
 
     Returns:
         uint32, shape (encoding.length,), modulo 2^32.
@@ -73,13 +83,17 @@ def load_sum(reader: Reader, round_id: str, encoding: EncodingParameters) -> NDA
     Raises:
         ValueError: no input was added, or the slices are of another encoding.
     """
-    total = np.empty(encoding.length, np.uint32)
+    total, place = np.empty(encoding.length, np.uint32), _place(encoding, subcohort)
     for start in range(0, encoding.length, SLICE):
-        data = reader.sum_slice(round_id, start)
+        data = reader.sum_slice(round_id, place + start)
         if data is None:
             raise ValueError(f"the partial sum of round {round_id} has no slice at {start}")
         total[start : start + SLICE] = np.frombuffer(data, _ELEMENT)
     return total
+
+
+def _place(encoding: EncodingParameters, subcohort: int) -> int:
+    return subcohort * (-(-encoding.length // SLICE) * SLICE)
 
 
 def _check(chunks: Iterable[bytes], blob: BlobRef, encoding: EncodingParameters) -> None:

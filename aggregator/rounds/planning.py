@@ -128,6 +128,8 @@ def check_settings(settings: CampaignSettings, base: ModelManifest) -> None:
     trial = make_plan(settings, "trial", "0" * 32, train_task(settings, base), Moment(0, 0))
     try:
         round_encoding(trial, bytes(32), base.parameter_count)
-        parameters(settings.cohort.size, settings.cohort.graph)
+        cohort = settings.cohort
+        for size in (cohort.split.largest, cohort.minimum):
+            parameters(size, cohort.split.assumptions(size, cohort.graph))
     except (ProtocolError, ValueError) as error:
         raise ValueError(f"no round can follow these settings: {error}") from error

@@ -5,14 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from protocol import ring
-from protocol.dp.events import DPEvent, event_for
 from protocol.dp.mechanism import EncodingParameters, decode
 from protocol.secagg.masking import apply_masks
 from protocol.secagg.server_state import Recovered
@@ -20,19 +19,17 @@ from protocol.secagg.server_state import Recovered
 
 @dataclass(frozen=True, eq=False)
 class Release:
-    """What a round gives away.
+    """What a round, or one sub-cohort of it, gives away.
 
     Attributes:
         mean_update: float32, shape (d,).
         metrics: means over the survivors, by name.
         metric_noise: standard deviation of the noise in each of them.
-        event: what the release spent.
     """
 
     mean_update: NDArray[np.float32]
     metrics: Mapping[str, float]
     metric_noise: Mapping[str, float]
-    event: DPEvent
 
     @property
     def digest(self) -> str:
@@ -40,6 +37,32 @@ class Release:
         content = hashlib.sha256(self.mean_update.astype("<f4", copy=False).tobytes())
         content.update(json.dumps(dict(self.metrics), sort_keys=True).encode())
         return content.hexdigest()
+
+
+def together(releases: Iterable[Release], survivors: Sequence[int]) -> Release:
+    """One release of the sums of several sub-cohorts: their means, each counted by its survivors.
+
+    Args:
+        releases: of one round, at least one; one is held in memory at a time, besides the result.
+        survivors: of each of them.
+    """
+    mean: NDArray[np.float32] | None = None
+    metrics: dict[str, list[float]] = {}
+    noise: dict[str, list[float]] = {}
+    for count, part in zip(survivors, releases, strict=True):
+        weight = count / sum(survivors)
+        vector = np.multiply(part.mean_update, np.float32(weight), out=part.mean_update)
+        mean = vector if mean is None else np.add(mean, vector, out=mean)
+        for name in part.metrics:
+            metrics.setdefault(name, []).append(weight * part.metrics[name])
+            noise.setdefault(name, []).append(weight * part.metric_noise[name])
+    if mean is None:
+        raise ValueError("there is no sum to release")
+    return Release(
+        mean,
+        {name: math.fsum(parts) for name, parts in metrics.items()},
+        {name: math.hypot(*parts) for name, parts in noise.items()},
+    )
 
 
 def release(
@@ -63,7 +86,7 @@ def release(
     survivors = len(recovered.survivors)
     mean_update, metrics = decode(total, survivors, encoding, noise_key=noise_key)
     total.fill(0)
-    return Release(mean_update, metrics, metric_noise(encoding, survivors), event_for(encoding, survivors))
+    return Release(mean_update, metrics, metric_noise(encoding, survivors))
 
 
 def metric_noise(encoding: EncodingParameters, survivors: int) -> dict[str, float]:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import Literal, Self, get_args
 
 from pydantic import Field
 
 from protocol.fields import Schema
 
 Phase = Literal["AdvertiseKeys", "ShareKeys", "MaskedInput", "ConsistencyCheck", "Unmasking"]
+PHASES: tuple[Phase, ...] = get_args(Phase)
+"""In their order."""
 
 
 class PhaseReport(Schema):
@@ -30,6 +32,35 @@ class PhaseReport(Schema):
     answered: int = 0
     dropped: tuple[str, ...] = ()
 
+    @classmethod
+    def together(cls, parts: Sequence[Self]) -> Self:
+        """One phase of several sub-cohorts as one."""
+        ends = [part.ended for part in parts if part.ended is not None]
+        return cls(
+            phase=parts[0].phase,
+            started=min(part.started for part in parts),
+            ended=max(ends) if len(ends) == len(parts) else None,
+            expected=sum(part.expected for part in parts),
+            answered=sum(part.answered for part in parts),
+            dropped=tuple(sorted(device_id for part in parts for device_id in part.dropped)),
+        )
+
+
+class SubcohortReport(Schema):
+    """One sub-cohort of a round.
+
+    Attributes:
+        invited: devices of it that were selected.
+        cohort: those that checked in; 0 until the roster is closed.
+        survivors: of them, those whose input is in its sum.
+        code: why it failed; empty unless it did.
+    """
+
+    invited: int
+    cohort: int = 0
+    survivors: int = 0
+    code: str = ""
+
 
 class Traffic(Schema):
     """Payload bytes between one device and the aggregator in a round, without MQTT's own headers.
@@ -45,6 +76,7 @@ class RoundReport(Schema):
     """A round in figures; nothing in it is secret or about one device's data.
 
     Attributes:
+        subcohorts: in the order of the plan's split; most rounds have one.
         survivors: devices whose input is in the released sum.
         metrics: means over the survivors, by name, with the noise of the privacy mode.
         metric_noise: standard deviation of the noise in each metric; 0 where the mode adds none.
@@ -55,6 +87,7 @@ class RoundReport(Schema):
     """
 
     phases: tuple[PhaseReport, ...] = ()
+    subcohorts: tuple[SubcohortReport, ...] = ()
     survivors: tuple[str, ...] = ()
     metrics: Mapping[str, float] = Field(default_factory=dict)
     metric_noise: Mapping[str, float] = Field(default_factory=dict)

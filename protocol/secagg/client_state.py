@@ -18,6 +18,7 @@ from protocol.secagg.graph import quorum
 from protocol.secagg.key_agreement import load_private
 from protocol.secagg.masking import Mask, pairwise_mask, self_mask
 from protocol.secagg.parameters import GraphAssumptions, GraphParameters
+from protocol.secagg.subcohorts import WHOLE, Split
 
 _STORABLE = ConfigDict(ser_json_bytes="base64", val_json_bytes="base64")
 
@@ -29,9 +30,10 @@ class RoundContext:
     Attributes:
         ca: DER certificate of the fleet CA.
         minimum_cohort: the larger of the plan's and the device's own minimum.
-        maximum_cohort: the plan's cohort size, for which the ring is wide enough.
+        maximum_cohort: devices of the largest sub-cohort, for which the ring is wide enough.
         minimum_survivors: masked inputs that must be in the sum.
         graph: the plan's assumptions, from which degree and threshold follow.
+        split: of the plan's cohort; the roster is one sub-cohort of it.
     """
 
     __pydantic_config__ = _STORABLE
@@ -44,6 +46,7 @@ class RoundContext:
     maximum_cohort: int
     minimum_survivors: int
     graph: GraphAssumptions
+    split: Split = WHOLE
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,7 @@ def _close_advertising(state: Advertising) -> ServerState:
             context, "too-few-check-ins", f"{size} devices checked in, {context.minimum_cohort} needed"
         )
     try:
-        graph = parameters(size, context.graph)
+        graph = parameters(size, context.split.assumptions(size, context.graph))
     except NoGraph as error:
         return Failed(context, "no-graph", str(error))
     devices = sorted(state.entries)

@@ -122,7 +122,7 @@ def _least(size: int, marked: int, degree: int, bits: int) -> int:
     bound = exp(-bits * _LN2) / size
     for count in range(min(marked, degree), -1, -1):
         # A client is not its own neighbour: `marked` among the other size - 1.
-        tail += exp(_log_hypergeometric(size - 1, marked, degree, count))
+        tail += exp(log_hypergeometric(size - 1, marked, degree, count))
         if tail > bound:
             return count + 1
     return 0
@@ -136,7 +136,8 @@ def _connected(size: int, removed: int, degree: int) -> bool:
     return 2 * log(size) - _LN2 + chance <= -SIGMA * _LN2
 
 
-def _log_hypergeometric(population: int, marked: int, drawn: int, count: int) -> float:
+def log_hypergeometric(population: int, marked: int, drawn: int, count: int) -> float:
+    """Log of the chance that `count` of `drawn` out of `population` are among the `marked` ones."""
     if count > marked or drawn - count > population - marked:
         return float("-inf")
     return (

@@ -39,7 +39,7 @@ def verify_roster(
         "the roster repeats an index or goes beyond its size",
     )
     try:
-        graph = parameters(roster.size, context.graph)
+        graph = parameters(roster.size, context.split.assumptions(roster.size, context.graph))
     except NoGraph as error:
         raise RoundViolation("no-graph", str(error)) from error
     leaves = {index: rosters.leaf_hash(entry) for index, entry in entries.items()}
@@ -57,6 +57,8 @@ def verify_roster(
     for peer in near:
         names[peer], peers[peer] = _verify_entry(context, entries[peer], now, certificates)
     _check_order([names[place] for place in sorted(names)])
+    numbers = {context.split.number_of(name, context.plan_hash) for name in names.values()}
+    require(len(numbers) == 1, "wrong-subcohort", "the roster has devices of another sub-cohort of the plan")
     return Membership(name, graph, index, peers)
 
 

@@ -10,6 +10,7 @@ from protocol.secagg.graph import quorum
 from protocol.secagg.growing import GrowingMap
 from protocol.secagg.masking import Mask
 from protocol.secagg.parameters import GraphAssumptions, GraphParameters
+from protocol.secagg.subcohorts import WHOLE, Split
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,8 @@ class ServerContext:
     """The round's fixed parameters, from the signed plan and the fleet.
 
     Attributes:
-        invited: device ids that may check in.
+        invited: device ids that may check in: those of one sub-cohort.
+        split: of the plan's cohort.
     """
 
     fleet: str
@@ -28,6 +30,7 @@ class ServerContext:
     minimum_cohort: int
     minimum_survivors: int
     graph: GraphAssumptions
+    split: Split = WHOLE
 
 
 @dataclass(frozen=True)

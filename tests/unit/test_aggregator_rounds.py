@@ -33,6 +33,7 @@ from aggregator.rounds.machine import RoundState
 from aggregator.rounds.partial_sum import SLICE, UnusableInput, add_input, input_size, load_sum
 from aggregator.rounds.planning import CampaignSettings
 from aggregator.rounds.selection import ready, select
+from aggregator.rounds.subcohort import SubcohortState
 from aggregator.settings import CampaignRequest, InvalidSettings
 from protocol import ring
 from protocol.codec import decode_from_device
@@ -76,6 +77,12 @@ class Table:
                 self.log.append(output.entry)
             else:
                 self.sent.append(output)
+
+    @property
+    def part(self) -> SubcohortState:
+        """The one sub-cohort of a round that is not split."""
+        (part,) = self.state.subcohorts
+        return part
 
     def feed(self, event: Event) -> None:
         self.state, outputs = machine.handle(self.state, event, self.at)
@@ -129,7 +136,10 @@ def table(tmp_path: Path) -> Iterator[Table]:
 
 def comparable(state: RoundState) -> tuple[Any, ...]:
     """All of a state but what a restart does not keep: clocks, presence and repeats."""
-    return (state.secagg, state.owed, state.closed, state.cohort, state.survivors_hash, state.survivors)
+    return tuple(
+        (part.secagg, part.owed, part.closed, part.cohort, part.survivors_hash, part.survivors)
+        for part in state.subcohorts
+    )
 
 
 def test_the_log_replays_to_the_same_state_after_every_event(table: Table) -> None:
@@ -140,14 +150,14 @@ def test_the_log_replays_to_the_same_state_after_every_event(table: Table) -> No
         if len(table.log) > seen:
             seen = len(table.log)
             assert comparable(table.replayed()) == comparable(table.state)
-    assert isinstance(table.state.secagg, Recovered)
+    assert isinstance(table.part.secagg, Recovered)
     # Four devices with four messages and an input each, and five phases.
     assert len(table.log) == 4 * 5 + 5
 
 
 def test_a_phase_that_a_restart_interrupts_gets_its_whole_time_again(table: Table) -> None:
     table.later(19)
-    assert table.replayed().opened.clock == table.at.clock
+    assert table.replayed().subcohorts[0].opened.clock == table.at.clock
 
 
 def test_nobody_is_online_after_a_restart_until_a_birth_says_so(table: Table) -> None:
@@ -208,7 +218,7 @@ def test_a_plan_that_expires_ends_the_phase(table: Table) -> None:
     """Outages stop a phase's clock, but devices forget a round when its plan expires."""
     table.at = Moment(1.0, float(table.plan.expires_at))
     table.feed(Tick())
-    assert isinstance(table.state.secagg, Failed)
+    assert isinstance(table.part.secagg, Failed)
 
 
 def test_an_outage_does_not_count(table: Table) -> None:
@@ -314,9 +324,9 @@ def test_the_sum_is_exact_over_slices(repository: Repository, length: int, bits:
         assert len(packed) == input_size(encoding)
         blob = upload(repository, device, packed)
         with repository.write() as writer:
-            add_input(writer, "a" * 32, device, blob, encoding)
+            add_input(writer, "a" * 32, device, blob, encoding, 0)
     with repository.read() as reader:
-        np.testing.assert_array_equal(load_sum(reader, "a" * 32, encoding), total)
+        np.testing.assert_array_equal(load_sum(reader, "a" * 32, encoding, 0), total)
         assert reader.uploads("a" * 32) == ()
         assert set(reader.inputs("a" * 32)) == {"one", "two", "three"}
 
@@ -332,7 +342,7 @@ def test_an_input_that_cannot_be_used_adds_nothing(repository: Repository, code:
         blob = BlobRef(sha256="0" * 64, size=blob.size)
     upload(repository, "one", data[:-1] if code == "wrong-size" else data, blob)
     with repository.write() as writer, pytest.raises(UnusableInput) as caught:
-        add_input(writer, "a" * 32, "one", blob, encoding)
+        add_input(writer, "a" * 32, "one", blob, encoding, 0)
     assert caught.value.code == code
     with repository.read() as reader:
         assert reader.sum_slice("a" * 32, 0) is None
@@ -341,7 +351,7 @@ def test_an_input_that_cannot_be_used_adds_nothing(repository: Repository, code:
 
 def test_a_sum_of_nothing_is_no_sum(repository: Repository) -> None:
     with repository.read() as reader, pytest.raises(ValueError, match="no slice"):
-        load_sum(reader, "a" * 32, encoding_of(13, 17))
+        load_sum(reader, "a" * 32, encoding_of(13, 17), 0)
 
 
 # --- settings

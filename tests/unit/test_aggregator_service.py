@@ -432,7 +432,11 @@ def test_a_round_that_stumbles_is_given_up_and_the_next_one_runs(
     apply = RunningRound.apply
 
     def stumble(running: RunningRound, work: Work, event: Event) -> None:
-        if running.record.number == 1 and isinstance(event, Tick) and running.state.cohort is not None:
+        if (
+            running.record.number == 1
+            and isinstance(event, Tick)
+            and running.state.subcohorts[0].cohort is not None
+        ):
             raise RuntimeError("a defect")
         apply(running, work, event)
 
