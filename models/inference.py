@@ -99,6 +99,7 @@ def evaluate(directory: Path, manifest: ModelManifest, examples: Examples) -> It
     x = scaled_inputs(manifest, examples.x)
     graph, weights = (directory / "model.tflite").read_bytes(), (directory / "weights.bin").read_bytes()
     interpreter = tf.lite.Interpreter(model_content=graph, num_threads=1)
+    interpreter.allocate_tensors()
     set_start(interpreter, manifest, np.frombuffer(weights, "<f4"))
     infer = interpreter.get_signature_runner("infer")
     outputs = [infer(x=x[start : start + BATCH])["logits"] for start in range(0, len(x), BATCH)]

@@ -59,6 +59,7 @@ def time_step(manifest: ModelManifest, graph: bytes, weights: bytes) -> float:
     from models.inference import set_start
 
     interpreter = tf.lite.Interpreter(model_content=graph, num_threads=1)
+    interpreter.allocate_tensors()
     set_start(interpreter, manifest, np.frombuffer(weights, "<f4"))
     train = interpreter.get_signature_runner("train")
     random = np.random.default_rng(0)

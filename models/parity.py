@@ -75,6 +75,8 @@ def _compare(model: Any, graph: bytes, manifest: ModelManifest, seed: int, inter
     start = 0.3 * generator.normal(size=count).astype(np.float32)
     make = interpreter or (lambda content: tf.lite.Interpreter(model_content=content, num_threads=1))
     loaded = make(graph)
+    # As on the device: with XNNPACK.
+    loaded.allocate_tensors()
     run = {name: loaded.get_signature_runner(name) for name in loaded.get_signature_list()}
     run["set_weights"](**entry_vectors(manifest, start))
     logits = run["infer"](x=x)["logits"]

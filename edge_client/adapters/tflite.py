@@ -67,6 +67,8 @@ class TfliteTrainer:
             # The interpreter keeps a pointer into these bytes.
             self._graph = graph
             self._interpreter = Interpreter(model_content=graph, num_threads=threads)
+            # Entry points of tflite-runtime alone never get XNNPACK: this gives it to all of them.
+            self._interpreter.allocate_tensors()
             _check_signatures(manifest, self._interpreter.get_signature_list())
             self._run: dict[str, Any] = {
                 signature.name: self._interpreter.get_signature_runner(signature.name)

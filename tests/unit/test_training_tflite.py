@@ -57,6 +57,20 @@ def altered(manifest: ModelManifest, **changes: Any) -> ModelManifest:
     return ModelManifest.model_validate(dict(manifest) | changes)
 
 
+def test_training_runs_with_the_fast_kernels_of_the_runtime() -> None:
+    """Without them a step takes two to twelve times as long; the runtime says on stderr that it has them."""
+    code = """if True:
+        from edge_client.adapters.tflite import TfliteTrainer
+        from models import zoo
+
+        model = zoo.load("watch")
+        TfliteTrainer(model.manifest, model.graph)
+    """
+    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert child.returncode == 0, child.stderr
+    assert "XNNPACK delegate" in child.stderr
+
+
 def test_training_lowers_the_loss_and_leaves_the_weights_given(
     trainer: LocalTrainer, watch: zoo.BundledModel
 ) -> None:

@@ -21,6 +21,7 @@ def test_gradients_are_tensorflows_in_this_runtime(name: str) -> None:
     graph = case["graph"].tobytes()
     graph_file.read(graph)
     interpreter = Interpreter(model_content=graph, num_threads=1)
+    interpreter.allocate_tensors()
     interpreter.get_signature_runner("set_weights")(weights=case["weights"])
     one, zero = np.array(1.0, np.float32), np.array(0.0, np.float32)
     train = interpreter.get_signature_runner("train")
