@@ -21,12 +21,11 @@ from edge_client.participation import ActiveRound
 from edge_client.policy import Proposal
 from edge_client.profile import Profile
 from protocol.dp.errors import PrivacyError
-from protocol.dp.events import event_for
 from protocol.errors import BadSignature, MalformedMessage
 from protocol.fields import RoundId
 from protocol.identity import SignedDocument, verify_certificate
 from protocol.plan import PLAN_KIND, Plan, QueryTask, TrainTask
-from protocol.round_encoding import METRICS, round_encoding
+from protocol.round_encoding import METRICS, contribution_event, round_encoding
 
 MAX_DETAIL = 300
 CHECK_INS_PER_CONTRIBUTION = 4
@@ -212,6 +211,9 @@ def _judge_version(desk: Desk, plan: Plan, task: TrainTask, document: SignedDocu
             "bad-plan",
             f"the plan's manifest is of version {manifest.version}, not {task.base_version}",
         )
+    if plan.privacy.example is not None and not manifest.example_gradients:
+        detail = f"{task.model} gives no gradients of single examples, which mode example trains with"
+        return Refused(round_id, "no-example-gradients", detail)
     unknown = [slot.name for slot in plan.privacy.metric_slots if slot.name not in METRICS]
     if unknown:
         return Refused(round_id, "unknown-metric", f"this device has no metric {unknown[0]}")
@@ -225,7 +227,7 @@ def _judge_cost(
     round_id = plan.round_id
     try:
         encoding = round_encoding(plan, document.digest, assignment.dimension)
-        planned = event_for(encoding, plan.cohort.minimum_survivors)
+        planned = contribution_event(plan, encoding)
     except PrivacyError as error:
         return Refused(round_id, "bad-plan", str(error)[:MAX_DETAIL])
     refusal = policy.check_epsilon(desk.profile.policy, planned, desk.history, now)

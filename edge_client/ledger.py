@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Self
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from protocol.dp.accounting import Spent, spend
-from protocol.dp.events import DPEvent, Mechanism
+from protocol.dp.events import DPEvent, Mechanism, for_one_example
 from protocol.fields import RoundId, Sha256, Slug, UnixTime
 from protocol.plan import Task
 
@@ -87,7 +87,7 @@ class History:
         )
 
     def events(self, now: int, period_days: int) -> Counter[DPEvent]:
-        """Contributions with noise in the last `period_days` days, today included.
+        """Contributions with noise in the last `period_days` days, today included, whatever they hide.
 
         Days are counted whole, and those after `now` too, so that a wrong clock hides nothing.
         """
@@ -98,6 +98,10 @@ class History:
                 found[spent.event] += spent.count
         return found
 
+    def hiding_examples(self) -> int:
+        """Contributions that hide the device's examples and not the device: mode `example`."""
+        return sum(spent.count for spent in self.days if spent.event.unit == "example")
+
     def without_noise(self) -> int:
         """Contributions to which no epsilon belongs: the owner's policy allowed the mode `none`."""
         return sum(spent.count for spent in self.days if spent.event.mechanism is Mechanism.NONE)
@@ -105,10 +109,20 @@ class History:
     def spent(self, now: int, period_days: int, delta: float, planned: DPEvent | None = None) -> Spent:
         """Bounds what the last `period_days` days cost this device, and one planned contribution on top.
 
+        Contributions that hide examples only are left out: none of them has an epsilon of the device.
+
         Guarantee: computed here from the device's own record and the signed plan; nothing that the aggregator
             says about costs enters.
         """
-        events = self.events(now, period_days)
-        if planned is not None:
-            events[planned] += 1
-        return spend(events, delta)
+        events = self.events(now, period_days) + Counter(() if planned is None else (planned,))
+        return spend({event: count for event, count in events.items() if event.unit == "device"}, delta)
+
+    def spent_on_an_example(
+        self, now: int, period_days: int, delta: float, planned: DPEvent | None = None
+    ) -> Spent:
+        """The same for one example of this device, over its contributions in every mode with noise."""
+        costs: Counter[DPEvent] = Counter()
+        events = self.events(now, period_days) + Counter(() if planned is None else (planned,))
+        for event, count in events.items():
+            costs[for_one_example(event)] += count
+        return replace(spend(costs, delta), unit="example")

@@ -36,9 +36,10 @@ from edge_client.events import (
 from edge_client.ledger import LedgerEntry
 from edge_client.models import Library
 from edge_client.profile import Profile
-from edge_client.training import LocalUpdate, TrainingConfig
-from protocol.dp.events import event_for
+from edge_client.training import HiddenExamples, LocalUpdate, TrainingConfig
+from protocol.dp.example import example_mechanism
 from protocol.dp.mechanism import EncodingParameters
+from protocol.dp.parameters import PrivacyParameters
 from protocol.errors import IllegalEvent, RoundViolation
 from protocol.fields import BlobRef
 from protocol.identity import SignedDocument
@@ -53,7 +54,7 @@ from protocol.messages import (
     UploadReceipt,
 )
 from protocol.plan import Plan
-from protocol.round_encoding import round_encoding
+from protocol.round_encoding import contribution_event, round_encoding
 from protocol.secagg import client as secagg
 from protocol.secagg.client_state import (
     Aborted,
@@ -240,7 +241,7 @@ def _begin_training(active: ActiveRound, assignment: Training, library: Library,
     model, digest = assignment.task.model, assignment.task.manifest_sha256
     if library.ready(model, digest):
         local = library.local(assignment.manifest)
-        return replace(active, work=TrainingNow()), (_train(active.round_id, assignment, local, stamp),)
+        return replace(active, work=TrainingNow()), (_train(active.plan, assignment, local, stamp),)
     if library.find(model, digest) is None:
         reason = library.shelf(model).bad.get(digest, "it was replaced before it was here")
         return abort(active, Fault("model-unusable", f"the base version does not run: {reason}"), stamp)
@@ -288,7 +289,7 @@ def input_written(active: ActiveRound, blob: BlobRef, local: BlobRef | None, sta
         plan_sha256=active.document.digest.hex(),
         signer=active.document.key_id,
         delta=plan.privacy.delta,
-        event=event_for(active.encoding, plan.cohort.minimum_survivors),
+        event=contribution_event(plan, active.encoding),
     )
     moved: Outputs = ()
     if local is not None and isinstance(active.assignment, Training):
@@ -367,12 +368,23 @@ def _save(active: ActiveRound, stamp: Stamp) -> SaveRound:
     return SaveRound(record, stamp.unix)
 
 
-def _train(round_id: str, assignment: Training, local: BlobRef | None, stamp: Stamp) -> Train:
+def _hidden(privacy: PrivacyParameters, assignment: Training, stamp: Stamp) -> HiddenExamples | None:
+    if privacy.example is None:
+        return None
+    return HiddenExamples(
+        example_mechanism(privacy, assignment.dimension),
+        privacy.example.steps(assignment.task.training.local_epochs),
+        derive_key(stamp.entropy, purpose="edge/hidden-examples"),
+    )
+
+
+def _train(plan: Plan, assignment: Training, local: BlobRef | None, stamp: Stamp) -> Train:
     training = assignment.task.training
     config = TrainingConfig(
         local_epochs=training.local_epochs,
         learning_rate=training.learning_rate,
         proximal_mu=training.proximal_mu,
         seed=int.from_bytes(derive_key(stamp.entropy, purpose="edge/example-order")[:8], "little"),
+        hidden=_hidden(plan.privacy, assignment, stamp),
     )
-    return Train(round_id, assignment.manifest, config, local)
+    return Train(plan.round_id, assignment.manifest, config, local)

@@ -49,6 +49,9 @@ class DevicePolicy(BaseModel):
     """What all contributions of one period may cost together, at `delta`. The default stops noise that is
     noise in name only; an owner who relies on it sets less. None is no limit. Contributions without noise
     have no epsilon: `privacy_modes` decides about them."""
+    maximum_example_epsilon: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = 8.0
+    """What all contributions of one period may cost one example of this device, at `delta`, for another round
+    in mode `example`. That mode hides examples and not the device: `privacy_modes` has to list it."""
     epsilon_period_days: Annotated[int, Field(ge=1, le=3650)] = 30
     delta: Annotated[float, Field(gt=0, lt=0.1, allow_inf_nan=False)] = 1e-5
     """The delta of `maximum_epsilon`; the plan's own has no say in it."""
@@ -132,8 +135,11 @@ def check(
 def check_epsilon(policy: DevicePolicy, planned: DPEvent, history: History, now: int) -> PolicyRefusal | None:
     """Refuses a round that would take this device beyond its own epsilon, whatever the aggregator reckons.
 
-    Guarantee: if every contribution passes here first, those of any `epsilon_period_days` days cost at most
-        `maximum_epsilon` at the policy's delta.
+    A round in mode example is held against `maximum_example_epsilon`, every other against `maximum_epsilon`.
+
+    Guarantee: if every contribution passes here first, those of any `epsilon_period_days` days that hide the
+        device cost it at most `maximum_epsilon` at the policy's delta; and no round in mode example takes one
+        of its examples beyond `maximum_example_epsilon`.
     Assumes: at least the plan's minimum of survivors add the noise that the plan asks of them, and at most
         its number of colluders reveal theirs; in central mode, that the aggregator adds it.
 
@@ -143,17 +149,23 @@ def check_epsilon(policy: DevicePolicy, planned: DPEvent, history: History, now:
         history: what the device contributed so far.
         now: current time, seconds since 1970.
     """
-    if policy.maximum_epsilon is None or planned.mechanism is Mechanism.NONE:
+    if planned.mechanism is Mechanism.NONE:
         return None
-    period, delta = policy.epsilon_period_days, policy.delta
-    projected = history.spent(now, period, delta, planned)
-    if projected.epsilon <= policy.maximum_epsilon:
+    if planned.unit == "example":
+        spent, limit, rule = (
+            history.spent_on_an_example,
+            policy.maximum_example_epsilon,
+            "maximum_example_epsilon",
+        )
+    else:
+        spent, limit, rule = history.spent, policy.maximum_epsilon, "maximum_epsilon"
+    period, delta, unit = policy.epsilon_period_days, policy.delta, planned.unit
+    if limit is None or (projected := spent(now, period, delta, planned)).epsilon <= limit:
         return None
-    already = history.spent(now, period, delta)
     return PolicyRefusal(
         "epsilon-exceeded",
-        f"with this round epsilon would be {projected.epsilon:.4g} at delta {delta:g} over {period} days, of "
-        f"which {already.epsilon:.4g} is spent; maximum_epsilon is {policy.maximum_epsilon:g}",
+        f"with this round epsilon of one {unit} would be {projected.epsilon:.4g} at delta {delta:g} over "
+        f"{period} days, of which {spent(now, period, delta).epsilon:.4g} is spent; {rule} is {limit:g}",
     )
 
 

@@ -130,6 +130,13 @@ def privacy(state: Path, now: int) -> dict[str, Any]:
         "epsilon_ever": _finite(history.spent(now, now // DAY + 1, delta).epsilon),
         "delta": delta,
         "without_noise": history.without_noise(),
+        "one_example": {
+            "unit": "example",
+            "contributions": history.hiding_examples(),
+            "epsilon": _finite(history.spent_on_an_example(now, days, delta).epsilon),
+            "maximum_epsilon": policy.maximum_example_epsilon,
+            "epsilon_ever": _finite(history.spent_on_an_example(now, now // DAY + 1, delta).epsilon),
+        },
         "entries": [entry.model_dump(mode="json") for entry in ledger],
     }
 
@@ -153,24 +160,29 @@ def privacy_text(answer: dict[str, Any]) -> str:
             entry["event"]["mode"],
             f"{entry['event']['clip_norm']:g}",
             f"{entry['event']['noise_multiplier']:g}",
-            f"{entry['event']['minimum_survivors']} or more",
+            "its own"
+            if entry["event"]["unit"] == "example"
+            else f"{entry['event']['minimum_survivors']} or more",
             f"{entry['delta']:g}",
         )
         for entry in entries
     ]
-    limit, noisy = answer["maximum_epsilon"], len(rows) - answer["without_noise"]
+    example = answer["one_example"]
+    hiding = example["contributions"]
+    noisy = len(rows) - answer["without_noise"] - hiding
     lines = [
         cli.table(headings, rows),
         f"{len(rows)} contributions of {answer['device_id']}; unit of privacy: the device",
     ]
     if noisy:
-        lines.append(
-            f"epsilon {_epsilon(answer['epsilon'])} in the last {answer['epsilon_period_days']} days "
-            f"({'no limit' if limit is None else f'limit {limit:g}'}), {_epsilon(answer['epsilon_ever'])} in "
-            f"all, at delta {answer['delta']:g}"
-        )
+        lines.append(_spent_line(answer, answer))
     if answer["without_noise"]:
         lines.append(f"{answer['without_noise']} of them without noise: no epsilon bounds those")
+    if hiding:
+        lines.append(
+            f"{hiding} of them hide single examples and not the device: no epsilon of the device bounds those"
+        )
+        lines.append(f"one example of the device: {_spent_line(answer, example)}")
     return "\n".join(lines)
 
 
@@ -178,6 +190,15 @@ def _asked(task: dict[str, Any]) -> str:
     if task["kind"] == "query":
         return f"{task['question']['kind']} of {task['field']}"
     return f"{task['model']} v{task['base_version']}"
+
+
+def _spent_line(answer: dict[str, Any], unit: dict[str, Any]) -> str:
+    limit = unit["maximum_epsilon"]
+    return (
+        f"epsilon {_epsilon(unit['epsilon'])} in the last {answer['epsilon_period_days']} days "
+        f"({'no limit' if limit is None else f'limit {limit:g}'}), {_epsilon(unit['epsilon_ever'])} in all, "
+        f"at delta {answer['delta']:g}"
+    )
 
 
 def _epsilon(value: float | None) -> str:

@@ -12,12 +12,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.examples import Examples
+from protocol.dp.example import ExampleMechanism
 
 __all__ = [
     "MAX_WEIGHT",
     "Evaluation",
     "Examples",
     "ExamplesRejected",
+    "HiddenExamples",
     "LocalTrainer",
     "LocalUpdate",
     "ModelRejected",
@@ -54,6 +56,21 @@ class NonFiniteUpdate(TrainingError):
 
 
 @dataclass(frozen=True, slots=True)
+class HiddenExamples:
+    """Training by DP-SGD, which hides every single example (`protocol.dp.example`).
+
+    Attributes:
+        mechanism: clip norm, noise and sampling.
+        steps: of one round.
+        secret: 32 fresh bytes of coins and noise, for this training only.
+    """
+
+    mechanism: ExampleMechanism
+    steps: int
+    secret: bytes = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
 class TrainingConfig:
     """Hyperparameters of one round's local training; batch size and optimizer are the model's.
 
@@ -62,12 +79,14 @@ class TrainingConfig:
         learning_rate: step size of the model's optimizer, over 0.
         proximal_mu: weight of the FedProx term (Li et al. 2020, arXiv 1812.06127); 0 is FedAvg.
         seed: of the order of examples, for callers that bring no generator of their own.
+        hidden: DP-SGD in place of the epochs; None for plain training.
     """
 
     local_epochs: int
     learning_rate: float
     proximal_mu: float = 0.0
     seed: int = 0
+    hidden: HiddenExamples | None = None
 
     def __post_init__(self) -> None:
         """Refuse values that cannot train.

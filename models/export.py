@@ -72,6 +72,7 @@ def export(
     optimizer: OptimizerSpec | None = None,
     accumulation: int = 1,
     local_layers: Sequence[str] = (),
+    example_gradients: bool = False,
 ) -> ExportedModel:
     """Version 1 of a Keras model as a trainable graph, a weights file and a manifest.
 
@@ -89,6 +90,7 @@ def export(
         optimizer: what a step does with a gradient; by default plain gradient descent.
         accumulation: calls of `train` that make one step of the optimizer.
         local_layers: names of layers whose weights stay on each device, the head of a classifier say.
+        example_gradients: whether devices may train it in privacy mode example; it makes the graph larger.
 
     Raises:
         UnsupportedLayer: a layer cannot be exported; names it, the reason and the alternative.
@@ -97,6 +99,8 @@ def export(
         ParityError: the graph's gradients differ from TensorFlow's.
         ValueError: the model does not fit its input, labels or loss.
     """
+    if example_gradients and local_layers:
+        raise ValueError("mode example hides examples in every parameter that trains: none can be local")
     network = Network(model, local_layers)
     outputs = 1 if loss == "binary_crossentropy" else len(labels)
     if network.example_shape != scaling.shape or network.classes != outputs:
@@ -112,6 +116,7 @@ def export(
         target=target or default_target(loss, len(labels)),
         optimizer=optimizer or OptimizerSpec(),
         accumulation=accumulation,
+        example_gradients=example_gradients,
     )
     signatures = signatures_of(network, form)
     graph = flatbuffer.finish(_convert(build_program(network, form), signatures))

@@ -91,15 +91,17 @@ def _drop_initial_values(model: Any) -> None:
 def _share_constants(model: Any) -> None:
     """Keep the bytes of a constant once: training and inference have their own copies of a frozen layer."""
     first: dict[bytes, int] = {}
+    kept: dict[int, int] = {}
+    for number, buffer in enumerate(model.buffers):
+        if buffer.data is not None and len(buffer.data):
+            kept[number] = first.setdefault(bytes(buffer.data), number)
+    # The converter itself lets tensors of several subgraphs have one buffer.
     for graph in model.subgraphs:
         for tensor in graph.tensors:
-            data = model.buffers[tensor.buffer].data
-            if data is None or len(data) == 0:
-                continue
-            kept = first.setdefault(bytes(data), tensor.buffer)
-            if kept != tensor.buffer:
-                model.buffers[tensor.buffer].data = None
-                tensor.buffer = kept
+            tensor.buffer = kept.get(tensor.buffer, tensor.buffer)
+    for number, other in kept.items():
+        if number != other:
+            model.buffers[number].data = None
 
 
 def _drop_debug_names(model: Any) -> None:

@@ -26,6 +26,8 @@ MAX_VERSION = 2**31
 TRAINABLE_SIGNATURES = frozenset({"train", "infer", "get_weights", "set_weights"})
 LOCAL_SIGNATURE = "start_local"
 """Gives the values that local parameters start from; only where there are any."""
+EXAMPLE_SIGNATURES = frozenset({"gradient", "apply"})
+"""Entry points of DP-SGD on the device: one example's gradient, and a step by a gradient from outside."""
 
 Dimension = Annotated[int, Field(ge=1, le=2**26)]
 LossName = Literal[
@@ -166,6 +168,8 @@ class ModelManifest(Schema):
         names = [signature.name for signature in self.signatures]
         if len(set(names)) != len(names) or not set(names) >= TRAINABLE_SIGNATURES:
             raise ValueError(f"signatures are {names}, needed once each: {sorted(TRAINABLE_SIGNATURES)}")
+        if self.example_gradients and self.local_parameters:
+            raise ValueError("a model with local parameters gives no gradients of single examples")
         if (LOCAL_SIGNATURE in names) != bool(self.local_parameters):
             raise ValueError(
                 f"local parameters and the signature {LOCAL_SIGNATURE} come together or not at all"
@@ -175,6 +179,11 @@ class ModelManifest(Schema):
         self._check_target()
         self._check_layout()
         return self
+
+    @property
+    def example_gradients(self) -> bool:
+        """Whether the graph gives one example's gradient, which training in privacy mode example needs."""
+        return {signature.name for signature in self.signatures} >= EXAMPLE_SIGNATURES
 
     @property
     def regression(self) -> bool:

@@ -17,6 +17,8 @@ TOLERANCE = 1e-4
 """Largest accepted error of a gradient, relative to the largest entry of its parameter."""
 
 ATTEMPTS = 3
+EXAMPLES = 4
+"""Examples whose gradients are compared one by one."""
 
 
 class ParityError(ValueError):
@@ -101,6 +103,38 @@ def _compare(model: Any, graph: bytes, manifest: ModelManifest, seed: int, inter
         error = relative_error(part, expected, floor=1e-2)
         _check(f"gradient of {parameter.name}", error, GradientParityError)
         worst = max(worst, error)
+    if manifest.example_gradients:
+        worst = max(worst, _compare_examples(model, run, manifest, start, x, y))
+    return worst
+
+
+def _compare_examples(
+    model: Any,
+    run: dict[str, Any],
+    manifest: ModelManifest,
+    start: NDArray[np.float32],
+    x: NDArray[np.float32],
+    y: NDArray[Any],
+) -> float:
+    """The same for the gradients of single examples, and for a step by a gradient from outside."""
+    width = sum(part.size for part in manifest.dropouts)
+    keep = {"keep": np.ones((1, width), np.float32)} if width else {}
+    one, zero = np.array(1.0, np.float32), np.array(0.0, np.float32)
+    worst = 0.0
+    run["set_weights"](weights=start)
+    for index in range(min(EXAMPLES, len(x))):
+        alone = slice(index, index + 1)
+        found = run["gradient"](x=x[alone], y=y[alone], **keep)["gradient"]
+        _, _, expected = _stock(model, start, manifest, x[alone], y[alone], np.ones(1, np.float32))
+        for parameter, gradient in zip(manifest.parameters, expected, strict=True):
+            part = found[parameter.offset : parameter.offset + parameter.size].reshape(parameter.shape)
+            error = relative_error(part, gradient, floor=1e-2)
+            _check(f"gradient of {parameter.name} for one example", error, GradientParityError)
+            worst = max(worst, error)
+    direction = np.sign(start)
+    run["apply"](gradient=direction, lr=one, mu=zero)
+    # A first step at rate 1 is the gradient; Adam's is its sign, so that one value serves all of them.
+    _check("step", relative_error(start - run["get_weights"]()["weights"], direction))
     return worst
 
 

@@ -1,4 +1,4 @@
-"""The four entry points of a trainable graph, as TensorFlow functions over a few variables."""
+"""The entry points of a trainable graph, as TensorFlow functions over a few variables."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ class TrainingForm:
         target: what an example's truth looks like.
         optimizer: what it does with a gradient.
         accumulation: calls of `train` that make one step.
+        example_gradients: whether the graph also gives one example's gradient, for DP-SGD on the device.
     """
 
     batch: int
@@ -31,6 +32,7 @@ class TrainingForm:
     target: TargetSpec
     optimizer: OptimizerSpec
     accumulation: int
+    example_gradients: bool = False
 
 
 def signatures_of(network: Network, form: TrainingForm) -> tuple[SignatureSpec, ...]:
@@ -41,17 +43,25 @@ def signatures_of(network: Network, form: TrainingForm) -> tuple[SignatureSpec, 
     local = network.parameter_count > network.shared_count
     vectors = ("weights", "local") if local else ("weights",)
     start = (SignatureSpec(name=LOCAL_SIGNATURE, inputs=(), outputs=("local",)),) if local else ()
-    return (
+    always = (
         SignatureSpec(name="train", inputs=tuple(inputs), outputs=("loss",)),
         SignatureSpec(name="infer", inputs=("x",), outputs=("logits",)),
         SignatureSpec(name="get_weights", inputs=(), outputs=vectors),
         SignatureSpec(name="set_weights", inputs=vectors, outputs=("count",)),
         *start,
     )
+    if not form.example_gradients:
+        return always
+    one = ("x", "y", "keep") if network.dropouts else ("x", "y")
+    return (
+        *always,
+        SignatureSpec(name="gradient", inputs=one, outputs=("gradient",)),
+        SignatureSpec(name="apply", inputs=("gradient", "lr", "mu"), outputs=("count",)),
+    )
 
 
 def build_program(network: Network, form: TrainingForm) -> Any:
-    """A `tf.Module` with the functions `train`, `infer`, `get_weights` and `set_weights`.
+    """A `tf.Module` with the functions that `signatures_of` names.
 
     Its variables: the parameters, where training started, and what optimizer and accumulation remember. Local
     parameters come last in them. They enter and leave as a vector of their own, and `start_local` gives the
@@ -91,6 +101,20 @@ def build_program(network: Network, form: TrainingForm) -> Any:
         module.theta.assign(theta - rule.step(gradient + pull, lr, last))
         return {"loss": loss}
 
+    def gradient(x: Tensor, y: Tensor, keep: Tensor | None = None) -> dict[str, Tensor]:
+        values = network.split(module.theta.read_value())
+        with tf.GradientTape() as tape:
+            tape.watch(values)
+            loss = LOSSES[form.loss](network.forward(values, x, keep), y, tf.ones([1]))
+        parts = tape.gradient(loss, values)
+        return {"gradient": tf.concat([tf.reshape(part, [-1]) for part in parts], 0)}
+
+    def apply(gradient: Tensor, lr: Tensor, mu: Tensor) -> dict[str, Tensor]:
+        theta = module.theta.read_value()
+        pull = mu * (theta - module.anchor.read_value())
+        module.theta.assign(theta - rule.step(gradient + pull, lr, None))
+        return {"count": tf.size(gradient)}
+
     def infer(x: Tensor) -> dict[str, Tensor]:
         return {"logits": network.forward(network.split(module.theta.read_value()), x)}
 
@@ -123,8 +147,8 @@ def build_program(network: Network, form: TrainingForm) -> Any:
         "mask": tf.TensorSpec([form.batch], tf.float32, "mask"),
         **{name: tf.TensorSpec([], tf.float32, name) for name in scalar},
     }
+    width = sum(size for size, _ in network.dropouts)
     if network.dropouts:
-        width = sum(size for size, _ in network.dropouts)
         specs["keep"] = tf.TensorSpec([form.batch, width], tf.float32, "keep")
     order = signatures_of(network, form)[0].inputs
     inputs: dict[str, tuple[Callable[..., Any], list[Any]]] = {
@@ -143,6 +167,16 @@ def build_program(network: Network, form: TrainingForm) -> Any:
             "set_weights": (set_both, vectors),
             LOCAL_SIGNATURE: (start_local, []),
         }
+    if form.example_gradients:
+        target = tf.TensorSpec([1, *form.target.shape], tf.as_dtype(form.target.dtype), "y")
+        example = [tf.TensorSpec([1, *shape], tf.float32, "x"), target]
+        if network.dropouts:
+            example.append(tf.TensorSpec([1, width], tf.float32, "keep"))
+        else:
+            gradient = _without_dropout(gradient)
+        vector = tf.TensorSpec([count], tf.float32, "gradient")
+        inputs["gradient"] = (gradient, example)
+        inputs["apply"] = (apply, [vector, tf.TensorSpec([], tf.float32, "lr"), specs["mu"]])
     for name, (function, signature) in inputs.items():
         setattr(module, name, tf.function(function, input_signature=signature, autograph=False))
     return module
@@ -158,6 +192,10 @@ def _named(train: Callable[..., Any], order: tuple[str, ...]) -> Callable[..., A
     if extra:
         return lambda x, y, mask, lr, mu, keep, last: train(x, y, mask, lr, mu, keep=keep, last=last)
     return lambda x, y, mask, lr, mu: train(x, y, mask, lr, mu)
+
+
+def _without_dropout(gradient: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda x, y: gradient(x, y)
 
 
 class _Sum:

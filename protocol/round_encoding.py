@@ -6,8 +6,10 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Final
 
+from protocol.dp.events import DPEvent, event_for
+from protocol.dp.example import example_event, example_mechanism
 from protocol.dp.mechanism import EncodingParameters, derive_encoding
-from protocol.plan import Plan
+from protocol.plan import Plan, TrainTask
 
 METRICS: Final[Mapping[str, str]] = MappingProxyType(
     {
@@ -18,6 +20,19 @@ METRICS: Final[Mapping[str, str]] = MappingProxyType(
     }
 )
 """What a plan's metric slots may ask for; a device refuses a plan that asks for anything else."""
+
+
+def contribution_event(plan: Plan, encoding: EncodingParameters) -> DPEvent:
+    """What one contribution to a round costs, at worst: the device, or in mode example one of its examples.
+
+    Raises:
+        InvalidParameters: the plan makes no round with a model of this size.
+    """
+    example, task = plan.privacy.example, plan.task
+    if example is None or not isinstance(task, TrainTask):
+        return event_for(encoding, plan.cohort.minimum_survivors)
+    mechanism = example_mechanism(plan.privacy, encoding.dimension)
+    return example_event(mechanism, example.steps(task.training.local_epochs))
 
 
 def round_encoding(plan: Plan, plan_hash: bytes, dimension: int) -> EncodingParameters:

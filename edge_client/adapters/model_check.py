@@ -17,7 +17,7 @@ import signal
 import struct
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -99,7 +99,7 @@ def _ending(code: int) -> str:
 
 
 def try_model(manifest: ModelManifest, graph: bytes, weights: bytes) -> None:
-    """Check a model file, load it, and run one prediction and one step of training; in the child.
+    """Check a model file, load it, and run one prediction and a step of every kind of training.
 
     Raises:
         ModelRejected: it is not what its manifest says, or does not run to finite numbers.
@@ -108,9 +108,11 @@ def try_model(manifest: ModelManifest, graph: bytes, weights: bytes) -> None:
     import numpy as np
 
     from edge_client.adapters.tflite import TfliteTrainer
-    from edge_client.training import Examples, TrainingConfig, TrainingError
+    from edge_client.training import Examples, HiddenExamples, TrainingConfig, TrainingError
     from models import graph_file
     from models.weights import InvalidWeights, decode_weights
+    from protocol.dp.example import mechanism_of
+    from protocol.dp.parameters import ExamplePrivacy, NoiseDistribution
 
     try:
         graph_file.read(graph)
@@ -125,6 +127,13 @@ def try_model(manifest: ModelManifest, graph: bytes, weights: bytes) -> None:
         # So small a rate that the step cannot diverge: what it changes does not matter, that it runs does.
         config = TrainingConfig(local_epochs=1, learning_rate=1e-12)
         trainer.train(start, Examples("trial", x, y), config, np.random.default_rng(0))
+        if manifest.example_gradients:
+            trial = ExamplePrivacy(clip_norm=1.0, noise_multiplier=64.0, sampling_probability=1.0)
+            mechanism = mechanism_of(trial, NoiseDistribution.SKELLAM, manifest.parameter_count)
+            hidden = HiddenExamples(mechanism, 1, bytes(32))
+            trainer.train(
+                start, Examples("trial", x, y), replace(config, hidden=hidden), np.random.default_rng(0)
+            )
     except (graph_file.InvalidGraph, InvalidWeights) as error:
         raise ModelRejected(str(error)) from error
     except ModelRejected:

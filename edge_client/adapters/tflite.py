@@ -19,6 +19,7 @@ from edge_client.training import (
     Evaluation,
     Examples,
     ExamplesRejected,
+    HiddenExamples,
     LocalUpdate,
     ModelRejected,
     NonFiniteUpdate,
@@ -26,6 +27,7 @@ from edge_client.training import (
     WeightsRejected,
 )
 from models.manifest import LOCAL_SIGNATURE, ModelManifest
+from protocol.dp.example import run_steps
 
 try:
     from tflite_runtime.interpreter import Interpreter
@@ -94,18 +96,11 @@ class TfliteTrainer:
         """Train on the device's examples from the global weights; see `LocalTrainer.train`."""
         y = scoring.scaled_targets(self._manifest, examples.y)
         before = self._evaluate(weights, examples.x, y, local)
-        fixed = {
-            "lr": np.array(config.learning_rate, np.float32),
-            "mu": np.array(config.proximal_mu, np.float32),
-        }
         self._set_weights(weights, local)
-        for _ in range(config.local_epochs):
-            order = generator.permutation(len(examples))
-            for chosen, more in _calls(self._manifest, order, generator):
-                x = self._scale(examples.x[chosen])
-                loss = self._call("train", x=x, y=y[chosen], **fixed, **more)["loss"]
-                if not np.isfinite(loss):
-                    raise NonFiniteUpdate(f"the loss became {float(loss)}")
+        if config.hidden is None:
+            self._run_epochs(examples.x, y, config, generator)
+        else:
+            self._run_hidden(examples.x, y, config, config.hidden, generator)
         found = {name: np.array(vector, np.float32) for name, vector in self._call("get_weights").items()}
         for vector in found.values():
             largest = float(np.abs(vector).max())
@@ -121,6 +116,52 @@ class TfliteTrainer:
             accuracy=after.accuracy,
             local=found.get("local"),
         )
+
+    def _run_epochs(
+        self, x: NDArray[np.float32], y: NDArray[Any], config: TrainingConfig, generator: np.random.Generator
+    ) -> None:
+        """Passes over all examples in batches, each a step or a part of one."""
+        fixed = _rates(config)
+        for _ in range(config.local_epochs):
+            order = generator.permutation(len(x))
+            for chosen, more in _calls(self._manifest, order, generator):
+                loss = self._call("train", x=self._scale(x[chosen]), y=y[chosen], **fixed, **more)["loss"]
+                if not np.isfinite(loss):
+                    raise NonFiniteUpdate(f"the loss became {float(loss)}")
+
+    def _run_hidden(
+        self,
+        x: NDArray[np.float32],
+        y: NDArray[Any],
+        config: TrainingConfig,
+        hidden: HiddenExamples,
+        generator: np.random.Generator,
+    ) -> None:
+        """Steps of DP-SGD over the gradients of single examples; the graph sees one at a time.
+
+        Raises:
+            ModelRejected: the graph gives no such gradients.
+        """
+        manifest = self._manifest
+        if not manifest.example_gradients:
+            raise ModelRejected(
+                f"{manifest.name} gives no gradients of single examples, which mode example needs: "
+                f"export it with example_gradients=True"
+            )
+        fixed = _rates(config)
+
+        def gradient(index: int) -> NDArray[np.float32]:
+            one = slice(index, index + 1)
+            more = {"keep": _kept(manifest, 1, generator)} if manifest.dropouts else {}
+            found = self._call("gradient", x=self._scale(x[one]), y=y[one], **more)["gradient"]
+            if found.shape != (self.parameter_count,) or found.dtype != np.float32:
+                raise ModelRejected(f"a gradient is {found.dtype} of shape {found.shape}")
+            return found
+
+        def apply(estimate: NDArray[np.float32]) -> None:
+            self._call("apply", gradient=estimate, **fixed)
+
+        run_steps(hidden.mechanism, hidden.steps, len(x), hidden.secret, gradient, apply)
 
     def predict(
         self,
@@ -232,17 +273,25 @@ def _calls(
         mask[: len(chosen)] = 1.0
         more = {"mask": mask}
         if manifest.dropouts:
-            more["keep"] = _kept(manifest, generator)
+            more["keep"] = _kept(manifest, size, generator)
         if per_step > 1:
             more["last"] = np.array(number % per_step == 0 or number == len(starts), np.float32)
         yield np.resize(chosen, size), more
 
 
-def _kept(manifest: ModelManifest, generator: np.random.Generator) -> NDArray[np.float32]:
+def _rates(config: TrainingConfig) -> dict[str, NDArray[np.float32]]:
+    """What every step takes: learning rate and weight of the proximal term."""
+    return {
+        "lr": np.array(config.learning_rate, np.float32),
+        "mu": np.array(config.proximal_mu, np.float32),
+    }
+
+
+def _kept(manifest: ModelManifest, count: int, generator: np.random.Generator) -> NDArray[np.float32]:
     """Masks of all dropouts side by side: 0 for what is dropped, 1 / (1 - rate) for what is kept."""
     parts = []
     for dropout in manifest.dropouts:
-        kept = generator.random((manifest.train_batch_size, dropout.size), np.float32) >= dropout.rate
+        kept = generator.random((count, dropout.size), np.float32) >= dropout.rate
         parts.append(kept.astype(np.float32) / np.float32(1.0 - dropout.rate))
     return np.concatenate(parts, axis=1)
 
@@ -290,6 +339,13 @@ def _check_tensors(manifest: ModelManifest, run: dict[str, Any]) -> None:
         expected["train", "keep"] = (batch, sum(dropout.size for dropout in manifest.dropouts))
     if manifest.accumulation > 1:
         expected["train", "last"] = scalar
+    if manifest.example_gradients:
+        expected["gradient", "x"] = (1, *shape)
+        expected["gradient", "y"] = (1, *manifest.target.shape)
+        expected["apply", "gradient"] = (manifest.parameter_count,)
+        expected["apply", "lr"] = expected["apply", "mu"] = scalar
+        if manifest.dropouts:
+            expected["gradient", "keep"] = (1, sum(dropout.size for dropout in manifest.dropouts))
     for (name, tensor), wanted in expected.items():
         details = run[name].get_input_details()
         found = tuple(details[tensor]["shape_signature"].tolist()) if tensor in details else None

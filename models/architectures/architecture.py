@@ -28,6 +28,7 @@ class Architecture:
         target: scaling of predicted values; None where the loss has none.
         optimizer: what a step does with a gradient.
         local_layers: names of layers whose weights stay on each device.
+        example_gradients: whether devices may train it in privacy mode example.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Architecture:
     target: TargetSpec | None = None
     optimizer: Literal["sgd", "momentum", "adam"] = "sgd"
     local_layers: tuple[str, ...] = ()
+    example_gradients: bool = False
 
     def build_seeded(self) -> Any:
         """The Keras model with the same initial weights every time."""
@@ -58,4 +60,5 @@ class Architecture:
             target=self.target,
             optimizer=OptimizerSpec(kind=self.optimizer),
             local_layers=self.local_layers,
+            example_gradients=self.example_gradients,
         )

@@ -34,4 +34,5 @@ ARCHITECTURE = Architecture(
     build=build,
     labels=LABELS,
     scaling=InputSpec(shape=(8, 8, 1), mean=(8.0,), std=(8.0,)),
+    example_gradients=True,
 )

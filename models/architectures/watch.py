@@ -43,4 +43,5 @@ ARCHITECTURE = Architecture(
         mean=(0.0, 0.0, 0.0, 0.0, 0.0, 0.0),
         std=(1.0, 0.5, 0.5, 1.0, 2.5, 1.0),
     ),
+    example_gradients=True,
 )

@@ -93,6 +93,18 @@ class DPEvent(BaseModel):
         return self.shares * self.variance_per_share
 
 
+def for_one_example(event: DPEvent) -> DPEvent:
+    """What a contribution costs one example of the device, in whichever mode it was made.
+
+    A mode that hides the device bounds its vector; another example moves it from one vector within the bound
+    to another, by twice the sensitivity at most.
+    """
+    if event.unit == "example":
+        return event
+    doubled = 4 * event.sensitivity_squared
+    return event.model_copy(update={"unit": "example", "sensitivity_squared": doubled})
+
+
 def event_for(params: EncodingParameters, survivors: int) -> DPEvent:
     """Describes the release of a sum of `survivors` vectors encoded with `params`; the unit is the device.
 

@@ -11,6 +11,7 @@ sum, and so the update that leaves the device, is post-processing.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -65,18 +66,27 @@ class ExampleMechanism:
 
 
 def example_mechanism(privacy: PrivacyParameters, dimension: int) -> ExampleMechanism:
-    """Chooses the grid: as fine as the largest noise table of a device allows.
+    """The mechanism of a plan.
 
     Raises:
         InvalidParameters: the plan is of another mode, or there is nothing to train.
     """
     if privacy.example is None:
         raise InvalidParameters(f"mode {privacy.mode} does not hide examples")
+    return mechanism_of(privacy.example, privacy.noise, dimension)
+
+
+def mechanism_of(example: ExamplePrivacy, noise: NoiseDistribution, dimension: int) -> ExampleMechanism:
+    """Chooses the grid: as fine as the largest noise table of a device allows.
+
+    Raises:
+        InvalidParameters: there is nothing to train.
+    """
     if dimension < 1:
         raise InvalidParameters(f"a gradient has at least one element, got {dimension}")
-    z = privacy.example.noise_multiplier
+    z = example.noise_multiplier
     radius = min(MAX_RADIUS, math.floor(MAX_LOCAL_STDDEV / z))
-    return ExampleMechanism(privacy.example, privacy.noise, dimension, radius, (z * radius) ** 2)
+    return ExampleMechanism(example, noise, dimension, radius, (z * radius) ** 2)
 
 
 def example_event(mechanism: ExampleMechanism, steps: int) -> DPEvent:
@@ -167,6 +177,37 @@ def noisy_gradient(
     noisy = total + sampler.sample(key, 0, mechanism.dimension)
     expected = mechanism.example.sampling_probability * count
     return (noisy / (mechanism.scale * expected)).astype(np.float32)
+
+
+def run_steps(
+    mechanism: ExampleMechanism,
+    steps: int,
+    count: int,
+    secret: bytes,
+    gradient: Callable[[int], NDArray[np.float32]],
+    apply: Callable[[NDArray[np.float32]], None],
+) -> None:
+    """Trains by DP-SGD: each step's gradient estimate goes to `apply`, and nothing else leaves this function.
+
+    Guarantee: what `apply` was given in all steps costs one example what `example_event` says.
+    Assumes: `secret` is fresh for this training and kept by nobody; an example's gradient depends on no other
+        example but through what `apply` was given.
+
+    Args:
+        mechanism: of the plan.
+        steps: how many.
+        count: examples on the device, at least 1.
+        secret: 32 bytes.
+        gradient: of the example with this index under the present weights, float32, shape (d,).
+        apply: takes a step by a gradient estimate, float32, shape (d,).
+    """
+    sampler = mechanism.sampler()
+    for step in range(steps):
+        coins, noise = step_keys(secret, step)
+        total = np.zeros(mechanism.dimension, np.int64)
+        for index in sampled(mechanism, count, coins):
+            total += quantised(mechanism, gradient(int(index)))
+        apply(noisy_gradient(mechanism, total, count, noise, sampler))
 
 
 def step_keys(secret: bytes, step: int) -> tuple[bytes, bytes]:
