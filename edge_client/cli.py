@@ -20,6 +20,7 @@ examples:
   covey-edge enroll --state /var/lib/covey --bundle barn-1.json
   covey-edge run --state /var/lib/covey --broker mqtts://hub.example --data /srv/recordings
   covey-edge predict --state /var/lib/covey --input window.npy --json
+  covey-edge personalise --state /var/lib/covey --data /srv/recordings
 
 exit codes: 0 done, 1 failed, 2 wrong usage, 3 not initialised or not enrolled,
             4 another instance runs on this state directory, 5 no model to predict with yet
@@ -74,6 +75,8 @@ def parser() -> argparse.ArgumentParser:
     predict.add_argument("--model", help="which model, when this device has several")
     predict.add_argument("--json", action="store_true", help="print JSON")
 
+    _add_personalise(commands)
+
     privacy = _command(
         commands,
         "privacy",
@@ -90,6 +93,41 @@ def parser() -> argparse.ArgumentParser:
     )
     policy.add_argument("--file", type=Path, help="install this policy; fields that it omits keep defaults")
     return top
+
+
+def _add_personalise(commands: Any) -> None:
+    personalise = _command(
+        commands,
+        "personalise",
+        "fine-tune the last good version on this device's own data, and keep it if it is better",
+        "covey-edge personalise --state /var/lib/covey --data /srv/recordings --epochs 5",
+    )
+    personalise.add_argument(
+        "--data", type=Path, required=True, metavar="DIR", help="NPZ files in the order of time, as for run"
+    )
+    personalise.add_argument("--model", help="which model, when this device has several")
+    personalise.add_argument("--epochs", type=int, default=5, help="passes (default: %(default)s)")
+    personalise.add_argument(
+        "--learning-rate", type=float, default=0.05, help="of the model's optimizer (default: %(default)s)"
+    )
+    personalise.add_argument(
+        "--gap",
+        type=int,
+        default=1,
+        metavar="N",
+        help="examples left out between those trained on and the later ones that judge: as many as overlap "
+        "(default: %(default)s)",
+    )
+    personalise.add_argument("--json", action="store_true", help="print JSON")
+
+    reset = _command(
+        commands,
+        "reset",
+        "drop what personalise made, and answer with the global version again",
+        "covey-edge reset --state /var/lib/covey --personal",
+    )
+    reset.add_argument("--personal", action="store_true", required=True, help="drop personal models")
+    reset.add_argument("--model", help="of this model only")
 
 
 def _add_run(commands: Any) -> None:

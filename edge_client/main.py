@@ -191,6 +191,29 @@ def _predict(options: argparse.Namespace) -> None:
     cli.say(cli.as_json(answer) if options.json else report.prediction_text(answer))
 
 
+def _personalise(options: argparse.Namespace) -> None:
+    from edge_client import report
+    from edge_client.adapters.worker import tflite_trainer
+    from edge_client.personalisation import PersonalConfig
+
+    try:
+        config = PersonalConfig(options.epochs, options.learning_rate, gap=options.gap)
+    except ValueError as error:
+        raise CommandFailed(str(error)) from error
+    answer = report.personalise(options.state, options.data, options.model, config, tflite_trainer)
+    cli.say(cli.as_json(answer) if options.json else report.personal_text(answer))
+
+
+def _reset(options: argparse.Namespace) -> None:
+    from edge_client import report
+
+    dropped = report.reset_personal(options.state, options.model)
+    for model in dropped:
+        cli.say(f"dropped the personal {model}: `predict` answers with the global version")
+    if not dropped:
+        cli.say("there is no personal model")
+
+
 def _privacy(options: argparse.Namespace) -> None:
     from edge_client import report
 
@@ -214,6 +237,8 @@ _COMMANDS = {
     "run": _run,
     "status": _status,
     "predict": _predict,
+    "personalise": _personalise,
+    "reset": _reset,
     "privacy": _privacy,
     "policy": _policy,
 }

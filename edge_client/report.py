@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,20 @@ from cryptography import x509
 from numpy.typing import NDArray
 
 from edge_client import cli
+from edge_client.adapters.blobs import Blobs
 from edge_client.adapters.credentials import POLICY, load_credentials, load_policy
+from edge_client.adapters.data import NpzDirectory
 from edge_client.adapters.files import StorageError
 from edge_client.adapters.store import DATABASE, DeviceStore
 from edge_client.events import VersionStatus
 from edge_client.ledger import DAY, History, LedgerEntry
 from edge_client.models import Library
+from edge_client.personalisation import Personal, PersonalConfig
+from edge_client.personalisation import personalise as fine_tuned
 from edge_client.training import LocalTrainer
+from models.examples import InvalidExamples
 from models.manifest import ModelManifest
-from models.weights import decode_local, decode_weights
+from models.weights import decode_local, decode_weights, entry_vectors
 
 TrainerFactory = Callable[[ModelManifest, bytes], LocalTrainer]
 
@@ -52,6 +58,7 @@ def status(state: Path, *, running: bool) -> dict[str, Any]:
         "active_round": None,
         "recent_rounds": [],
         "contributions": 0,
+        "personal": [],
     }
     if not (state / DATABASE).exists():
         return answer
@@ -80,6 +87,7 @@ def status(state: Path, *, running: bool) -> dict[str, Any]:
     ]
     answer["active_round"] = next((r for r in answer["recent_rounds"] if r["outcome"] is None), None)
     answer["contributions"] = len(ledger)
+    answer["personal"] = [record.model_dump() for record in Blobs(state).personal.records()]
     return answer
 
 
@@ -98,6 +106,12 @@ def status_text(answer: dict[str, Any]) -> str:
         reason = f" ({model['reason']})" if model["reason"] else ""
         lines.append(
             f"model          {model['name']} v{model['version']}: {model['status']}{serving}{reason}"
+        )
+    for record in answer["personal"]:
+        verdict = "kept" if record["kept"] else "not better"
+        lines.append(
+            f"personal       {record['model']} v{record['version']}: {verdict}"
+            f", accuracy {record['personal_accuracy']:.1%} against {record['global_accuracy']:.1%}"
         )
     return "\n".join(lines)
 
@@ -206,7 +220,7 @@ def _epsilon(value: float | None) -> str:
 
 
 def predict(state: Path, path: Path, model: str | None, trainer: TrainerFactory) -> dict[str, Any]:
-    """Class probabilities for the examples in an NPY file, from the last good version and local parameters.
+    """Class probabilities for the examples in an NPY file, from the last good version or its personal form.
 
     Raises:
         NoModel: no version of the model is good yet.
@@ -215,23 +229,75 @@ def predict(state: Path, path: Path, model: str | None, trainer: TrainerFactory)
         StorageError: the store cannot be read.
     """
     x = _read(path)
-    for attempt in (1, 2):
-        manifest, graph, weights, local = None, b"", b"", None
-        try:
-            manifest, graph, weights, local = _last_good(state, model)
-            break
-        except StorageError:
-            # `run` may have switched versions and deleted the old one's files in between.
-            if attempt == 2:
-                raise
-    assert manifest is not None  # noqa: S101 - the loop ended by `break`
+    serving = _serving(state, model)
+    manifest = serving.manifest
     examples = x[np.newaxis] if x.shape == manifest.input.shape else x
-    probabilities = trainer(manifest, graph).predict(decode_weights(weights, manifest), examples, local)
+    weights, local = serving.used()
+    probabilities = trainer(manifest, serving.graph).predict(weights, examples, local)
     return {
         "model": manifest.name,
         "version": manifest.version,
+        "personal": weights is not serving.weights,
         "predictions": [prediction_of(manifest, row) for row in probabilities],
     }
+
+
+def personalise(
+    state: Path, data: Path, model: str | None, config: PersonalConfig, trainer: TrainerFactory
+) -> dict[str, Any]:
+    """Fine-tunes the last good version on the device's own data; keeps the result if it is better.
+
+    Raises:
+        NoModel: no version of the model is good yet.
+        ReportError: there is no such data, or several models could be meant.
+        TrainingError: the examples do not do, or training diverged: nothing changed.
+        StorageError: the store cannot be read or written, or another process personalises.
+    """
+    source = NpzDirectory(data)
+    if (fault := source.fault()) is not None:
+        raise ReportError(f"{data}: {fault.detail}")
+    files = Blobs(state).personal
+    serving = _serving(state, model)
+    with files.writing():
+        try:
+            examples = source.load(serving.manifest)
+        except InvalidExamples as error:
+            raise ReportError(str(error)) from error
+        made = trainer(serving.manifest, serving.graph)
+        personal = fine_tuned(made, serving.manifest, serving.weights, serving.local, examples, config)
+        files.save(personal)
+    return personal.record.model_dump()
+
+
+def personal_text(answer: dict[str, Any]) -> str:
+    """`personalise` for a person."""
+    rows = [
+        ("global", f"{answer['global_accuracy']:.1%}", f"{answer['global_loss']:.4f}"),
+        ("personal", f"{answer['personal_accuracy']:.1%}", f"{answer['personal_loss']:.4f}"),
+    ]
+    verdict = (
+        "kept: `predict` answers with it until the next version comes"
+        if answer["kept"]
+        else "not better, so not kept: `predict` answers with the global version"
+    )
+    return (
+        f"{answer['model']} v{answer['version']}: trained {answer['epochs']} epochs on "
+        f"{answer['trained_on']} examples, judged on {answer['held_out']} later ones\n"
+        f"{cli.table(('version', 'accuracy', 'loss'), rows)}\n{verdict}"
+    )
+
+
+def reset_personal(state: Path, model: str | None) -> tuple[str, ...]:
+    """Deletes personal models; returns the names of the models that had one.
+
+    Raises:
+        CredentialError: the device is not set up.
+        StorageError: deleting failed, or another process personalises.
+    """
+    load_credentials(state)
+    files = Blobs(state).personal
+    with files.writing():
+        return files.drop(model)
 
 
 def prediction_of(manifest: ModelManifest, row: NDArray[np.float32]) -> dict[str, Any]:
@@ -247,7 +313,7 @@ def prediction_of(manifest: ModelManifest, row: NDArray[np.float32]) -> dict[str
 
 def prediction_text(answer: dict[str, Any]) -> str:
     """`predict` for a person."""
-    head = f"{answer['model']} v{answer['version']}"
+    head = f"{answer['model']} v{answer['version']}{', personal' if answer['personal'] else ''}"
     items = answer["predictions"]
     rows: list[tuple[str, ...]]
     if all("label" in item for item in items):
@@ -268,9 +334,36 @@ def _read(path: Path) -> NDArray[np.float32]:
     return x.astype(np.float32)
 
 
-def _last_good(
-    state: Path, model: str | None
-) -> tuple[ModelManifest, bytes, bytes, NDArray[np.float32] | None]:
+@dataclass(frozen=True, slots=True)
+class _Serving:
+    """All that a prediction needs: the last good version, and what this device has of its own for it."""
+
+    manifest: ModelManifest
+    graph: bytes
+    weights: NDArray[np.float32]
+    local: NDArray[np.float32] | None
+    personal: Personal | None
+
+    def used(self) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
+        """Shared and local parameters that this device answers with."""
+        if self.personal is None or self.personal.weights is None:
+            return self.weights, self.local
+        vectors = entry_vectors(self.manifest, self.personal.weights)
+        return vectors["weights"], vectors.get("local")
+
+
+def _serving(state: Path, model: str | None) -> _Serving:
+    for attempt in (1, 2):
+        try:
+            return _last_good(state, model)
+        except StorageError:
+            # `run` may have switched versions and deleted the old one's files in between.
+            if attempt == 2:
+                raise
+    raise AssertionError("unreachable")
+
+
+def _last_good(state: Path, model: str | None) -> _Serving:
     load_credentials(state)
     if not (state / DATABASE).exists():
         raise NoModel("this device has no model yet: start `covey-edge run`")
@@ -285,8 +378,13 @@ def _last_good(
             raise NoModel(f"this device has {missing} yet: it comes while `covey-edge run` runs")
         manifest = max(chosen, key=lambda manifest: manifest.version)
         own = Library(own={saved.model: saved for saved in store.local()}).local(manifest)
-        local = decode_local(store.blobs.read_local(own)) if own is not None else None
-        return manifest, store.blobs.read(manifest.graph), store.blobs.read(manifest.weights), local
+        return _Serving(
+            manifest,
+            graph=store.blobs.read(manifest.graph),
+            weights=decode_weights(store.blobs.read(manifest.weights), manifest),
+            local=decode_local(store.blobs.read_local(own)) if own is not None else None,
+            personal=store.blobs.personal.load(manifest),
+        )
 
 
 def _time(seconds: int) -> str:

@@ -4,6 +4,7 @@
     partial/<sha256>    a download; <sha256>.map says which chunks are surely in it
     uploads/<round id>  a packed masked input
     local/<sha256>      local parameters of a model; nothing that is sent is ever read from here
+    personal/<model>    a version fine-tuned on this device, likewise (`edge_client.adapters.personal`)
 
 A download's map is written every `MAP_EVERY` chunks and not with each, to spare an SD card: a power cut costs
 at most that much of the download, and the digest over the whole finds whatever else it did.
@@ -26,6 +27,7 @@ from edge_client.adapters.files import (
     sync_directory,
     write_durably,
 )
+from edge_client.adapters.personal import PersonalFiles
 from edge_client.events import BlobFound
 from protocol.codec import chunk_count
 from protocol.fields import BlobRef
@@ -43,6 +45,7 @@ class Blobs:
         self._partial = root / "partial"
         self._uploads = root / "uploads"
         self._local = root / "local"
+        self.personal = PersonalFiles(root / "personal")
         self._arrived: dict[str, set[int]] = {}
 
     def prepare(self) -> None:

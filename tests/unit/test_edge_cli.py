@@ -151,7 +151,8 @@ def test_a_model_of_values_has_no_label_to_give() -> None:
     row = np.array([21.5, 0.25], np.float32)
     known = manifest()
     values = known.model_copy(update={"loss": "huber", "labels": ("degrees", "humidity")})
-    answer = {"model": "m", "version": 3, "predictions": [report.prediction_of(values, row)]}
+    found = [report.prediction_of(values, row)]
+    answer = {"model": "m", "version": 3, "personal": False, "predictions": found}
     assert answer["predictions"] == [{"values": {"degrees": 21.5, "humidity": 0.25}}]
     assert report.prediction_text(answer).splitlines()[-1].split() == ["0", "21.500", "0.250"]
     several = known.model_copy(
