@@ -36,7 +36,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.covey-$(PYTHON_VERSION)
 ROOT := $(filter 0,$(shell id -u))
 APT := DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends
-TEST_PACKAGES := mosquitto
+TEST_PACKAGES := mosquitto postgresql
 SLOW_PACKAGES := chromium mmdebstrap qemu-user-static
 
 .PHONY: help demo test test-slow test-313 test-all lint format bench bench-peers setup setup-dev \

@@ -142,7 +142,11 @@ def aggregator_init(
         bool, typer.Option("--insecure", help="Allow an unencrypted broker on another machine.")
     ] = False,
 ) -> None:
-    """Makes the fleet's keys, its CA and an empty registry.
+    """Makes the fleet's keys, its CA, the database and an empty registry.
+
+    The database is SQLite in the state directory, or what COVEY_DATABASE_URL names, for example
+    postgresql://covey@db.local/covey. Its password belongs there, in a password file (~/.pgpass) or in
+    aggregator.json: never on the command line.
 
     Example: covey aggregator init --fleet orchard --broker mqtts://broker.local:8883
     """
@@ -154,6 +158,21 @@ def aggregator_init(
     output.line("next:  covey model publish DIR")
     output.line("       covey device enroll --csr device.csr --out device.json")
     output.line("       covey aggregator run")
+
+
+@aggregator_app.command("migrate")
+def aggregator_migrate(state: State) -> None:
+    """Brings the database to the schema of this version of Covey, after an upgrade.
+
+    All of it or nothing: when it fails, the database is as it was. Stop the service and keep a copy first.
+
+    Example: covey aggregator migrate
+    """
+    before, now = covey.migrate(state)
+    if before == now:
+        output.line(f"the database has schema {now} already: nothing to do")
+    else:
+        output.line(f"the database has schema {now} now; it had {before or 'none'}")
 
 
 @aggregator_app.command("run")

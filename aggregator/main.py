@@ -1,8 +1,8 @@
 """The composition root: the one place where the core meets its adapters, and the functions to use in process.
 
-STATE/aggregator.json    name of the fleet, address of the broker
+STATE/aggregator.json    name of the fleet, addresses of the broker and of the database
 STATE/keys/              the fleet's CA and the operator's key
-STATE/aggregator.db      the repository
+STATE/aggregator.db      the repository, unless it is in PostgreSQL
 STATE/registry/          artefacts and signed manifests
 STATE/aggregator.lock    held by the service while it runs
 """
@@ -23,15 +23,17 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
-from aggregator.adapters import keyfiles
+from aggregator.adapters import keyfiles, sql_migration
 from aggregator.adapters.mqtt import MqttTransport
 from aggregator.adapters.objects import DirectoryStore
 from aggregator.adapters.sql import SqlRepository
+from aggregator.adapters.sql_engine import parse_url, url_of_file, without_password
 from aggregator.adapters.tls import TlsFiles
 from aggregator.clock import SystemClock
 from aggregator.fleet.authority import Authority
 from aggregator.operations import LiveRound, Model, OperationRefused, Operator, RoundView
 from aggregator.records import Campaign, Device, Version
+from aggregator.repository import Repository
 from aggregator.service import Service
 from aggregator.settings import CampaignRequest
 from protocol.broker_address import BrokerAddress
@@ -51,6 +53,7 @@ __all__ = [
     "enrol",
     "init",
     "is_running",
+    "migrate",
     "open_operator",
     "publish",
     "run",
@@ -58,6 +61,7 @@ __all__ = [
 ]
 
 DEFAULT_BROKER = "mqtt://127.0.0.1:1883"
+DATABASE_VARIABLE = "COVEY_DATABASE_URL"
 _SLUG: TypeAdapter[str] = TypeAdapter(Slug)
 logger = logging.getLogger(__name__)
 
@@ -71,12 +75,17 @@ class AlreadyRunning(Exception):
 
 
 class Settings(BaseModel):
-    """What `aggregator.json` holds."""
+    """What `aggregator.json` holds.
+
+    Attributes:
+        database: URL of a PostgreSQL database; None for SQLite in the state directory.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     fleet: str
     broker: str = DEFAULT_BROKER
+    database: str | None = None
     tls_ca: Path | None = None
     tls_certificate: Path | None = None
     tls_key: Path | None = None
@@ -102,6 +111,22 @@ class StateDirectory:
     def database(self) -> Path:
         """The repository."""
         return self.path / "aggregator.db"
+
+    def database_url(self) -> str:
+        """Where the repository is: COVEY_DATABASE_URL, else what the settings say.
+
+        Raises:
+            NotInitialised: the settings hold a password, and others can read them.
+        """
+        given = os.environ.get(DATABASE_VARIABLE) or self.settings().database
+        if given is None:
+            return url_of_file(self.database)
+        if not os.environ.get(DATABASE_VARIABLE) and parse_url(given).password is not None:
+            mode = self.settings_file.stat().st_mode
+            if mode & 0o077:
+                name = self.settings_file
+                raise NotInitialised(f"{name} holds a password that others can read: chmod 600 {name}")
+        return given
 
     @property
     def registry(self) -> Path:
@@ -139,6 +164,8 @@ def default_state() -> Path:
 def init(state: Path, *, fleet: str = "covey", broker: str = DEFAULT_BROKER, insecure: bool = False) -> None:
     """Makes a state directory: keys, CA, database and registry, readable by their owner only.
 
+    With COVEY_DATABASE_URL, the database is that one; the settings remember its URL without the password.
+
     Args:
         state: the directory; made when it is not there.
         fleet: name of the fleet.
@@ -157,16 +184,19 @@ def init(state: Path, *, fleet: str = "covey", broker: str = DEFAULT_BROKER, ins
     place = StateDirectory(state)
     if place.settings_file.exists() or place.keys.exists():
         raise FileExistsError(f"{state} holds an aggregator already")
+    database = os.environ.get(DATABASE_VARIABLE)
+    remembered = without_password(database) if database else None
     state.mkdir(mode=0o700, parents=True, exist_ok=True)
     state.chmod(0o700)
     moment = SystemClock().moment()
     authority = Authority.create(fleet, now=int(moment.unix), serial=secrets.randbits(120) | 1)
     keyfiles.save(authority, place.keys)
     with _private_files():
-        SqlRepository.in_file(place.database).close()
+        sql_migration.migrate(database or url_of_file(place.database))
         DirectoryStore(place.registry)
         # Last: a directory with settings is a complete one.
-        content = Settings(fleet=fleet, broker=broker).model_dump(mode="json", exclude_none=True)
+        settings = Settings(fleet=fleet, broker=broker, database=remembered)
+        content = settings.model_dump(mode="json", exclude_none=True)
         place.settings_file.write_text(json.dumps(content, indent=2) + "\n")
 
 
@@ -183,14 +213,38 @@ def open_operator(state: Path) -> Iterator[Operator]:
         NotInitialised, UnusableKeys, RepositoryError: it says what to do.
     """
     place = StateDirectory(state)
+    with _open_repository(place) as repository:
+        yield _operator(place, repository)
+
+
+@contextlib.contextmanager
+def _open_repository(place: StateDirectory) -> Iterator[SqlRepository]:
     place.settings()
+    url = place.database_url()
+    if url == url_of_file(place.database) and not place.database.exists():
+        # Opening would make an empty one.
+        raise NotInitialised(f"{place.database} is gone: restore it, or run `covey aggregator migrate`")
     with _private_files():
-        repository = SqlRepository.in_file(place.database)
-    try:
-        store = DirectoryStore(place.registry)
-        yield Operator(repository, store, keyfiles.load(place.keys), SystemClock())
-    finally:
-        repository.close()
+        repository = SqlRepository(url)
+    with contextlib.closing(repository):
+        yield repository
+
+
+def _operator(place: StateDirectory, repository: Repository) -> Operator:
+    return Operator(repository, DirectoryStore(place.registry), keyfiles.load(place.keys), SystemClock())
+
+
+def migrate(state: Path) -> tuple[str | None, str]:
+    """Brings the database to the schema of this Covey; returns (schema before, schema now).
+
+    Raises:
+        AlreadyRunning: the service runs: stop it first.
+        NotInitialised, RepositoryError: it says what to do; nothing was changed.
+    """
+    place = StateDirectory(state)
+    place.settings()
+    with _lock(place), _private_files():
+        return sql_migration.migrate(place.database_url())
 
 
 def enrol(state: Path, request: bytes, *, name: str | None = None) -> EnrolmentBundle:
@@ -249,7 +303,8 @@ def run(state: Path, stop: threading.Event, *, broker: str | None = None, insecu
     settings = place.settings()
     address = BrokerAddress.parse(broker or settings.broker, insecure=insecure)
     tls = TlsFiles(settings.tls_ca, settings.tls_certificate, settings.tls_key)
-    with _lock(place), open_operator(state) as operator:
+    with _lock(place), _open_repository(place) as repository, repository.claim():
+        operator = _operator(place, repository)
         operator.note_all_offline()
         transport = MqttTransport(address, f"covey-aggregator-{settings.fleet}", tls)
         # What faces the network has no use for the CA's key.

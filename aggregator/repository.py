@@ -5,6 +5,10 @@ block is left, and serialised against every other writer of the same database, i
 Leaving a `write()` block by an exception changes nothing. Durable means that a receipt may be sent: what was
 written survives SIGKILL and a power cut.
 
+Retries. Nobody retries inside an implementation: only the caller can make the whole transaction again. The
+service does so for every `StorageUnavailable`: it loads its state again, and the broker brings again what was
+not acknowledged. A command of an operator ends, and says why.
+
 Implementations hold no rules. What they do refuse, because no caller can check it without a race: a second
 record under the same key (`Conflict`), and changes to what is not there (`NotFound`).
 """
@@ -39,11 +43,31 @@ class RepositoryError(Exception):
 
 
 class UnknownSchema(RepositoryError):
-    """The database was made by another version of Covey; nothing was changed."""
+    """The database was made by a newer Covey, or by something else; nothing was changed."""
+
+
+class OutdatedSchema(RepositoryError):
+    """The database was made by an older Covey, or has no tables yet: it must be migrated first."""
 
 
 class StorageUnavailable(RepositoryError):
     """The database cannot be read or written now: disk full, read-only, locked, gone. Nothing was changed."""
+
+
+class Contended(StorageUnavailable):
+    """Somebody else was in the way for too long; the same transaction may succeed when it is made again."""
+
+
+class OutcomeUnknown(StorageUnavailable):
+    """The database was lost while it committed: only another look at it can tell whether it has."""
+
+
+class Superseded(RepositoryError):
+    """Another service has claimed the database: this one must end."""
+
+
+class Unstorable(ValueError):
+    """A value that this database cannot hold, such as a zero byte in a text; nothing was changed."""
 
 
 class Conflict(RepositoryError):
@@ -336,7 +360,10 @@ class Repository(Protocol):
         """Opens the one write transaction; waits for another writer, but not for ever.
 
         Raises:
+            Contended: another writer, or somebody else at the database, took too long; nothing was changed.
+            OutcomeUnknown: on leaving, the connection was lost.
             StorageUnavailable: on entry, inside or on leaving; nothing was changed.
+            Superseded: this repository was claimed, and then by another service.
         """
         ...
 

@@ -21,7 +21,7 @@ from aggregator.fleet.presence import Change, Presence
 from aggregator.optimizers import FedAvg
 from aggregator.records import Campaign
 from aggregator.registry.artefacts import ArtefactStore
-from aggregator.repository import Repository, RepositoryError, StorageUnavailable
+from aggregator.repository import Repository, RepositoryError, StorageUnavailable, Superseded
 from aggregator.transport import Connected, Delivery, Disconnected, Inbound, Transport
 from aggregator.work import Work
 from protocol import topics
@@ -71,10 +71,16 @@ class Service:
         self._polled = -TICK_SECONDS
 
     def run(self, stop: threading.Event) -> None:
-        """Serves until `stop` is set."""
+        """Serves until `stop` is set.
+
+        Raises:
+            Superseded: another service has taken over the database.
+        """
         while not stop.is_set():
             try:
                 self.step(TICK_SECONDS / 2)
+            except Superseded:
+                raise
             except (RepositoryError, OSError) as error:
                 logger.error("storage fails, trying again: %s", error)
                 self._recover(stop)
@@ -224,7 +230,7 @@ class Service:
             try:
                 with work:
                     self._conductor.finish(work, round_id)
-            except (StorageUnavailable, OSError):
+            except (StorageUnavailable, Superseded, OSError):
                 self._loaded = False
                 raise
             except Exception as error:

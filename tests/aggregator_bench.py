@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from aggregator.adapters.objects import DirectoryStore
-from aggregator.adapters.sql import SqlRepository
 from aggregator.clock import Moment
 from aggregator.fleet.authority import Authority
 from aggregator.operations import Operator, RoundView
@@ -18,6 +17,7 @@ from aggregator.service import Service
 from aggregator.settings import CampaignRequest
 from aggregator.transport import Connected, Delivery, Disconnected, Inbound
 from tests.aggregator_devices import Outgoing, SimulatedDevice, model_files
+from tests.databases import sqlite_repository
 
 START = 1_800_000_000.0
 
@@ -81,7 +81,7 @@ class Bench:
         self.path = path
         self.clock = ManualClock()
         self.authority = Authority.create("orchard", now=int(START), serial=1)
-        self.repository = SqlRepository.in_file(path / "aggregator.db")
+        self.repository = sqlite_repository(path / "aggregator.db")
         self.store = DirectoryStore(path / "registry")
         self.operator = Operator(self.repository, self.store, self.authority, self.clock)
         self.parameters = parameters

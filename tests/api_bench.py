@@ -15,7 +15,6 @@ from fastapi import FastAPI
 from aggregator.access.roles import Role
 from aggregator.adapters import keyfiles
 from aggregator.adapters.objects import DirectoryStore
-from aggregator.adapters.sql import SqlRepository
 from aggregator.client import Client
 from aggregator.fleet.authority import Authority
 from aggregator.operations import Operator
@@ -26,6 +25,7 @@ from aggregator.web.in_process import URL, InProcess
 from aggregator.web.observed import ObservedRepository
 from protocol.identity import create_request
 from tests.aggregator_bench import ManualClock
+from tests.databases import sqlite_repository
 
 GENEROUS = "1000000/minute"
 
@@ -69,7 +69,7 @@ def api(path: Path, **changes: Any) -> Iterator[Api]:
     authority = Authority.create("orchard", now=int(clock.moment().unix), serial=1)
     keyfiles.save(authority, path / "keys")
     feed = EventFeed()
-    repository = ObservedRepository(SqlRepository.in_file(path / "aggregator.db"), feed)
+    repository = ObservedRepository(sqlite_repository(path / "aggregator.db"), feed)
     publishers = changes.pop("publishers", {})
     operator = Operator(
         repository,

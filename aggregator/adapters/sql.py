@@ -1,4 +1,4 @@
-"""The repository on an SQL database: SQLite in one file, by any URL that SQLAlchemy opens.
+"""The repository on an SQL database: SQLite in one file, or PostgreSQL by its URL.
 
 One connection is one transaction. The promises are those of `aggregator.repository`.
 """
@@ -8,11 +8,9 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from sqlalchemy import (
-    URL,
     Connection,
     CursorResult,
     Executable,
@@ -26,10 +24,13 @@ from sqlalchemy import (
     select,
     update,
 )
-from sqlalchemy.exc import DBAPIError, IntegrityError, SQLAlchemyError
+from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, SQLAlchemyError
 
 from aggregator.adapters import sql_schema as s
 from aggregator.adapters.sql_access import AccessReader, AccessWriter
+from aggregator.adapters.sql_claim import Claim
+from aggregator.adapters.sql_engine import MODE, Mode, contended, open_engine, reason
+from aggregator.adapters.sql_migration import check_schema
 from aggregator.records import (
     Campaign,
     CampaignStatus,
@@ -43,69 +44,100 @@ from aggregator.records import (
     Upload,
     Version,
 )
-from aggregator.repository import Conflict, NotFound, Reader, StorageUnavailable, Writer
+from aggregator.repository import (
+    Conflict,
+    Contended,
+    NotFound,
+    OutcomeUnknown,
+    Reader,
+    StorageUnavailable,
+    Unstorable,
+    Writer,
+)
 from protocol.fields import BlobRef
 from protocol.messages import DeviceStatus
 
 
 class SqlRepository:
-    """A repository at a database URL, such as `sqlite:////var/lib/covey/aggregator.db`."""
+    """A repository at a database URL, such as `postgresql://covey@db.local/covey`."""
 
     def __init__(self, url: str) -> None:
-        """Opens the database, and creates its tables when it is empty.
+        """Opens a database that has its tables: see `aggregator.adapters.sql_migration`.
 
         Raises:
-            UnknownSchema: it was made by another version of Covey.
+            OutdatedSchema, UnknownSchema: its tables are not those of this Covey.
             StorageUnavailable: it cannot be opened.
         """
-        self._engine = s.open_engine(url)
+        self._engine = open_engine(url)
+        self._claim: Claim | None = None
         try:
-            s.prepare(self._engine)
-        except SQLAlchemyError as error:
-            self._engine.dispose()
-            raise StorageUnavailable(_reason(error)) from error
+            with self._transaction(Mode.READ) as connection:
+                check_schema(connection)
         except BaseException:
             self._engine.dispose()
             raise
 
-    @classmethod
-    def in_file(cls, path: Path) -> SqlRepository:
-        """Opens the SQLite database in a file."""
-        return cls(URL.create("sqlite", database=str(path.absolute())).render_as_string())
-
     @contextmanager
     def read(self) -> Iterator[Reader]:
         """Opens a consistent view."""
-        with self._transaction(write=False) as connection:
+        with self._transaction(Mode.READ) as connection:
             yield _Reader(connection)
 
     @contextmanager
     def write(self) -> Iterator[Writer]:
         """Opens the one write transaction."""
-        with self._transaction(write=True) as connection:
+        with self._transaction(Mode.WRITE) as connection:
+            if self._claim is not None:
+                self._claim.check(connection)
             yield _Writer(connection)
+
+    @contextmanager
+    def claim(self) -> Iterator[None]:
+        """Makes this the one repository that a service may write through, until the block is left.
+
+        Operators still write beside it, each operation in one transaction.
+
+        Raises:
+            Superseded: another service, perhaps on another machine, has claimed the database.
+        """
+        # The file of SQLite lies in the state directory, which the service has locked.
+        if self._engine.dialect.name == "sqlite":
+            yield
+            return
+        claim = Claim(self._engine)
+        try:
+            with self._transaction(Mode.WRITE) as connection:
+                claim.take(connection)
+            self._claim = claim
+            yield
+        finally:
+            self._claim = None
+            claim.release()
 
     def close(self) -> None:
         """Releases connections and files."""
         self._engine.dispose()
 
     @contextmanager
-    def _transaction(self, *, write: bool) -> Iterator[Connection]:
+    def _transaction(self, mode: Mode) -> Iterator[Connection]:
+        committing = False
         try:
             with (
-                self._engine.connect().execution_options(**{s.WRITE: write}) as connection,
+                self._engine.connect().execution_options(**{MODE: mode}) as connection,
                 connection.begin(),
             ):
                 yield connection
+                committing = mode is not Mode.READ
         except IntegrityError as error:
-            raise Conflict(_reason(error)) from error
+            raise Conflict(reason(error)) from error
+        except DataError as error:
+            raise Unstorable(reason(error)) from error
         except SQLAlchemyError as error:
-            raise StorageUnavailable(_reason(error)) from error
-
-
-def _reason(error: SQLAlchemyError) -> str:
-    # Never str(error): it quotes the parameters of the statement.
-    return f"database: {error.orig}" if isinstance(error, DBAPIError) else f"database: {type(error).__name__}"
+            if contended(error):
+                raise Contended(f"{reason(error)}: try again") from error
+            if committing and isinstance(error, DBAPIError) and error.connection_invalidated:
+                raise OutcomeUnknown(f"{reason(error)}; look whether it was done") from error
+            raise StorageUnavailable(reason(error)) from error
 
 
 class _Reader(AccessReader):
@@ -259,7 +291,7 @@ class _Writer(_Reader, AccessWriter):
         try:
             self._connection.execute(insert(table).values(**values))
         except IntegrityError as error:
-            raise Conflict(f"{table.name}: {error.orig}") from error
+            raise Conflict(f"{table.name}: {reason(error)}") from error
 
     def _change(self, statement: Executable, missing: str) -> None:
         result = self._connection.execute(statement)

@@ -1,15 +1,14 @@
-"""Tables of the SQL repository, and how a database is opened and recognised."""
+"""Tables of the SQL repository, as the newest migration leaves them.
+
+To change them: change them here, add `migrations/versions/NNNN_what.py` that does the same to a database in
+use, and raise `REVISION`. `tests/contract/test_migrations.py` compares the two on every database.
+"""
 
 from __future__ import annotations
 
-from typing import Any
-
 from sqlalchemy import (
-    DDL,
     Boolean,
     Column,
-    Connection,
-    Engine,
     Float,
     ForeignKey,
     Index,
@@ -20,23 +19,17 @@ from sqlalchemy import (
     Table,
     Text,
     UniqueConstraint,
-    create_engine,
-    event,
-    insert,
-    inspect,
-    make_url,
-    select,
 )
 
-from aggregator.repository import UnknownSchema
+REVISION = "0002"
+"""The newest migration: what a database must have to be used."""
 
-SCHEMA_VERSION = 2
-BUSY_SECONDS = 15
-WRITE = "covey_write"
-"""Execution option of a connection that is going to write."""
+NAME = String(63).with_variant(String(63, collation="C"), "postgresql")
+"""A `Slug`. In the order of its bytes on every database, whatever language a server was set up for."""
 
 metadata = MetaData()
 
+# One row a fact about the database itself. On PostgreSQL, writers lock it: it is there for all of them.
 meta = Table(
     "meta", metadata, Column("key", String(40), primary_key=True), Column("value", Text, nullable=False)
 )
@@ -44,7 +37,7 @@ meta = Table(
 devices = Table(
     "devices",
     metadata,
-    Column("device_id", String(63), primary_key=True),
+    Column("device_id", NAME, primary_key=True),
     Column("certificate", LargeBinary, nullable=False),
     Column("enrolled_at", Float, nullable=False),
     Column("excluded", Text),
@@ -59,7 +52,7 @@ devices = Table(
 versions = Table(
     "versions",
     metadata,
-    Column("model", String(63), primary_key=True),
+    Column("model", NAME, primary_key=True),
     Column("version", Integer, primary_key=True, autoincrement=False),
     Column("manifest_sha256", String(64), nullable=False),
     Column("document", LargeBinary, nullable=False),
@@ -73,7 +66,7 @@ campaigns = Table(
     metadata,
     Column("seq", Integer, primary_key=True),
     Column("campaign_id", String(32), nullable=False, unique=True),
-    Column("model", String(63), nullable=False),
+    Column("model", NAME, nullable=False),
     Column("rounds", Integer, nullable=False),
     Column("settings", LargeBinary, nullable=False),
     Column("created_at", Float, nullable=False),
@@ -89,7 +82,7 @@ rounds = Table(
     Column("round_id", String(32), nullable=False, unique=True),
     Column("campaign_id", ForeignKey("campaigns.campaign_id"), nullable=False),
     Column("number", Integer, nullable=False),
-    Column("model", String(63), nullable=False),
+    Column("model", NAME, nullable=False),
     Column("base_version", Integer, nullable=False),
     Column("plan", LargeBinary, nullable=False),
     Column("selection_seed", LargeBinary, nullable=False),
@@ -112,7 +105,7 @@ log = Table(
     Column("round_id", ForeignKey("rounds.round_id"), nullable=False, index=True),
     Column("at", Float, nullable=False),
     Column("kind", String(16), nullable=False),
-    Column("device_id", String(63), nullable=False),
+    Column("device_id", NAME, nullable=False),
     Column("frame", LargeBinary, nullable=False),
 )
 
@@ -120,7 +113,7 @@ uploads = Table(
     "uploads",
     metadata,
     Column("round_id", ForeignKey("rounds.round_id"), primary_key=True),
-    Column("device_id", String(63), primary_key=True),
+    Column("device_id", NAME, primary_key=True),
     Column("sha256", String(64), nullable=False),
     Column("size", Integer, nullable=False),
 )
@@ -129,7 +122,7 @@ chunks = Table(
     "chunks",
     metadata,
     Column("round_id", String(32), primary_key=True),
-    Column("device_id", String(63), primary_key=True),
+    Column("device_id", NAME, primary_key=True),
     Column("index", Integer, primary_key=True, autoincrement=False),
     Column("data", LargeBinary, nullable=False),
 )
@@ -138,7 +131,7 @@ inputs = Table(
     "inputs",
     metadata,
     Column("round_id", ForeignKey("rounds.round_id"), primary_key=True),
-    Column("device_id", String(63), primary_key=True),
+    Column("device_id", NAME, primary_key=True),
     Column("sha256", String(64), nullable=False),
 )
 
@@ -155,7 +148,7 @@ ledger = Table(
     metadata,
     Column("seq", Integer, primary_key=True),
     Column("round_id", ForeignKey("rounds.round_id"), nullable=False, unique=True),
-    Column("model", String(63), nullable=False),
+    Column("model", NAME, nullable=False),
     Column("at", Float, nullable=False),
     Column("event", LargeBinary, nullable=False),
 )
@@ -190,83 +183,8 @@ audit = Table(
     Column("who", Text, nullable=False),
     Column("role", String(16), nullable=False),
     Column("address", Text, nullable=False),
-    Column("action", String(63), nullable=False),
+    Column("action", NAME, nullable=False),
     Column("target", Text, nullable=False),
-    Column("outcome", String(63), nullable=False),
+    Column("outcome", NAME, nullable=False),
     sqlite_autoincrement=True,
 )
-
-APPEND_ONLY = {
-    "sqlite": tuple(
-        f"CREATE TRIGGER audit_log_no_{verb.lower()} BEFORE {verb} ON audit_log "
-        "BEGIN SELECT RAISE(ABORT, 'the audit log is append-only'); END"
-        for verb in ("UPDATE", "DELETE")
-    ),
-    "postgresql": (
-        "CREATE FUNCTION audit_log_refuse() RETURNS trigger LANGUAGE plpgsql AS "
-        "$$ BEGIN RAISE EXCEPTION 'the audit log is append-only'; END $$",
-        "CREATE TRIGGER audit_log_append_only BEFORE UPDATE OR DELETE OR TRUNCATE ON audit_log "
-        "FOR EACH STATEMENT EXECUTE FUNCTION audit_log_refuse()",
-    ),
-}
-"""What the database itself refuses, whoever asks it, by dialect."""
-for _dialect, _statements in APPEND_ONLY.items():
-    for _statement in _statements:
-        _ddl = DDL(_statement)  # type: ignore[no-untyped-call]
-        event.listen(audit, "after_create", _ddl.execute_if(dialect=_dialect))
-
-
-def open_engine(url: str) -> Engine:
-    """Makes the engine of a database URL; SQLite gets the settings that make a commit durable."""
-    parsed = make_url(url)
-    if parsed.get_backend_name() != "sqlite":
-        return create_engine(parsed, isolation_level="SERIALIZABLE")
-    engine = create_engine(parsed, connect_args={"timeout": BUSY_SECONDS})
-    event.listen(engine, "connect", _configure_sqlite)
-    event.listen(engine, "begin", _begin_sqlite)
-    return engine
-
-
-def _configure_sqlite(connection: Any, _record: object) -> None:
-    # The driver must not start transactions by itself: a writer takes its lock when it begins, so that two
-    # never both read first and then fail.
-    connection.isolation_level = None
-    cursor = connection.cursor()
-    for pragma in (
-        "journal_mode = WAL",
-        # A receipt says "durable": every commit is synced, not only checkpoints.
-        "synchronous = FULL",
-        "foreign_keys = ON",
-        # Shares and masked inputs are overwritten when they are deleted.
-        "secure_delete = ON",
-    ):
-        cursor.execute(f"PRAGMA {pragma}")
-    cursor.close()
-
-
-def _begin_sqlite(connection: Connection) -> None:
-    writing = connection.get_execution_options().get(WRITE, False)
-    connection.exec_driver_sql("BEGIN IMMEDIATE" if writing else "BEGIN")
-
-
-def prepare(engine: Engine) -> None:
-    """Creates the tables in an empty database, or checks that the ones there are ours.
-
-    Raises:
-        UnknownSchema: they are of another schema version.
-    """
-    with engine.connect().execution_options(**{WRITE: True}) as connection, connection.begin():
-        names = inspect(connection).get_table_names()
-        if not names:
-            metadata.create_all(connection)
-            connection.execute(insert(meta).values(key="schema_version", value=str(SCHEMA_VERSION)))
-            return
-        found = "none"
-        if "meta" in names:
-            query = select(meta.c.value).where(meta.c.key == "schema_version")
-            found = connection.execute(query).scalar_one_or_none() or "none"
-        if found != str(SCHEMA_VERSION):
-            raise UnknownSchema(
-                f"the database has schema version {found}, this Covey knows {SCHEMA_VERSION}: "
-                "run the Covey version that made it, or migrate a copy of the state directory"
-            )

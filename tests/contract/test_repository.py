@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
@@ -27,6 +26,7 @@ from aggregator.records import (
 from aggregator.repository import Conflict, NotFound, Repository
 from protocol.messages import DeviceStatus
 from protocol.transfer import describe
+from tests.databases import repository_at
 
 DEVICE = Device("barn-1", b"certificate", 1.0)
 CAMPAIGN = Campaign("c" * 32, "watch", 3, b"{}", 2.0)
@@ -48,13 +48,13 @@ ENDING = RoundEnding(
 Opener = Callable[[], Repository]
 
 
-@pytest.fixture(params=["sqlite"])
-def opener(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Opener]:
+@pytest.fixture
+def opener(empty_database: str) -> Iterator[Opener]:
     """Opens the same database again and again, as separate processes would."""
     opened: list[SqlRepository] = []
 
     def open_it() -> Repository:
-        opened.append(SqlRepository.in_file(tmp_path / "aggregator.db"))
+        opened.append(repository_at(empty_database))
         return opened[-1]
 
     yield open_it
@@ -190,6 +190,19 @@ def test_a_device_is_enrolled_once(repository: Repository) -> None:
         writer.replace_certificate("nobody", b"")
     with pytest.raises(NotFound), repository.write() as writer:
         writer.set_exclusion("nobody", "x")
+
+
+def test_names_are_in_the_order_of_their_bytes(repository: Repository) -> None:
+    names = ["barn-1", "barn-10", "barn-2", "barn0", "barna-1"]
+    with repository.write() as writer:
+        for name in reversed(names):
+            writer.add_device(replace(DEVICE, device_id=name))
+            writer.add_version(replace(VERSION, model=name, round_id=None))
+    with repository.read() as reader:
+        assert [device.device_id for device in reader.devices()] == names
+        assert [version.model for version in reader.newest_versions()] == names
+        page = reader.devices_page(DeviceFilter(), after="barn-10", limit=2)
+        assert [device.device_id for device in page] == ["barn-2", "barn0"]
 
 
 def test_versions(repository: Repository) -> None:

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from aggregator.adapters.sql import SqlRepository
 from aggregator.clock import Moment
 from aggregator.records import Campaign, LogEntry, Round
 from aggregator.repository import Repository
@@ -46,6 +45,7 @@ from protocol.secagg.server_state import Failed, Recovered
 from protocol.transfer import describe
 from tests.aggregator_bench import Bench
 from tests.aggregator_devices import SimulatedDevice
+from tests.databases import sqlite_repository
 from tests.unit.test_aggregator_service import REQUEST
 
 START = Moment(0.0, 1_800_000_000.0)
@@ -287,7 +287,7 @@ def test_a_round_starts_full_at_once_or_with_the_minimum_after_a_while(
 
 @pytest.fixture
 def repository(tmp_path: Path) -> Iterator[Repository]:
-    repository = SqlRepository.in_file(tmp_path / "aggregator.db")
+    repository = sqlite_repository(tmp_path / "aggregator.db")
     with repository.write() as writer:
         writer.add_campaign(Campaign("c" * 32, "toy", 1, b"{}", 0.0))
         writer.begin_round(Round("a" * 32, "c" * 32, 1, "toy", 1, b"", b"", (), 0.0))

@@ -1,4 +1,4 @@
-"""What only the SQL repository can show: foreign databases, trouble with the file, durability settings."""
+"""What only SQLite can show: trouble with the file, durability settings."""
 
 from __future__ import annotations
 
@@ -9,46 +9,25 @@ from pathlib import Path
 
 import pytest
 
-from aggregator.adapters.sql import SqlRepository
 from aggregator.records import AuditEntry, Device
-from aggregator.repository import StorageUnavailable, UnknownSchema
-
-
-def test_a_database_of_another_schema_version_is_refused_and_kept(tmp_path: Path) -> None:
-    path = tmp_path / "aggregator.db"
-    SqlRepository.in_file(path).close()
-    with closing(sqlite3.connect(path)) as connection:
-        connection.execute("UPDATE meta SET value = '999'")
-        connection.commit()
-    with pytest.raises(UnknownSchema, match="schema version 999"):
-        SqlRepository.in_file(path)
-    with closing(sqlite3.connect(path)) as connection:
-        assert connection.execute("SELECT value FROM meta").fetchall() == [("999",)]
-
-
-def test_a_database_of_something_else_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "aggregator.db"
-    with closing(sqlite3.connect(path)) as connection:
-        connection.execute("CREATE TABLE recipes (name TEXT)")
-        connection.commit()
-    with pytest.raises(UnknownSchema, match="schema version none"):
-        SqlRepository.in_file(path)
+from aggregator.repository import StorageUnavailable
+from tests.databases import sqlite_repository
 
 
 def test_a_file_that_is_no_database_is_unavailable(tmp_path: Path) -> None:
     path = tmp_path / "aggregator.db"
     path.write_bytes(b"this is no database" * 1000)
     with pytest.raises(StorageUnavailable, match="not a database"):
-        SqlRepository.in_file(path)
+        sqlite_repository(path)
 
 
 def test_a_missing_directory_is_unavailable(tmp_path: Path) -> None:
     with pytest.raises(StorageUnavailable, match="unable to open"):
-        SqlRepository.in_file(tmp_path / "nowhere" / "aggregator.db")
+        sqlite_repository(tmp_path / "nowhere" / "aggregator.db")
 
 
 def test_a_full_disk_is_unavailable_and_changes_nothing(tmp_path: Path) -> None:
-    repository = SqlRepository.in_file(tmp_path / "aggregator.db")
+    repository = sqlite_repository(tmp_path / "aggregator.db")
     try:
         with repository.write() as writer:
             pages = writer._connection.exec_driver_sql("PRAGMA page_count").scalar_one()  # type: ignore[attr-defined]
@@ -62,7 +41,7 @@ def test_a_full_disk_is_unavailable_and_changes_nothing(tmp_path: Path) -> None:
 
 
 def test_errors_do_not_quote_what_was_stored(tmp_path: Path) -> None:
-    repository = SqlRepository.in_file(tmp_path / "aggregator.db")
+    repository = sqlite_repository(tmp_path / "aggregator.db")
     try:
         with repository.write() as writer:
             writer.add_device(Device("barn-1", b"secret", 1.0))
@@ -74,7 +53,7 @@ def test_errors_do_not_quote_what_was_stored(tmp_path: Path) -> None:
 
 
 def test_commits_are_synced_and_deletions_overwritten(tmp_path: Path) -> None:
-    repository = SqlRepository.in_file(tmp_path / "aggregator.db")
+    repository = sqlite_repository(tmp_path / "aggregator.db")
     try:
         with repository.read() as reader:
             connection = reader._connection  # type: ignore[attr-defined]
@@ -90,7 +69,7 @@ def test_commits_are_synced_and_deletions_overwritten(tmp_path: Path) -> None:
 @pytest.mark.parametrize("statement", ["UPDATE audit_log SET outcome = 'done'", "DELETE FROM audit_log"])
 def test_nobody_rewrites_the_audit_log(tmp_path: Path, statement: str) -> None:
     path = tmp_path / "aggregator.db"
-    repository = SqlRepository.in_file(path)
+    repository = sqlite_repository(path)
     with repository.write() as writer:
         writer.append_audit(AuditEntry(1.0, "mallory", "admin", "", "exclude-device", "barn-1", "forbidden"))
     with closing(sqlite3.connect(path)) as connection, pytest.raises(sqlite3.IntegrityError, match="append"):

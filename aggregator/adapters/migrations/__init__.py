@@ -1,0 +1,1 @@
+"""Migrations of the SQL repository, run by `aggregator.adapters.sql_migration`."""
