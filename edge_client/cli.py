@@ -85,6 +85,8 @@ def parser() -> argparse.ArgumentParser:
     )
     privacy.add_argument("--json", action="store_true", help="print JSON")
 
+    _add_fields(commands)
+
     policy = _command(
         commands,
         "policy",
@@ -128,6 +130,40 @@ def _add_personalise(commands: Any) -> None:
     )
     reset.add_argument("--personal", action="store_true", required=True, help="drop personal models")
     reset.add_argument("--model", help="of this model only")
+
+
+def _add_fields(commands: Any) -> None:
+    fields = _command(
+        commands,
+        "fields",
+        "list what queries may ask this device for and what it would answer, or set it",
+        "covey-edge fields --state /var/lib/covey --data /srv/recordings\n"
+        "  covey-edge fields set battery-temperature --state /var/lib/covey"
+        " --file /sys/class/thermal/thermal_zone0/temp --scale 0.001\n"
+        "  covey-edge fields set recording-length --state /var/lib/covey"
+        " --recordings --scale 2.5 --summary mean\n"
+        "  covey-edge fields remove recording-length --state /var/lib/covey",
+    )
+    fields.add_argument(
+        "action", nargs="?", choices=("list", "set", "remove"), default="list", help="default: list"
+    )
+    fields.add_argument("name", nargs="?", metavar="NAME", help="of the field: lower case, digits, hyphens")
+    source = fields.add_mutually_exclusive_group()
+    source.add_argument("--value", type=float, metavar="X", help="set: this number")
+    source.add_argument("--file", type=Path, metavar="FILE", help="set: the numbers in a text file")
+    source.add_argument(
+        "--recordings", action="store_true", help="set: the examples in each NPZ file of --data of `run`"
+    )
+    fields.add_argument(
+        "--scale", type=float, default=1.0, metavar="X", help="set: what a reading is multiplied by"
+    )
+    fields.add_argument(
+        "--summary",
+        choices=("last", "mean", "median", "min", "max", "sum"),
+        help="set: how several readings become one (default: last of a file, sum of recordings)",
+    )
+    fields.add_argument("--data", type=Path, metavar="DIR", help="list: what `run` gets as --data")
+    fields.add_argument("--json", action="store_true", help="print JSON")
 
 
 def _add_run(commands: Any) -> None:

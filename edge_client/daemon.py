@@ -18,6 +18,7 @@ from typing import assert_never
 from edge_client.adapters.data import DataSource
 from edge_client.adapters.files import StorageError
 from edge_client.adapters.mqtt import Inbound, LinkDown, LinkEvent, LinkUp, MqttLink, birth
+from edge_client.adapters.readings import FieldReader
 from edge_client.adapters.store import DeviceStore
 from edge_client.adapters.worker import Worker
 from edge_client.events import (
@@ -27,6 +28,7 @@ from edge_client.events import (
     Connected,
     Event,
     Fault,
+    FieldsDeclared,
     FindBlob,
     KeepBlobs,
     Level,
@@ -34,6 +36,7 @@ from edge_client.events import (
     MessageReceived,
     Note,
     Output,
+    ReadField,
     Send,
     SendChunks,
     Stamp,
@@ -43,6 +46,7 @@ from edge_client.events import (
     Train,
     WorkFailed,
 )
+from edge_client.fields import InvalidFields
 from edge_client.profile import Profile
 from edge_client.session import SessionState, handle, restore
 from protocol import topics
@@ -112,6 +116,7 @@ class Daemon:
         link: MqttLink,
         worker: Worker,
         data: DataSource,
+        fields: FieldReader,
         inbox: Inbox,
         *,
         client_version: str,
@@ -121,12 +126,13 @@ class Daemon:
     ) -> None:
         """Puts the parts together; `run` starts them."""
         self._profile, self._store, self._link = profile, store, link
-        self._worker, self._data, self._inbox = worker, data, inbox
+        self._worker, self._data, self._fields, self._inbox = worker, data, fields, inbox
         self._client_version, self._runtime = client_version, runtime
         self._unix, self._steady = unix, steady
         self._state: SessionState = restore(store.load())
         self._session = bytes(32)
         self._postponed: list[tuple[float, Event]] = []
+        self._fields_unusable = False
         self.counts: Counter[str] = Counter()
 
     def run(self) -> None:
@@ -207,6 +213,21 @@ class Daemon:
             if fault is not None:
                 _LOG.warning("cannot-train code=%s detail=%r", fault.code, fault.detail)
             self._handle(ConditionsChanged(fault))
+        fields = self._declared()
+        if fields != self._state.fields:
+            _LOG.info("fields-declared count=%d", len(fields))
+            self._handle(FieldsDeclared(fields))
+
+    def _declared(self) -> frozenset[str]:
+        try:
+            fields = self._fields.declared()
+        except (InvalidFields, StorageError) as error:
+            if not self._fields_unusable:
+                _LOG.warning("fields-unusable reason=%r", str(error))
+            self._fields_unusable = True
+            return frozenset()
+        self._fields_unusable = False
+        return fields
 
     def _handle(self, event: Event) -> bool:
         """Applies an event and everything that follows at once; returns False when the disk refused it."""
@@ -256,7 +277,7 @@ class Daemon:
             return self._find(output)
         elif isinstance(output, KeepBlobs):
             self._collect(output.digests)
-        elif isinstance(output, TestVersion | Train | MaskInput):
+        elif isinstance(output, TestVersion | Train | ReadField | MaskInput):
             self._worker.submit(output)
         elif isinstance(output, Note):
             log(output)

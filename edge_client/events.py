@@ -12,6 +12,9 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from edge_client.assignment import Assignment
 from edge_client.ledger import LedgerEntry
 from edge_client.training import LocalUpdate, TrainingConfig
@@ -86,6 +89,13 @@ class ConditionsChanged:
 
 
 @dataclass(frozen=True)
+class FieldsDeclared:
+    """The fields that this device's owner lets queries ask for, by name."""
+
+    fields: frozenset[str]
+
+
+@dataclass(frozen=True)
 class BlobFound:
     """What the disk holds of a blob: all of it, or these chunks."""
 
@@ -111,6 +121,14 @@ class TrainingFinished:
 
 
 @dataclass(frozen=True)
+class FieldRead:
+    """The field that a query asks for was read."""
+
+    round_id: str
+    value: float = field(repr=False)
+
+
+@dataclass(frozen=True)
 class InputWritten:
     """The packed masked input is on disk, fsynced, and so are the local parameters that go with it."""
 
@@ -121,7 +139,7 @@ class InputWritten:
 
 @dataclass(frozen=True)
 class WorkFailed:
-    """Training, masking or reading the masked input failed."""
+    """Training, reading a field, masking or reading the masked input failed."""
 
     round_id: str
     fault: Fault
@@ -133,9 +151,11 @@ Event = (
     | Ticked
     | MessageReceived
     | ConditionsChanged
+    | FieldsDeclared
     | BlobFound
     | VersionTested
     | TrainingFinished
+    | FieldRead
     | InputWritten
     | WorkFailed
 )
@@ -300,15 +320,38 @@ class Train:
 
 
 @dataclass(frozen=True)
+class ReadField:
+    """Read a declared field; the answer is `FieldRead` or `WorkFailed`."""
+
+    round_id: str
+    field: str
+
+
+@dataclass(frozen=True)
+class Contribution:
+    """What this device adds to the sum, before clipping, noise and masking. It never leaves it as is.
+
+    Attributes:
+        vector: an update or an answer, finite float32, shape (d,).
+        metrics: the metrics that there are, by name.
+        local: the parameters that stay here after training, if the model has any.
+    """
+
+    vector: NDArray[np.float32]
+    metrics: Mapping[str, float]
+    local: NDArray[np.float32] | None = None
+
+
+@dataclass(frozen=True)
 class MaskInput:
-    """Encode, mask and write the update; the answer is `InputWritten` or `WorkFailed`.
+    """Encode, mask and write the contribution; the answer is `InputWritten` or `WorkFailed`.
 
     Attributes:
         noise_key: secret randomness of rounding and noise, used once.
     """
 
     round_id: str
-    update: LocalUpdate = field(repr=False)
+    contribution: Contribution = field(repr=False)
     encoding: EncodingParameters
     masks: tuple[Mask, ...] = field(repr=False)
     noise_key: bytes = field(repr=False)
@@ -333,7 +376,17 @@ class Note:
 Durable = SaveRound | SaveContribution | SaveLocal | CloseRound | SaveVersion | ForgetVersion | StoreChunk
 DURABLE = (SaveRound, SaveContribution, SaveLocal, CloseRound, SaveVersion, ForgetVersion, StoreChunk)
 Output = (
-    Durable | Send | SendChunks | Announce | FindBlob | KeepBlobs | TestVersion | Train | MaskInput | Note
+    Durable
+    | Send
+    | SendChunks
+    | Announce
+    | FindBlob
+    | KeepBlobs
+    | TestVersion
+    | Train
+    | ReadField
+    | MaskInput
+    | Note
 )
 Outputs = tuple[Output, ...]
 

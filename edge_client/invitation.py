@@ -13,7 +13,7 @@ from typing import assert_never
 from pydantic import TypeAdapter, ValidationError
 
 from edge_client import policy
-from edge_client.assignment import Assignment, Training
+from edge_client.assignment import Answering, Assignment, Training
 from edge_client.events import Fault
 from edge_client.ledger import History
 from edge_client.models import Library
@@ -87,6 +87,8 @@ class Desk:
 
     Attributes:
         check_ins: how many rounds it joined in the last 24 hours.
+        unfit: why it cannot train right now.
+        fields: that its owner lets queries ask for.
     """
 
     profile: Profile
@@ -96,6 +98,7 @@ class Desk:
     check_ins: int
     history: History
     unfit: Fault | None
+    fields: frozenset[str] = frozenset()
 
 
 def consider(desk: Desk, document: SignedDocument, now: int) -> Verdict:
@@ -184,7 +187,9 @@ def _judge_task(desk: Desk, plan: Plan, document: SignedDocument, now: int) -> V
     if isinstance(task, TrainTask):
         return _judge_version(desk, plan, task, document, now)
     if isinstance(task, QueryTask):
-        return Refused(plan.round_id, "unknown-field", f"this device declares no field {task.field}")
+        if task.field not in desk.fields:
+            return Refused(plan.round_id, "unknown-field", f"this device declares no field {task.field}")
+        return _judge_cost(desk, plan, Answering(task), document, now)
     assert_never(task)
 
 

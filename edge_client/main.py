@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from edge_client import __version__, cli
 
 if TYPE_CHECKING:
+    from edge_client.fields import FieldSource
     from edge_client.policy import DevicePolicy
     from protocol.enrolment import EnrolmentBundle
 
@@ -124,6 +125,7 @@ def _run(options: argparse.Namespace) -> None:
     from edge_client.adapters.data import NpzDirectory
     from edge_client.adapters.files import Lock
     from edge_client.adapters.mqtt import LinkSettings, MqttLink
+    from edge_client.adapters.readings import FieldReader
     from edge_client.adapters.store import DeviceStore
     from edge_client.adapters.tls import TlsFiles
     from edge_client.adapters.worker import Worker
@@ -156,16 +158,17 @@ def _run(options: argparse.Namespace) -> None:
     inbox = Inbox()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: inbox.put(Stop()))
-    data = NpzDirectory(options.data)
+    data, fields = NpzDirectory(options.data), FieldReader(options.state, options.data)
     link = MqttLink(LinkSettings(profile.device_id, address, tls, options.mqtt_version), sink=inbox.from_link)
     with DeviceStore.open(options.state) as store:
-        worker = Worker(store.blobs, data, inbox.put)
+        worker = Worker(store.blobs, data, fields, inbox.put)
         daemon = Daemon(
             profile,
             store,
             link,
             worker,
             data,
+            fields,
             inbox,
             client_version=__version__,
             runtime=runtime_name(),
@@ -231,6 +234,41 @@ def _policy(options: argparse.Namespace) -> None:
     cli.say(load_policy(options.state / POLICY).to_bytes().decode().rstrip())
 
 
+def _fields(options: argparse.Namespace) -> None:
+    from edge_client import report
+    from edge_client.adapters.readings import FieldReader, load_fields, save_fields
+
+    if options.action != "list" and options.name is None:
+        raise CommandFailed(f"covey-edge fields {options.action} needs the NAME of a field", 2)
+    fields = load_fields(options.state)
+    if options.action == "set":
+        fields = fields.declare(options.name, _source(options))
+    elif options.action == "remove":
+        fields = fields.withdraw(options.name)
+    if options.action != "list":
+        save_fields(options.state, fields)
+    answer = report.fields(fields, FieldReader(options.state, options.data).read)
+    cli.say(cli.as_json(answer) if options.json else report.fields_text(answer))
+
+
+def _source(options: argparse.Namespace) -> FieldSource:
+    """The source that `fields set` describes."""
+    from edge_client.fields import field_source
+
+    given: dict[str, Any]
+    if options.value is not None:
+        given = {"kind": "constant", "value": options.value}
+    elif options.file is not None:
+        given = {"kind": "file", "path": str(options.file.absolute()), "scale": options.scale}
+    elif options.recordings:
+        given = {"kind": "recordings", "scale": options.scale}
+    else:
+        raise CommandFailed("say where the number comes from: --value, --file or --recordings", 2)
+    if options.summary is not None:
+        given["summary"] = options.summary
+    return field_source(given)
+
+
 _COMMANDS = {
     "init": _init,
     "enroll": _enroll,
@@ -240,6 +278,7 @@ _COMMANDS = {
     "personalise": _personalise,
     "reset": _reset,
     "privacy": _privacy,
+    "fields": _fields,
     "policy": _policy,
 }
 
@@ -278,6 +317,7 @@ def _expected() -> tuple[type[Exception], ...]:
     """What a command may raise for a reason that its user can do something about."""
     from edge_client.adapters.credentials import CredentialError
     from edge_client.adapters.files import StorageError
+    from edge_client.fields import InvalidFields
     from edge_client.policy import InvalidPolicy
     from edge_client.report import ReportError
     from edge_client.training import TrainingError
@@ -288,6 +328,7 @@ def _expected() -> tuple[type[Exception], ...]:
         CommandFailed,
         CredentialError,
         InvalidAddress,
+        InvalidFields,
         InvalidPolicy,
         ProtocolError,
         ReportError,

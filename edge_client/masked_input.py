@@ -1,9 +1,10 @@
-"""From an update to the bytes that leave the device: encoded, masked and bit-packed, slice by slice."""
+"""From a contribution to the bytes that leave the device: encoded, masked and bit-packed, slice by slice."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
+from edge_client.events import Contribution
 from edge_client.training import LocalUpdate
 from protocol.dp.mechanism import EncodingParameters, encode
 from protocol.secagg.masking import Mask, masked_slices
@@ -11,36 +12,37 @@ from protocol.secagg.packing import SlicePacker
 from protocol.secagg.prg import SLICE_WORDS
 
 
-def metrics_of(update: LocalUpdate) -> dict[str, float]:
-    """The metrics that a plan may ask for (`protocol.round_encoding.METRICS`)."""
-    return {
+def contribution_of(update: LocalUpdate) -> Contribution:
+    """An update with the metrics that a plan may ask for (`protocol.round_encoding.METRICS`)."""
+    metrics = {
         "examples": float(update.example_count),
         "loss_before": update.loss_before,
         "loss_after": update.loss_after,
         "accuracy": update.accuracy,
     }
+    return Contribution(update.delta, metrics, update.local)
 
 
 def packed_slices(
-    update: LocalUpdate, encoding: EncodingParameters, masks: tuple[Mask, ...], noise_key: bytes
+    contribution: Contribution, encoding: EncodingParameters, masks: tuple[Mask, ...], noise_key: bytes
 ) -> Iterator[bytes]:
     """Yields the packed masked input in pieces; their concatenation is `ring.pack` of the whole vector.
 
     Args:
-        update: from local training.
+        contribution: the update or answer.
         encoding: of the round.
         masks: the client's own and its neighbours'.
         noise_key: 32 secret bytes, for this input only.
 
     Raises:
-        PrivacyError: the update is not finite, or not of the plan's shape; nothing was yielded.
+        PrivacyError: the vector is not finite, or not of the plan's shape; nothing was yielded.
     """
-    available = metrics_of(update)
+    available = contribution.metrics
     # A slot that this device has no metric for is refused with the plan; `encode` refuses what is missing.
     wanted = {
         slot.name: available[slot.name] for slot in encoding.privacy.metric_slots if slot.name in available
     }
-    vector = encode(update.delta, wanted, encoding, noise_key)
+    vector = encode(contribution.vector, wanted, encoding, noise_key)
     packer = SlicePacker(encoding.bits, min(len(vector), SLICE_WORDS))
     # Slices are multiples of `ring.GROUP`, so that each packs to whole bytes; the last may end anywhere.
     for _, part in masked_slices(vector, masks):

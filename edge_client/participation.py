@@ -1,14 +1,14 @@
 """One round as this device lives it, from its check-in to the erasure of its secrets.
 
 Around the protocol's own state machine (`protocol.secagg.client`) this adds what that one cannot know: when
-to train, when to mask, and that an upload is offered until its receipt comes.
+to train or to read a field, when to mask, and that an upload is offered until its receipt comes.
 
     Advertised --Roster--> SharesSent --ShareDelivery--> Masking --> InputSent --> SetSigned --> Unmasked
                                |                            |           |
-                     training starts here     masked when trained   offered until the receipt
+                       work starts here        masked when done    offered until the receipt
 
-Training and masking live in memory only: after a restart they begin anew, which nobody can see, because the
-first masked input that is durably stored is the only one that is ever offered.
+Work (training, or reading a field) and masking live in memory only: after a restart they begin anew, which
+nobody can see, because the first masked input that is durably stored is the only one that is ever offered.
 """
 
 from __future__ import annotations
@@ -19,9 +19,11 @@ from typing import assert_never
 from edge_client.assignment import Answering, Assignment, Training, described
 from edge_client.events import (
     CloseRound,
+    Contribution,
     Fault,
     MaskInput,
     Outputs,
+    ReadField,
     RoundRecord,
     SaveContribution,
     SaveLocal,
@@ -34,6 +36,7 @@ from edge_client.events import (
     warning,
 )
 from edge_client.ledger import LedgerEntry
+from edge_client.masked_input import contribution_of
 from edge_client.models import Library
 from edge_client.profile import Profile
 from edge_client.training import HiddenExamples, LocalUpdate, TrainingConfig
@@ -54,6 +57,7 @@ from protocol.messages import (
     UploadReceipt,
 )
 from protocol.plan import Plan
+from protocol.queries import NonFiniteValue, answer_vector
 from protocol.round_encoding import contribution_event, round_encoding
 from protocol.secagg import client as secagg
 from protocol.secagg.client_state import (
@@ -76,20 +80,20 @@ RoundRequest = Roster | ShareDelivery | SurvivorSet | UnmaskRequest
 
 
 @dataclass(frozen=True)
-class Untrained:
-    """Nothing to mask yet; training starts when shares are sent and the base version is ready."""
+class Unstarted:
+    """Nothing to mask yet; work starts when shares are sent and what it needs is there."""
 
 
 @dataclass(frozen=True)
-class TrainingNow:
-    """The worker trains."""
+class WorkingNow:
+    """The worker trains, or reads the field."""
 
 
 @dataclass(frozen=True)
-class Trained:
-    """The update waits for the masks."""
+class Worked:
+    """The contribution waits for the masks."""
 
-    update: LocalUpdate = field(repr=False)
+    contribution: Contribution = field(repr=False)
 
 
 @dataclass(frozen=True)
@@ -97,7 +101,7 @@ class MaskingNow:
     """The worker encodes, masks and writes."""
 
 
-Work = Untrained | TrainingNow | Trained | MaskingNow
+Work = Unstarted | WorkingNow | Worked | MaskingNow
 
 
 @dataclass(frozen=True)
@@ -111,7 +115,7 @@ class ActiveRound:
         client: the protocol state.
         upload: the masked input, once it is durably stored.
         uploaded: its receipt came.
-        work: training and masking, in this process.
+        work: training or reading, and masking, in this process.
         offer_at: when to offer the upload next, on the steady clock.
         patience: seconds between offers.
     """
@@ -122,7 +126,7 @@ class ActiveRound:
     client: ClientState
     upload: BlobRef | None = None
     uploaded: bool = False
-    work: Work = Untrained()
+    work: Work = Unstarted()
     offer_at: float = 0.0
     patience: float = OFFER_SECONDS
 
@@ -216,19 +220,20 @@ def request_received(
 
 
 def advance(active: ActiveRound, library: Library, stamp: Stamp) -> Step:
-    """Starts whatever work can start now: training, or masking."""
+    """Starts whatever work can start now: training, reading a field, or masking."""
     if not isinstance(active.client, SharesSent | Masking):
         return active, ()
-    if isinstance(active.work, Untrained):
+    if isinstance(active.work, Unstarted):
         if isinstance(active.assignment, Training):
             return _begin_training(active, active.assignment, library, stamp)
         if isinstance(active.assignment, Answering):
-            return abort(active, Fault("unknown-field", "this device answers no queries"), stamp)
+            reading = ReadField(active.round_id, active.assignment.task.field)
+            return replace(active, work=WorkingNow()), (reading,)
         assert_never(active.assignment)
-    if isinstance(active.work, Trained) and isinstance(active.client, Masking):
+    if isinstance(active.work, Worked) and isinstance(active.client, Masking):
         masking = MaskInput(
             active.round_id,
-            active.work.update,
+            active.work.contribution,
             active.encoding,
             active.client.masks(),
             derive_key(stamp.entropy, purpose="edge/noise"),
@@ -241,7 +246,7 @@ def _begin_training(active: ActiveRound, assignment: Training, library: Library,
     model, digest = assignment.task.model, assignment.task.manifest_sha256
     if library.ready(model, digest):
         local = library.local(assignment.manifest)
-        return replace(active, work=TrainingNow()), (_train(active.plan, assignment, local, stamp),)
+        return replace(active, work=WorkingNow()), (_train(active.plan, assignment, local, stamp),)
     if library.find(model, digest) is None:
         reason = library.shelf(model).bad.get(digest, "it was replaced before it was here")
         return abort(active, Fault("model-unusable", f"the base version does not run: {reason}"), stamp)
@@ -250,7 +255,7 @@ def _begin_training(active: ActiveRound, assignment: Training, library: Library,
 
 def trained(active: ActiveRound, library: Library, update: LocalUpdate, stamp: Stamp) -> Step:
     """Training gave an update."""
-    if not isinstance(active.work, TrainingNow):
+    if not isinstance(active.work, WorkingNow) or not isinstance(active.assignment, Training):
         return active, ()
     finished = note(
         "trained",
@@ -259,8 +264,19 @@ def trained(active: ActiveRound, library: Library, update: LocalUpdate, stamp: S
         loss_before=round(update.loss_before, 4),
         loss_after=round(update.loss_after, 4),
     )
-    following, outputs = advance(replace(active, work=Trained(update)), library, stamp)
+    following, outputs = advance(replace(active, work=Worked(contribution_of(update))), library, stamp)
     return following, (finished, *outputs)
+
+
+def field_read(active: ActiveRound, library: Library, value: float, stamp: Stamp) -> Step:
+    """The field of a query has a value: no log ever shows it."""
+    if not isinstance(active.work, WorkingNow) or not isinstance(active.assignment, Answering):
+        return active, ()
+    try:
+        vector = answer_vector(active.assignment.task, value)
+    except NonFiniteValue as error:
+        return abort(active, Fault("value-not-finite", str(error)), stamp)
+    return advance(replace(active, work=Worked(Contribution(vector, {}))), library, stamp)
 
 
 def input_written(active: ActiveRound, blob: BlobRef, local: BlobRef | None, stamp: Stamp) -> Step:
@@ -276,7 +292,7 @@ def input_written(active: ActiveRound, blob: BlobRef, local: BlobRef | None, sta
         active,
         client=client,
         upload=blob,
-        work=Untrained(),
+        work=Unstarted(),
         offer_at=stamp.steady + OFFER_SECONDS,
         patience=OFFER_SECONDS,
     )

@@ -19,6 +19,8 @@ from edge_client.events import (
     Connected,
     Event,
     Fault,
+    FieldRead,
+    FieldsDeclared,
     InputWritten,
     KeepBlobs,
     MessageReceived,
@@ -79,7 +81,8 @@ class SessionState:
         used: ids of every round it ever joined; none is joined twice.
         joined_at: when it joined those of the last day, seconds since 1970.
         history: what it contributed.
-        unfit: why it cannot take part in rounds right now.
+        unfit: why it cannot train right now.
+        fields: that queries may ask for.
     """
 
     library: Library = field(default_factory=Library)
@@ -88,6 +91,7 @@ class SessionState:
     joined_at: tuple[int, ...] = ()
     history: History = field(default_factory=History)
     unfit: Fault | None = None
+    fields: frozenset[str] = frozenset()
 
     @property
     def busy(self) -> bool:
@@ -128,6 +132,8 @@ def handle(profile: Profile, state: SessionState, event: Event, stamp: Stamp) ->
         return _message(profile, state, event, stamp)
     if isinstance(event, ConditionsChanged):
         return replace(state, unfit=event.fault), ()
+    if isinstance(event, FieldsDeclared):
+        return replace(state, fields=event.fields), ()
     if isinstance(event, Started):
         state, working = _advance(state, stamp)
         return state, (_keep(state), *models.resume(state.library), *working)
@@ -140,7 +146,7 @@ def handle(profile: Profile, state: SessionState, event: Event, stamp: Stamp) ->
         return replace(state, library=library), outputs
     if isinstance(event, VersionTested):
         return _tested(state, event, stamp)
-    if isinstance(event, TrainingFinished | InputWritten | WorkFailed):
+    if isinstance(event, TrainingFinished | FieldRead | InputWritten | WorkFailed):
         return _worked(state, event, stamp)
     assert_never(event)
 
@@ -185,7 +191,16 @@ def _other_round(state: SessionState, message: RoundRequest | UploadReceipt | Ro
 
 def _invited(profile: Profile, state: SessionState, message: Invitation, stamp: Stamp) -> Result:
     recent = tuple(at for at in state.joined_at if at > stamp.unix - DAY)
-    desk = Desk(profile, state.library, state.active, state.used, len(recent), state.history, state.unfit)
+    desk = Desk(
+        profile,
+        state.library,
+        state.active,
+        state.used,
+        len(recent),
+        state.history,
+        state.unfit,
+        state.fields,
+    )
     verdict = consider(desk, message.plan, stamp.unix)
     if isinstance(verdict, Accepted):
         ended: Outputs = ()
@@ -270,13 +285,17 @@ def _tested(state: SessionState, event: VersionTested, stamp: Stamp) -> Result:
     return state, (*outputs, _keep(state), *working)
 
 
-def _worked(state: SessionState, event: TrainingFinished | InputWritten | WorkFailed, stamp: Stamp) -> Result:
+def _worked(
+    state: SessionState, event: TrainingFinished | FieldRead | InputWritten | WorkFailed, stamp: Stamp
+) -> Result:
     active = state.active
     if active is None or active.round_id != event.round_id:
         # The round ended while the worker was busy with it.
         return state, ()
     if isinstance(event, TrainingFinished):
         return _adopt(state, participation.trained(active, state.library, event.update, stamp))
+    if isinstance(event, FieldRead):
+        return _adopt(state, participation.field_read(active, state.library, event.value, stamp))
     if isinstance(event, InputWritten):
         return _adopt(state, participation.input_written(active, event.blob, event.local, stamp))
     return _adopt(state, participation.abort(active, event.fault, stamp))

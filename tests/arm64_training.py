@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from edge_client.adapters.blobs import Blobs
 from edge_client.adapters.data import NpzDirectory
+from edge_client.adapters.readings import FieldReader
 from edge_client.adapters.worker import Worker
 from edge_client.events import Event, Train, TrainingFinished
 from edge_client.training import TrainingConfig
@@ -39,7 +40,7 @@ def trained(model: str, data: Path) -> NDArray[np.float32]:
         blobs.prepare()
         for content in (bundled.graph, encode_weights(bundled.weights)):
             (Path(folder) / "blobs" / hashlib.sha256(content).hexdigest()).write_bytes(content)
-        worker = Worker(blobs, NpzDirectory(data), results.put)
+        worker = Worker(blobs, NpzDirectory(data), FieldReader(Path(folder), data), results.put)
         worker.start()
         try:
             worker.submit(Train("00" * 16, manifest, CONFIG))

@@ -23,6 +23,8 @@ from edge_client.events import (
     CloseRound,
     Connected,
     Event,
+    FieldRead,
+    FieldsDeclared,
     FindBlob,
     ForgetVersion,
     InputWritten,
@@ -30,6 +32,7 @@ from edge_client.events import (
     MaskInput,
     MessageReceived,
     Note,
+    ReadField,
     RoundRecord,
     SaveContribution,
     SaveLocal,
@@ -72,7 +75,15 @@ from protocol.messages import (
     UploadOffer,
     UploadReceipt,
 )
-from protocol.plan import MODEL_KIND, PLAN_KIND, CohortParameters, Plan, TrainingParameters, TrainTask
+from protocol.plan import (
+    MODEL_KIND,
+    PLAN_KIND,
+    CohortParameters,
+    Plan,
+    QueryTask,
+    TrainingParameters,
+    TrainTask,
+)
 from protocol.round_encoding import round_encoding
 from protocol.secagg import server
 from protocol.secagg.client_state import dump_state, load_state
@@ -274,11 +285,12 @@ class FakeDevice:
         self.chunks: list[tuple[BlobChunk, bytes]] = []
         self.statuses: list[dict[str, int]] = []
         self.notes: list[Note] = []
-        self.jobs: list[Train | MaskInput | TestVersion] = []
+        self.jobs: list[Train | ReadField | MaskInput | TestVersion] = []
         self.state: SessionState = restore(Memory())
         self.unix, self.steady, self._events = NOW, 0.0, 0
         self.local: NDArray[np.float32] | None = None
         self.delta = np.linspace(-1, 1, SIZE, dtype=np.float32) * (1 + int(device_id.rpartition("-")[2]))
+        self.values: dict[str, float] = {}
         self.give(Started())
 
     # --- the shell ---------------------------------------------------------------------------------------
@@ -304,7 +316,7 @@ class FakeDevice:
                 self.give(self.disk.find(output.blob))
             elif isinstance(output, KeepBlobs):
                 self.disk.blobs = {d: b for d, b in self.disk.blobs.items() if d in output.digests}
-            elif isinstance(output, Train | MaskInput | TestVersion):
+            elif isinstance(output, Train | ReadField | MaskInput | TestVersion):
                 self.jobs.append(output)
             elif isinstance(output, Note):
                 self.notes.append(output)
@@ -340,13 +352,15 @@ class FakeDevice:
             job = self.jobs.pop(0)
             if isinstance(job, TestVersion):
                 self.give(VersionTested(job.sha256, None))
+            elif isinstance(job, ReadField):
+                self.give(FieldRead(job.round_id, self.values[job.field]))
             elif isinstance(job, Train):
                 self.give(TrainingFinished(job.round_id, self.update()))
             else:
-                parts = packed_slices(job.update, job.encoding, job.masks, job.noise_key)
+                parts = packed_slices(job.contribution, job.encoding, job.masks, job.noise_key)
                 data = b"".join(parts)
                 self.disk.uploads[job.round_id] = data
-                own = job.update.local
+                own = job.contribution.local
                 local = describe(own.tobytes()) if own is not None else None
                 self.give(InputWritten(job.round_id, describe(data), local))
             count = None if count is None else count - 1
@@ -354,6 +368,11 @@ class FakeDevice:
     def update(self) -> LocalUpdate:
         """What the fake training gives."""
         return LocalUpdate(self.delta, 7, 1.0, 0.5, 0.9, self.local)
+
+    def declare(self, **values: float) -> None:
+        """The owner declares fields; an underscore stands for a hyphen."""
+        self.values |= {name.replace("_", "-"): value for name, value in values.items()}
+        self.give(FieldsDeclared(frozenset(self.values)))
 
     # --- shortcuts ---------------------------------------------------------------------------------------
 
@@ -399,6 +418,8 @@ class Aggregator:
     def __post_init__(self) -> None:
         self.by_id = {device.device_id: device for device in self.devices}
         self.document = invitation(self.plan).plan
+        task = self.plan.task
+        self.dimension = task.dimension if isinstance(task, QueryTask) else SIZE
         self.state: ServerState = server.begin(
             ServerContext(
                 fleet=FLEET,
@@ -411,7 +432,7 @@ class Aggregator:
                 graph=self.plan.cohort.graph,
             )
         )
-        self.encoding = round_encoding(self.plan, self.document.digest, SIZE)
+        self.encoding = round_encoding(self.plan, self.document.digest, self.dimension)
         self.total = np.zeros(self.encoding.length, np.uint32)
         self.received: dict[str, bytes] = {}
 

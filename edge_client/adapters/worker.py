@@ -1,7 +1,7 @@
-"""One thread that does what takes long: loading a model, training, masking. One job at a time, in order.
+"""One thread that does what takes long: loading a model, training, reading a field, masking.
 
-The main loop stays free to answer the protocol meanwhile. A job never raises: whatever goes wrong in it
-becomes a fault with a code, and the device goes on.
+One job at a time, in order. The main loop stays free to answer the protocol meanwhile. A job never raises:
+whatever goes wrong in it becomes a fault with a code, and the device goes on.
 """
 
 from __future__ import annotations
@@ -18,17 +18,21 @@ from edge_client.adapters.blobs import Blobs
 from edge_client.adapters.data import DataSource
 from edge_client.adapters.files import StorageError, StorageFull
 from edge_client.adapters.model_check import check_in_child
+from edge_client.adapters.readings import FieldReader
 from edge_client.events import (
     Event,
     Fault,
+    FieldRead,
     InputWritten,
     MaskInput,
+    ReadField,
     TestVersion,
     Train,
     TrainingFinished,
     VersionTested,
     WorkFailed,
 )
+from edge_client.fields import InvalidFields, UnreadableField
 from edge_client.masked_input import packed_slices
 from edge_client.training import (
     ExamplesRejected,
@@ -45,7 +49,7 @@ from protocol.dp.errors import PrivacyError
 from protocol.dp.sampling import discrete_gaussian_sampler, skellam_sampler
 from protocol.fields import BlobRef
 
-Job = TestVersion | Train | MaskInput
+Job = TestVersion | Train | ReadField | MaskInput
 TrainerFactory = Callable[[ModelManifest, bytes], LocalTrainer]
 ModelCheck = Callable[[ModelManifest, bytes, bytes], None]
 
@@ -61,6 +65,8 @@ _CODES: tuple[tuple[type[Exception], str, bool], ...] = (
     (ModelRejected, "model-unusable", False),
     (WeightsRejected, "model-unusable", False),
     (InvalidWeights, "model-unusable", False),
+    (UnreadableField, "field-unreadable", False),
+    (InvalidFields, "field-unreadable", False),
     (PrivacyError, "encoding-failed", False),
     (MemoryError, "out-of-memory", True),
 )
@@ -114,6 +120,7 @@ class Worker:
         self,
         blobs: Blobs,
         data: DataSource,
+        fields: FieldReader,
         deliver: Callable[[Event], None],
         *,
         trainer: TrainerFactory = tflite_trainer,
@@ -124,12 +131,14 @@ class Worker:
         Args:
             blobs: model files and masked inputs.
             data: the device's examples.
+            fields: what queries may ask for.
             deliver: takes each job's result, on the worker's thread.
             trainer: makes a trainer of a graph.
             check: tries a new version's graph and weights where a crash does no harm; raises `ModelRejected`.
         """
         self._blobs = blobs
         self._data = data
+        self._fields = fields
         self._deliver = deliver
         self._factory = trainer
         self._check = check
@@ -186,13 +195,15 @@ class Worker:
         if isinstance(job, MaskInput):
             # The noise table and the masks need the memory that the model takes; it is read again in no time.
             self._loaded = None
-            parts = packed_slices(job.update, job.encoding, job.masks, job.noise_key)
+            parts = packed_slices(job.contribution, job.encoding, job.masks, job.noise_key)
             blob = self._blobs.write_upload(job.round_id, parts)
-            own = job.update.local
+            own = job.contribution.local
             local = self._blobs.write_local(encode_weights(own)) if own is not None else None
             skellam_sampler.cache_clear()
             discrete_gaussian_sampler.cache_clear()
             return InputWritten(job.round_id, blob, local)
+        if isinstance(job, ReadField):
+            return FieldRead(job.round_id, self._fields.read(job.field))
         trainer = self._trainer(job.manifest)
         weights = decode_weights(self._blobs.read(job.manifest.weights), job.manifest)
         examples = self._data.load(job.manifest)

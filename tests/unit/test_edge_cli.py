@@ -14,6 +14,7 @@ import pytest
 import edge_client
 from edge_client import report
 from edge_client.adapters.data import NpzDirectory
+from edge_client.adapters.readings import FieldReader
 from edge_client.adapters.store import DeviceStore
 from edge_client.adapters.worker import Worker, fault_of
 from edge_client.events import (
@@ -219,7 +220,7 @@ def test_the_worker_turns_every_failure_into_a_fault(tmp_path: Path) -> None:
     data = fleet.data("barn-1", WATCH.manifest)
     events: list[Event] = []
     with DeviceStore.open(state) as store:
-        worker = Worker(store.blobs, NpzDirectory(data), events.append)
+        worker = Worker(store.blobs, NpzDirectory(data), FieldReader(state, data), events.append)
         train = Train("a" * 32, WATCH.manifest, TrainingConfig(1, 0.05))
         diverging = Train("a" * 32, WATCH.manifest, TrainingConfig(3, 1e30))
         missing = Train("a" * 32, manifest(), TrainingConfig(1, 0.05))

@@ -15,6 +15,7 @@ from edge_client.adapters.credentials import load_credentials
 from edge_client.adapters.data import NpzDirectory
 from edge_client.adapters.files import StorageFull
 from edge_client.adapters.mqtt import Inbound, LinkUp
+from edge_client.adapters.readings import FieldReader
 from edge_client.adapters.store import DeviceStore
 from edge_client.adapters.worker import Worker
 from edge_client.daemon import Daemon, Inbox, Stop
@@ -85,13 +86,15 @@ class Bench:
 
         monkeypatch.setattr(self.store, "apply", apply)
         data = NpzDirectory(self.fleet.data("barn-1", WATCH.manifest))
-        self.worker = Worker(self.store.blobs, data, self.inbox.put)
+        fields = FieldReader(directory, directory)
+        self.worker = Worker(self.store.blobs, data, fields, self.inbox.put)
         self.daemon = Daemon(
             Profile.enrolled(credentials.bundle, credentials.identity, policy=PERMISSIVE),
             self.store,
             self.link,  # type: ignore[arg-type]
             self.worker,
             data,
+            fields,
             self.inbox,
             client_version="1",
             runtime="none",

@@ -14,10 +14,11 @@ from numpy.typing import NDArray
 from edge_client.adapters.data import NpzDirectory
 from edge_client.adapters.device_schema import SCHEMA_VERSION
 from edge_client.adapters.files import StorageError
+from edge_client.adapters.readings import FieldReader
 from edge_client.adapters.store import DATABASE, DeviceStore
 from edge_client.adapters.worker import Worker
 from edge_client.events import Event, InputWritten, MaskInput, SaveLocal, Train, TrainingFinished
-from edge_client.masked_input import packed_slices
+from edge_client.masked_input import contribution_of, packed_slices
 from edge_client.training import Examples, LocalTrainer, LocalUpdate, TrainingConfig
 from models.manifest import ModelManifest
 from protocol.fields import BlobRef
@@ -126,7 +127,7 @@ def test_nothing_of_them_is_in_the_masked_input() -> None:
 
     def packed(local: NDArray[np.float32] | None) -> bytes:
         update = LocalUpdate(delta, 7, 1.0, 0.5, 0.9, local)
-        return b"".join(packed_slices(update, aggregator.encoding, (), bytes(32)))
+        return b"".join(packed_slices(contribution_of(update), aggregator.encoding, (), bytes(32)))
 
     assert packed(None) == packed(np.ones(6, np.float32)) == packed(np.full(6, 1e6, np.float32))
 
@@ -202,7 +203,9 @@ def test_the_worker_reads_and_writes_them(tmp_path: Path) -> None:
         for content in (weights(), b"graph" * 30_000):
             name = hashlib.sha256(content).hexdigest()
             (tmp_path / "state" / "blobs" / name).write_bytes(content)
-        worker = Worker(store.blobs, NpzDirectory(data), results.put, trainer=trainer)
+        worker = Worker(
+            store.blobs, NpzDirectory(data), FieldReader(data, data), results.put, trainer=trainer
+        )
         worker.start()
         local: BlobRef | None = None
         try:
@@ -210,7 +213,7 @@ def test_the_worker_reads_and_writes_them(tmp_path: Path) -> None:
                 worker.submit(Train("a" * 32, OWN, TrainingConfig(1, 0.1), local))
                 finished = results.get(timeout=20)
                 assert isinstance(finished, TrainingFinished)
-                worker.submit(MaskInput("a" * 32, finished.update, encoding, (), bytes(32)))
+                worker.submit(MaskInput("a" * 32, contribution_of(finished.update), encoding, (), bytes(32)))
                 written = results.get(timeout=20)
                 assert isinstance(written, InputWritten)
                 local = written.local

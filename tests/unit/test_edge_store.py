@@ -17,6 +17,7 @@ from edge_client.adapters.blobs import MAP_EVERY
 from edge_client.adapters.device_schema import UnknownSchema
 from edge_client.adapters.files import Lock, StorageError, StorageFull, write_durably
 from edge_client.adapters.store import DATABASE, DeviceStore
+from edge_client.assignment import Answering
 from edge_client.events import (
     CloseRound,
     ForgetVersion,
@@ -28,6 +29,7 @@ from edge_client.events import (
     VersionStatus,
 )
 from protocol.messages import CHUNK_BYTES
+from protocol.plan import MeanQuestion, QueryTask
 from protocol.secagg.client_state import InputSent, dump_state
 from protocol.transfer import describe
 from tests.edge_fleet import (
@@ -35,6 +37,7 @@ from tests.edge_fleet import (
     Aggregator,
     FakeDevice,
     announcement,
+    invitation,
     manifest,
     plan,
     weights,
@@ -76,6 +79,18 @@ def test_everything_comes_back_as_it_was(tmp_path: Path) -> None:
         assert [(v.status, v.reason) for v in memory.versions] == [(VersionStatus.BAD, "why")]
         with store.blobs.upload(ROUND) as view:
             assert bytes(view) == upload and describe(bytes(view)) == record.upload
+
+
+def test_a_round_that_asks_a_query_comes_back_without_a_manifest(tmp_path: Path) -> None:
+    record, _, _ = committed_round()
+    task = QueryTask(field="battery", low=0.0, high=80.0, question=MeanQuestion())
+    privacy = plan().privacy.model_copy(update={"clip_norm": 1.0, "metric_slots": (), "rotation": False})
+    asked = invitation(plan(task=task, privacy=privacy)).plan
+    record = replace(record, document=asked, assignment=Answering(task))
+    with DeviceStore.open(tmp_path) as store:
+        store.apply([SaveRound(record, NOW)])
+    with DeviceStore.open(tmp_path) as store:
+        assert store.load().active == record
 
 
 def test_a_closed_round_leaves_no_secret_behind(tmp_path: Path) -> None:

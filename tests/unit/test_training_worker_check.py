@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from edge_client.adapters.data import NpzDirectory
+from edge_client.adapters.readings import FieldReader
 from edge_client.adapters.store import DeviceStore
 from edge_client.adapters.worker import Worker
 from edge_client.events import Event, StoreChunk, TestVersion, VersionTested
@@ -37,7 +38,8 @@ def test_a_version_that_crashes_the_child_is_bad_and_never_loaded(tmp_path: Path
             for chunk, body in chunks(blob, data, range(10)):
                 store.apply([StoreChunk(blob, chunk.index, body)])
             assert store.blobs.find(blob).complete
-        worker = Worker(store.blobs, NpzDirectory(tmp_path), events.append, trainer=load, check=crash)
+        examples, fields = NpzDirectory(tmp_path), FieldReader(tmp_path, tmp_path)
+        worker = Worker(store.blobs, examples, fields, events.append, trainer=load, check=crash)
         worker.start()
         worker.submit(TestVersion("d" * 64, WATCH.manifest))
         worker.stop(30.0)
