@@ -14,7 +14,7 @@ from aggregator.registry.artefacts import ArtefactStore
 from aggregator.registry.publishing import sign
 from aggregator.rounds import machine
 from aggregator.rounds.partial_sum import load_sum
-from aggregator.rounds.release import Release, release, together
+from aggregator.rounds.release import Release, Unmask, release, together
 from aggregator.rounds.report import RoundReport, Traffic
 from aggregator.rounds.subcohort import SubcohortState
 from aggregator.running import RunningRound
@@ -25,6 +25,7 @@ from protocol import transcript
 from protocol.dp.events import DPEvent, event_for
 from protocol.dp.parameters import PrivacyMode
 from protocol.messages import RoundEnd
+from protocol.secagg.masking import apply_masks
 from protocol.secagg.server_state import Failed, Recovered
 
 logger = logging.getLogger(__name__)
@@ -36,12 +37,14 @@ class Finisher:
 
     Attributes:
         entropy: returns 32 fresh secret bytes, for central noise.
+        unmask: takes masks off a sum.
     """
 
     store: ArtefactStore
     authority: Authority
     optimizer: ServerOptimizer
     entropy: Callable[[], bytes]
+    unmask: Unmask = apply_masks
 
     def finish(self, work: Work, running: RunningRound, traffic: dict[str, Traffic]) -> None:
         """Ends a round whose masks are known, or that has failed.
@@ -116,7 +119,8 @@ class Finisher:
             raise ValueError(f"sub-cohort {part.number} of round {running.round_id} has no sum")
         total = load_sum(work.writer, running.round_id, encoding, part.number)
         central = encoding.privacy.mode is PrivacyMode.CENTRAL
-        return release(part.secagg, total, encoding, self.entropy() if central else None)
+        noise_key = self.entropy() if central else None
+        return release(part.secagg, total, encoding, noise_key, self.unmask)
 
     def _make_version(self, running: RunningRound, released: Release, at: Moment) -> Version:
         base = running.base

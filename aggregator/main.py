@@ -24,6 +24,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from aggregator.adapters import keyfiles, sql_migration
+from aggregator.adapters.cores import Cores
 from aggregator.adapters.mqtt import MqttTransport
 from aggregator.adapters.objects import DirectoryStore
 from aggregator.adapters.sql import SqlRepository
@@ -309,13 +310,21 @@ def run(state: Path, stop: threading.Event, *, broker: str | None = None, insecu
         transport = MqttTransport(address, f"covey-aggregator-{settings.fleet}", tls)
         # What faces the network has no use for the CA's key.
         authority = replace(operator.authority, ca_key=None)
-        service = Service(operator.repository, operator.store, authority, transport, operator.clock)
-        transport.start()
-        logger.info("aggregator of %s, state in %s, broker %s", settings.fleet, state, address)
-        try:
-            service.run(stop)
-        finally:
-            transport.stop()
+        with Cores() as cores:
+            service = Service(
+                operator.repository,
+                operator.store,
+                authority,
+                transport,
+                operator.clock,
+                unmask=cores.unmask,
+            )
+            transport.start()
+            logger.info("aggregator of %s, state in %s, broker %s", settings.fleet, state, address)
+            try:
+                service.run(stop)
+            finally:
+                transport.stop()
 
 
 @contextlib.contextmanager

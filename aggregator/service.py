@@ -22,12 +22,14 @@ from aggregator.optimizers import FedAvg
 from aggregator.records import Campaign
 from aggregator.registry.artefacts import ArtefactStore
 from aggregator.repository import Repository, RepositoryError, StorageUnavailable, Superseded
+from aggregator.rounds.release import Unmask
 from aggregator.transport import Connected, Delivery, Disconnected, Inbound, Transport
 from aggregator.work import Work
 from protocol import topics
 from protocol.codec import decode_from_device
 from protocol.errors import ProtocolError
 from protocol.messages import BlobChunk, BlobNeed, DeviceStatus, FromDevice
+from protocol.secagg.masking import apply_masks
 
 logger = logging.getLogger(__name__)
 
@@ -51,17 +53,19 @@ class Service:
         transport: Transport,
         clock: Clock,
         entropy: Callable[[], bytes] = _entropy,
+        unmask: Unmask = apply_masks,
     ) -> None:
         """Prepares the service; `run` starts it.
 
         Args:
             entropy: returns 32 fresh random bytes.
+            unmask: takes masks off a sum.
         """
         self._repository = repository
         self._transport = transport
         self._clock = clock
         self._presence = Presence()
-        finisher = Finisher(store, authority, FedAvg(), entropy)
+        finisher = Finisher(store, authority, FedAvg(), entropy, unmask)
         self._conductor = Conductor(authority, finisher, self._presence, entropy)
         self._downloads = Downloads(store)
         self._loaded = False

@@ -160,7 +160,7 @@ def _on_several_cores(vector: NDArray[np.uint32], state: Recovered, workers: int
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as executor:
         list(executor.map(_warm, range(workers)))
         start = time.perf_counter()
-        remove_masks(vector, state.masks, executor, workers)
+        remove_masks(vector, state.masks, lambda: executor, workers)
         wall = time.perf_counter() - start
         return wall, sum(executor.map(_peak_later, range(workers)))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,8 +13,11 @@ from numpy.typing import NDArray
 
 from protocol import ring
 from protocol.dp.mechanism import EncodingParameters, decode
-from protocol.secagg.masking import apply_masks
+from protocol.secagg.masking import Mask, apply_masks
 from protocol.secagg.server_state import Recovered
+
+Unmask = Callable[[NDArray[np.uint32], Sequence[Mask]], None]
+"""Does what `apply_masks` does to a whole vector, wherever it runs."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,6 +73,7 @@ def release(
     total: NDArray[np.uint32],
     encoding: EncodingParameters,
     noise_key: bytes | None,
+    unmask: Unmask = apply_masks,
 ) -> Release:
     """Takes the masks off the sum, adds the central noise if the mode has one, and decodes.
 
@@ -80,8 +84,9 @@ def release(
         total: sum of the masked inputs, uint32, shape (encoding.length,); it is overwritten.
         encoding: of the round.
         noise_key: 32 fresh secret bytes in central mode, else None.
+        unmask: how the masks are taken off.
     """
-    apply_masks(total, recovered.masks)
+    unmask(total, recovered.masks)
     np.bitwise_and(total, np.uint32(ring.modulus_mask(encoding.bits)), out=total)
     survivors = len(recovered.survivors)
     mean_update, metrics = decode(total, survivors, encoding, noise_key=noise_key)

@@ -9,7 +9,8 @@ Arithmetic is modulo 2^32 in uint32. As 2^b divides 2^32, packing the low b bits
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import BrokenExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from concurrent.futures import Executor
 
 PARALLEL_WORDS = 2**28
-"""Keystream words from which `remove_masks` uses its executor: about 0.3 s of one core's work.
+"""Keystream words from which `remove_masks` uses its pool: about 0.3 s of one core's work.
 
 Below it, moving the vector between processes was measured to cost more than it saved, in time and in memory.
 """
@@ -111,34 +112,44 @@ class _Buffer:
 
 
 def remove_masks(
-    vector: NDArray[np.uint32], masks: Sequence[Mask], executor: Executor | None = None, workers: int = 1
+    vector: NDArray[np.uint32],
+    masks: Sequence[Mask],
+    pool: Callable[[], Executor] | None = None,
+    workers: int = 1,
 ) -> None:
     """Does what `apply_masks(vector, masks)` does, with the same bits, on several cores.
 
     Each worker takes its own stretch of the vector through all masks, so the result cannot depend on who
-    finishes first, and all of them together hold one more vector. An executor of processes is what helps:
-    drawing a keystream holds the interpreter's lock, so threads take turns (measured: two threads, no gain).
+    finishes first, and all of them together hold one more vector. A pool of processes is what helps: drawing
+    a keystream holds the interpreter's lock, so threads take turns (measured: two threads, no gain).
 
     Args:
         vector: uint32, shape (m,): the whole vector; it becomes the result.
         masks: what to add.
-        executor: where the workers run; it sees the masks. None runs everything here.
+        pool: gives the executor where the workers run, which sees the masks; called if they are worth it.
         workers: stretches to cut the vector into.
+
+    Raises:
+        BrokenExecutor: the pool took no work; nothing changed. A worker that dies later is stood in for.
     """
-    if executor is None or workers <= 1 or len(vector) * len(masks) < PARALLEL_WORDS:
+    if pool is None or workers <= 1 or len(vector) * len(masks) < PARALLEL_WORDS:
         apply_masks(vector, masks)
         return
     keys = b"".join(mask.key for mask in masks)
     signs = bytes(mask.negative for mask in masks)
     # Whole slices, so that no worker draws a short one in the middle.
     length = -(-len(vector) // (workers * SLICE_WORDS)) * SLICE_WORDS
-    starts = range(0, len(vector), length)
+    executor, starts = pool(), range(0, len(vector), length)
     tasks = [
         executor.submit(_stretch, vector[start : start + length].tobytes(), keys, signs, start)
         for start in starts
     ]
     for start, task in zip(starts, tasks, strict=True):
-        vector[start : start + length] = np.frombuffer(task.result(), np.uint32)
+        part = vector[start : start + length]
+        try:
+            part[:] = np.frombuffer(task.result(), np.uint32)
+        except BrokenExecutor:
+            apply_masks(part, masks, start)
 
 
 def _stretch(values: bytes, keys: bytes, signs: bytes, start: int) -> bytes:
