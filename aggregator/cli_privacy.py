@@ -21,6 +21,7 @@ from protocol.dp.parameters import NoiseDistribution, PrivacyMode
 from protocol.transcript import BrokenTranscript
 
 if TYPE_CHECKING:
+    from aggregator.privacy.example_forecast import ExampleIntention
     from aggregator.privacy.forecast import Forecast, Outcome
 
 privacy_app = typer.Typer(no_args_is_help=True, help="Differential privacy: plan it, and see what is spent.")
@@ -47,6 +48,10 @@ def privacy_plan(
     colluders: Annotated[int, typer.Option(help="Survivors that may reveal their noise.")] = 0,
     parameters: Annotated[int, typer.Option(help="Parameters of the model.")] = 50_000,
     noise: Annotated[NoiseDistribution, typer.Option(help="The integer noise.")] = NoiseDistribution.SKELLAM,
+    sampling: Annotated[
+        float, typer.Option(help="Mode example: chance of an example to be in one step.")
+    ] = 0.1,
+    local_epochs: Annotated[int, typer.Option(help="Mode example: local epochs of a round.")] = 1,
     plot: Annotated[
         Path | None, typer.Option(dir_okay=False, help="Draw epsilon against rounds.", show_default=False)
     ] = None,
@@ -56,8 +61,34 @@ def privacy_plan(
 
     Every device counts as one that takes part in all rounds: nothing is assumed of the selection.
 
-    Example: covey privacy plan --population 5000 --cohort 200 --rounds 500 --epsilon 4 --delta 1e-6
+    Examples:
+
+      covey privacy plan --population 5000 --cohort 200 --rounds 500 --epsilon 4 --delta 1e-6
+
+      covey privacy plan --population 50 --cohort 10 --rounds 20 --mode example --sampling 0.05 --epsilon 4
     """
+    if mode is PrivacyMode.EXAMPLE:
+        from aggregator.privacy.example_forecast import ExampleIntention
+
+        if plot is not None or colluders:
+            raise OperationRefused(
+                "mode example has no plot and no colluders: every device's noise is its own"
+            )
+        _plan_examples(
+            ExampleIntention(
+                rounds=rounds,
+                local_epochs=local_epochs,
+                sampling_probability=sampling,
+                delta=delta,
+                epsilon=epsilon,
+                noise_multiplier=noise_multiplier,
+                clip_norm=clip_norm,
+                dimension=parameters,
+                noise=noise,
+            ),
+            json=json,
+        )
+        return
     from aggregator.privacy.forecast import Intention, forecast
 
     result = forecast(
@@ -85,6 +116,18 @@ def privacy_plan(
             output.line(text)
     if plot is not None:
         _draw(result, plot)
+
+
+def _plan_examples(intention: ExampleIntention, *, json: bool) -> None:
+    from aggregator.cli_examples import example_json, example_lines
+    from aggregator.privacy.example_forecast import forecast_examples
+
+    result = forecast_examples(intention)
+    if json:
+        sys.stdout.write(json_module.dumps(example_json(result)) + "\n")
+        return
+    for text in example_lines(result):
+        output.line(text)
 
 
 @privacy_app.command("ledger")
@@ -162,10 +205,15 @@ def privacy_audit(
     Example: covey privacy audit --epsilon 2
     """
     from aggregator.privacy.audit import AuditSettings, audit
+    from aggregator.privacy.example_audit import audit_examples
 
     settings = AuditSettings(epsilon=epsilon, delta=delta, rounds=rounds, canaries=canaries, seed=seed)
-    modes = (PrivacyMode.DISTRIBUTED, PrivacyMode.CENTRAL, PrivacyMode.LOCAL) if mode is None else (mode,)
-    results = [audit(each, settings, noise) for each in modes for noise in NoiseDistribution]
+    noisy = [each for each in PrivacyMode if each is not PrivacyMode.NONE]
+    results = [
+        audit_examples(settings, noise) if each is PrivacyMode.EXAMPLE else audit(each, settings, noise)
+        for each in (noisy if mode is None else [mode])
+        for noise in NoiseDistribution
+    ]
     if json:
         content = [asdict(result) | {"passed": result.passed} for result in results]
         sys.stdout.write(json_module.dumps(content) + "\n")

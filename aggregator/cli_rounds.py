@@ -54,7 +54,8 @@ def round_start(
         float | None, typer.Option(help="Local learning rate.", show_default="the model's recipe")
     ] = None,
     privacy: Annotated[
-        PrivacyMode, typer.Option(help="Who adds noise: nobody, the aggregator, every device.")
+        PrivacyMode,
+        typer.Option(help="Who adds noise: nobody, the aggregator, every device, each to its own training."),
     ] = PrivacyMode.NONE,
     noise_multiplier: Annotated[
         float | None,
@@ -75,6 +76,13 @@ def round_start(
     max_epsilon: Annotated[
         float | None,
         typer.Option(help="Start no round that would take the fleet beyond it.", show_default="no limit"),
+    ] = None,
+    example_clip: Annotated[
+        float | None, typer.Option(help="Mode example: L2 bound of one example's gradient.", show_default="1")
+    ] = None,
+    sampling: Annotated[
+        float | None,
+        typer.Option(help="Mode example: chance of an example to be in one step.", show_default="0.1"),
     ] = None,
     gather: Annotated[
         float, typer.Option(min=0.0, help="Seconds to wait for a full cohort.", rich_help_panel="Deadlines")
@@ -137,6 +145,8 @@ def round_start(
         ),
         gather_seconds=gather,
         epsilon_limit=max_epsilon,
+        example_clip_norm=example_clip,
+        sampling_probability=sampling,
         seed=seed,
     )
     campaign = covey.start_rounds(state, request)

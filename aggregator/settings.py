@@ -11,13 +11,20 @@ from typing import ClassVar, TypeVar
 from pydantic import ConfigDict, ValidationError
 
 from aggregator.rounds.planning import (
+    EXAMPLE_METRIC,
     GATHER_SECONDS,
     PLAIN_METRICS,
     PRIVATE_METRICS,
     CampaignSettings,
 )
 from models.recipes import RECIPES, Recipe
-from protocol.dp.parameters import AdaptiveClipping, PrivacyMode, PrivacyParameters
+from protocol.dp.parameters import (
+    AdaptiveClipping,
+    ExamplePrivacy,
+    MetricSlot,
+    PrivacyMode,
+    PrivacyParameters,
+)
 from protocol.plan import SUBCOHORT_LIMIT, CohortParameters, Deadlines, TrainingParameters
 from protocol.ring import MAX_BITS
 from protocol.secagg.subcohorts import Split
@@ -29,6 +36,8 @@ T = TypeVar("T")
 
 DEFAULT_NOISE_MULTIPLIER = 1.0
 DEFAULT_DELTA = 1e-5
+DEFAULT_EXAMPLE_CLIP_NORM = 1.0
+DEFAULT_SAMPLING_PROBABILITY = 0.1
 DATA_BITS = 16
 """Bits of one coordinate before the sum of the cohort widens it."""
 
@@ -51,7 +60,10 @@ class CampaignRequest:
             when None.
         bits: width of the ring; by default 16 and what the cohort's sum needs on top.
         gather_seconds: how long to wait for a full cohort when the minimum is there.
-        epsilon_limit: no round starts that would take the fleet beyond it.
+        epsilon_limit: no round starts that would take the fleet beyond it; not in mode example, which has no
+            epsilon of a device: there every device has its own limit.
+        example_clip_norm: mode example: L2 bound of one example's gradient; by default 1.
+        sampling_probability: mode example: chance of an example to be in one step; by default 0.1.
         seed: draws the cohorts; random by default.
     """
 
@@ -75,6 +87,8 @@ class CampaignRequest:
     deadlines: Deadlines = field(default_factory=Deadlines)
     gather_seconds: float = GATHER_SECONDS
     epsilon_limit: float | None = None
+    example_clip_norm: float | None = None
+    sampling_probability: float | None = None
     seed: int | None = None
 
     @property
@@ -92,32 +106,18 @@ class CampaignRequest:
         part = Split.of(max(1, self.cohort), max(1, self.subcohort_limit)).average
         two_thirds = min(part, 2 * part // 3 + 1)
         minimum = _given(self.minimum, max(2, two_thirds))
-        no_noise = self.privacy is PrivacyMode.NONE
         rounds = _given(self.rounds, recipe.rounds)
         if rounds < 1:
             raise InvalidSettings("a campaign has at least one round")
         try:
+            privacy = self._privacy()
             settings = CampaignSettings(
                 training=TrainingParameters(
                     local_epochs=_given(self.local_epochs, recipe.local_epochs),
                     learning_rate=_given(self.learning_rate, recipe.learning_rate),
                     proximal_mu=_given(self.proximal_mu, recipe.proximal_mu),
                 ),
-                privacy=PrivacyParameters(
-                    mode=self.privacy,
-                    clip_norm=_given(self.clip_norm, recipe.clip_norm),
-                    noise_multiplier=_given(
-                        self.noise_multiplier, 0.0 if no_noise else DEFAULT_NOISE_MULTIPLIER
-                    ),
-                    delta=self.delta,
-                    bits=_given(
-                        self.bits, min(MAX_BITS, DATA_BITS + math.ceil(math.log2(max(2, self.cohort))))
-                    ),
-                    adaptive=None
-                    if self.adaptive_quantile is None
-                    else AdaptiveClipping(quantile=self.adaptive_quantile),
-                    metric_slots=PLAIN_METRICS if no_noise else PRIVATE_METRICS,
-                ),
+                privacy=privacy,
                 cohort=CohortParameters(
                     size=self.cohort,
                     minimum=minimum,
@@ -134,6 +134,39 @@ class CampaignRequest:
             where = ".".join(str(part) for part in first["loc"])
             raise InvalidSettings(f"{where}: {first['msg']}" if where else first["msg"]) from error
         return rounds, settings
+
+    def _privacy(self) -> PrivacyParameters:
+        example: ExamplePrivacy | None = None
+        slots: tuple[MetricSlot, ...] = PRIVATE_METRICS
+        noise = _given(self.noise_multiplier, DEFAULT_NOISE_MULTIPLIER)
+        if self.privacy is PrivacyMode.NONE:
+            slots, noise = PLAIN_METRICS, _given(self.noise_multiplier, 0.0)
+        if self.privacy is PrivacyMode.EXAMPLE:
+            if self.epsilon_limit is not None:
+                raise InvalidSettings(
+                    "mode example has no epsilon of a device: every device has its own limit"
+                )
+            # The noise is each device's, in its own steps; the sum of the updates gets none.
+            example = ExamplePrivacy(
+                clip_norm=_given(self.example_clip_norm, DEFAULT_EXAMPLE_CLIP_NORM),
+                noise_multiplier=noise,
+                sampling_probability=_given(self.sampling_probability, DEFAULT_SAMPLING_PROBABILITY),
+            )
+            slots, noise = EXAMPLE_METRIC, 0.0
+        elif self.example_clip_norm is not None or self.sampling_probability is not None:
+            raise InvalidSettings("a clip norm of examples and their sampling belong to mode example")
+        return PrivacyParameters(
+            mode=self.privacy,
+            clip_norm=_given(self.clip_norm, self.recipe.clip_norm),
+            noise_multiplier=noise,
+            delta=self.delta,
+            bits=_given(self.bits, min(MAX_BITS, DATA_BITS + math.ceil(math.log2(max(2, self.cohort))))),
+            adaptive=None
+            if self.adaptive_quantile is None
+            else AdaptiveClipping(quantile=self.adaptive_quantile),
+            metric_slots=slots,
+            example=example,
+        )
 
 
 def _given(value: T | None, default: T) -> T:

@@ -98,12 +98,9 @@ def audit(
     Raises:
         InvalidParameters: no such audit: no noise, no canaries or more than directions, no rounds.
     """
-    if not 1 <= settings.canaries <= DIMENSION:
-        raise InvalidParameters(f"an audit has 1 to {DIMENSION} canaries, got {settings.canaries}")
     if mode is PrivacyMode.NONE:
         raise InvalidParameters("without noise there is no claim to audit")
-    if not 0 < settings.confidence < 1:
-        raise InvalidParameters(f"a confidence lies in (0, 1), got {settings.confidence}")
+    check_settings(settings)
     clients = settings.canaries + PARTICIPANTS
     figures = {"dimension": DIMENSION, "minimum_survivors": clients, "maximum_clients": clients}
     privacy = solve_noise_multiplier(
@@ -131,14 +128,14 @@ def audit(
 def _run(encoding: EncodingParameters, settings: AuditSettings, *, local: bool) -> tuple[float, int, float]:
     """Trains once; returns the lower bound, the right guesses and the model's accuracy."""
     rng = np.random.default_rng(settings.seed)
-    directions = np.linalg.qr(rng.normal(size=(DIMENSION, settings.canaries)))[0].T.astype(np.float32)
+    directions = directions_of(settings, rng)
     present = rng.random(settings.canaries) < 0.5
-    people = [_examples(rng) for _ in range(PARTICIPANTS)]
+    people = [examples_of(rng) for _ in range(PARTICIPANTS)]
     weights = np.zeros(DIMENSION, np.float32)
     scores = np.zeros(settings.canaries)
     zeros = np.zeros(DIMENSION, np.float32)
     for number in range(settings.rounds):
-        learned = [clip(_train(weights, *examples), encoding.privacy.clip_norm) for examples in people]
+        learned = [clip(gradient_step(weights, *examples), encoding.privacy.clip_norm) for examples in people]
         canaries = (directions[index] if present[index] else zeros for index in range(settings.canaries))
         updates = [*canaries, *learned]
         key = derive_key(settings.seed.to_bytes(32, "big"), purpose="audit", context=bytes([number]))
@@ -152,8 +149,42 @@ def _run(encoding: EncodingParameters, settings: AuditSettings, *, local: bool) 
             continue
         # In the worst case that privacy is about, whoever guesses knows what everybody else has sent.
         scores += directions @ (mean * len(updates) - np.sum(learned, axis=0))
+    # A canary that took part scores 1 in each round, another 0.
+    bound, right = bound_of(scores - settings.rounds / 2, present, settings)
+    accuracy = float(np.mean([accuracy_of(weights, *examples) for examples in people]))
+    return bound, right, accuracy
+
+
+def check_settings(settings: AuditSettings) -> None:
+    """Refuses settings that make no audit.
+
+    Raises:
+        InvalidParameters: no canaries or more than directions, or no confidence.
+    """
+    if not 1 <= settings.canaries <= DIMENSION:
+        raise InvalidParameters(f"an audit has 1 to {DIMENSION} canaries, got {settings.canaries}")
+    if not 0 < settings.confidence < 1:
+        raise InvalidParameters(f"a confidence lies in (0, 1), got {settings.confidence}")
+
+
+def directions_of(settings: AuditSettings, rng: np.random.Generator) -> NDArray[np.float32]:
+    """A direction for each canary, at right angles to all others: float32, (canaries, DIMENSION)."""
+    found: NDArray[np.float32] = np.linalg.qr(rng.normal(size=(DIMENSION, settings.canaries)))[0].T.astype(
+        np.float32
+    )
+    return found
+
+
+def bound_of(
+    surplus: NDArray[np.float64], present: NDArray[np.bool_], settings: AuditSettings
+) -> tuple[float, int]:
+    """The lower bound on epsilon, and how many guesses were right.
+
+    Args:
+        surplus: of each canary's score over what divides present from absent ones.
+        present: what the coins said.
+    """
     bound = 0.0
-    surplus = scores / settings.rounds - 0.5  # a canary that took part scores 1, another 0
     order = np.argsort(-np.abs(surplus), kind="stable")
     correct = (surplus > 0) == present
     for fraction in GUESSED:
@@ -161,8 +192,7 @@ def _run(encoding: EncodingParameters, settings: AuditSettings, *, local: bool) 
         confidence = 1 - (1 - settings.confidence) / len(GUESSED)
         right = int(correct[guessed].sum())
         bound = max(bound, lower_bound(settings.canaries, len(guessed), right, settings.delta, confidence))
-    accuracy = float(np.mean([_accuracy(weights, *examples) for examples in people]))
-    return bound, int(correct.sum()), accuracy
+    return bound, int(correct.sum())
 
 
 def _encoded(
@@ -187,7 +217,7 @@ def _released(
     return decode(total, survivors or len(vectors), encoding, noise_key=noise_key)[0]
 
 
-def _examples(rng: np.random.Generator) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+def examples_of(rng: np.random.Generator) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     """A device's examples: clusters around fixed centres, the same ones on every device."""
     centres = np.random.default_rng(0).normal(size=(CLASSES, FEATURES))
     labels = rng.integers(0, CLASSES, 40)
@@ -195,7 +225,7 @@ def _examples(rng: np.random.Generator) -> tuple[NDArray[np.float32], NDArray[np
     return np.hstack([x, np.ones((len(labels), 1))]).astype(np.float32), labels
 
 
-def _train(
+def gradient_step(
     weights: NDArray[np.float32], x: NDArray[np.float32], labels: NDArray[np.int64]
 ) -> NDArray[np.float32]:
     """One step of gradient descent, as an update."""
@@ -207,5 +237,5 @@ def _train(
     return step
 
 
-def _accuracy(weights: NDArray[np.float32], x: NDArray[np.float32], labels: NDArray[np.int64]) -> float:
+def accuracy_of(weights: NDArray[np.float32], x: NDArray[np.float32], labels: NDArray[np.int64]) -> float:
     return float(np.mean((x @ weights.reshape(CLASSES, -1).T).argmax(axis=1) == labels))

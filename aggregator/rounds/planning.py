@@ -34,6 +34,10 @@ PRIVATE_METRICS = (
 would leave nothing of the metric: its noise is `RoundReport.metric_noise`."""
 
 
+EXAMPLE_METRIC = PLAIN_METRICS[:1]
+"""What rounds in mode example report: the other metrics would tell of single examples."""
+
+
 class CampaignSettings(Schema):
     """What every round of a campaign has in common."""
 
@@ -125,6 +129,11 @@ def check_settings(settings: CampaignSettings, base: ModelManifest) -> None:
     unknown = {slot.name for slot in settings.privacy.metric_slots} - METRICS.keys()
     if unknown:
         raise ValueError(f"devices know no metric {sorted(unknown)}; they know {sorted(METRICS)}")
+    if settings.privacy.example is not None and not base.example_gradients:
+        raise ValueError(
+            f"{base.name} gives no gradients of single examples, which mode example trains with: export it "
+            f"with example_gradients=True"
+        )
     trial = make_plan(settings, "trial", "0" * 32, train_task(settings, base), Moment(0, 0))
     try:
         round_encoding(trial, bytes(32), base.parameter_count)

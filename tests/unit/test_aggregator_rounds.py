@@ -30,10 +30,11 @@ from aggregator.rounds.events import (
 )
 from aggregator.rounds.machine import RoundState
 from aggregator.rounds.partial_sum import SLICE, UnusableInput, add_input, input_size, load_sum
-from aggregator.rounds.planning import CampaignSettings
+from aggregator.rounds.planning import CampaignSettings, check_settings
 from aggregator.rounds.selection import ready, select
 from aggregator.rounds.subcohort import SubcohortState
 from aggregator.settings import CampaignRequest, InvalidSettings
+from models import zoo
 from protocol import ring
 from protocol.codec import decode_from_device
 from protocol.dp.mechanism import EncodingParameters, derive_encoding
@@ -372,6 +373,22 @@ def test_what_is_not_said_follows_from_recipe_and_cohort() -> None:
     assert private.privacy.noise_multiplier == 1
 
 
+def test_mode_example_leaves_the_noise_to_the_devices() -> None:
+    _, settings = CampaignRequest(
+        "watch", privacy=PrivacyMode.EXAMPLE, noise_multiplier=2.0, sampling_probability=0.25
+    ).resolve()
+    privacy = settings.privacy
+    assert privacy.noise_multiplier == 0 and privacy.example is not None
+    assert (privacy.example.noise_multiplier, privacy.example.sampling_probability) == (2.0, 0.25)
+    assert [slot.name for slot in privacy.metric_slots] == ["examples"]
+    check_settings(settings, zoo.load("watch").manifest)
+    plain = zoo.load("watch").manifest.model_copy(
+        update={"signatures": zoo.load("watch").manifest.signatures[:4]}
+    )
+    with pytest.raises(ValueError, match="example_gradients=True"):
+        check_settings(settings, plain)
+
+
 def test_settings_survive_storage_and_a_seed_makes_them_repeatable() -> None:
     _, settings = CampaignRequest("watch", seed=5).resolve()
     assert CampaignSettings.from_bytes(settings.to_bytes()) == settings
@@ -398,6 +415,11 @@ def test_settings_survive_storage_and_a_seed_makes_them_repeatable() -> None:
         {"privacy": PrivacyMode.CENTRAL, "noise_multiplier": 0.0},
         {"gather_seconds": -1.0},
         {"epsilon_limit": 0.0},
+        {"sampling_probability": 0.1},
+        {"privacy": PrivacyMode.EXAMPLE, "epsilon_limit": 4.0},
+        {"privacy": PrivacyMode.EXAMPLE, "sampling_probability": 0.0},
+        {"privacy": PrivacyMode.EXAMPLE, "example_clip_norm": 0.0},
+        {"privacy": PrivacyMode.EXAMPLE, "noise_multiplier": 0.0},
     ],
 )
 def test_figures_that_make_no_campaign_are_refused(changes: dict[str, Any]) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,7 +19,10 @@ from typer.testing import CliRunner
 
 from aggregator.cli_privacy import privacy_app
 from aggregator.privacy import audit as auditing
+from aggregator.privacy import example_audit
 from aggregator.privacy.audit import AuditSettings, audit
+from aggregator.privacy.example_audit import audit_examples
+from aggregator.privacy.example_forecast import ExampleForecast, ExampleIntention, forecast_examples
 from aggregator.privacy.lower_bound import lower_bound, p_value
 from protocol.dp.errors import InvalidParameters
 from protocol.dp.parameters import NoiseDistribution, PrivacyMode
@@ -65,6 +69,25 @@ def test_every_mode_stands_and_falls_without_its_noise(mode: PrivacyMode, noise:
         assert result.accuracy > 0.4  # of ten classes: it was a model that was audited
 
 
+@pytest.mark.parametrize("noise", list(NoiseDistribution))
+def test_mode_example_stands_and_falls_without_its_noise(noise: NoiseDistribution) -> None:
+    result = audit_examples(AuditSettings(), noise)
+    assert 1.99 < result.claimed <= 2.0
+    assert result.found <= result.claimed
+    assert result.found_without_noise > 2 * result.claimed
+    assert result.passed and result.accuracy > 0.3
+
+
+def test_the_audit_of_mode_example_catches_noise_that_is_too_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    def defective(intention: ExampleIntention) -> ExampleForecast:
+        right = forecast_examples(intention)
+        return replace(right, mechanism=replace(right.mechanism, variance=right.mechanism.variance / 64))
+
+    monkeypatch.setattr(example_audit, "forecast_examples", defective)
+    caught = audit_examples(AuditSettings())
+    assert caught.found > caught.claimed and not caught.passed
+
+
 def test_the_audit_is_strong_enough_to_see_privacy_loss() -> None:
     """At epsilon 8 the bound rises well above 0; a broken attack would not notice."""
     result = audit(PrivacyMode.CENTRAL, AuditSettings(epsilon=8.0))
@@ -98,6 +121,8 @@ class honest_claim:  # noqa: N801 - stands in for an accountant's answer
 def test_impossible_audits_are_refused(changes: dict[str, float]) -> None:
     with pytest.raises(InvalidParameters):
         audit(PrivacyMode.CENTRAL, AuditSettings(**changes))  # type: ignore[arg-type]
+    with pytest.raises(InvalidParameters):
+        audit_examples(AuditSettings(**changes))  # type: ignore[arg-type]
     with pytest.raises(InvalidParameters):
         audit(PrivacyMode.NONE, AuditSettings())
 

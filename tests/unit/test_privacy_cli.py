@@ -250,3 +250,38 @@ def test_an_untouched_aggregator_has_spent_nothing(run, tmp_path: Path) -> None:
     covey.init(tmp_path / "state")
     content = json.loads(run("ledger", "--json")[1])
     assert content["population"]["epsilon"] == 0 and content["models"] == {}
+
+
+def test_mode_example_is_planned_for_one_example_and_never_for_the_device(run: Any) -> None:
+    arguments = "--population 50 --cohort 10 --rounds 20 --mode example --sampling 0.05 --epsilon 4"
+    found = plan(run, arguments)
+    assert set(KEYS) <= found.keys()
+    assert (
+        3.95 < found["epsilon_total"] <= 4 and found["unit"] == "example" and found["epsilon_device"] is None
+    )
+    # The same noise, given instead of asked for.
+    z = found["noise_multiplier"]
+    again = plan(run, arguments.replace("--epsilon 4", f"--noise-multiplier {z}"))
+    assert again["epsilon_total"] == pytest.approx(found["epsilon_total"])
+    assert again["epsilon_total_if_coins_were_seen"] > 10 * again["epsilon_total"]
+    code, out, _ = run("plan", *arguments.split())
+    assert code == 0 and "one example of a device" in out and "the device itself is promised nothing" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ("--epsilon 4 --sampling 0", "sampling_probability"),
+        ("--epsilon 0", "positive and finite"),
+        ("--epsilon 4 --clip-norm 0", "clip_norm"),
+        ("--epsilon 4 --delta 0", "delta"),
+        ("--epsilon 1e-9", "no noise multiplier"),
+        ("", "either an epsilon"),
+        ("--epsilon 4 --colluders 2", "no colluders"),
+        ("--epsilon 4 --local-epochs 0", "at least one round and epoch"),
+    ],
+)
+def test_figures_that_make_no_plan_in_mode_example(run: Any, arguments: str, told: str) -> None:
+    common = "--population 50 --cohort 10 --rounds 20 --mode example"
+    code, out, err = run("plan", *common.split(), *arguments.split())
+    assert code == 1 and told in out + err
