@@ -19,6 +19,7 @@ from aggregator.rounds.events import DeviceOffline, DeviceOnline, MessageReceive
 from aggregator.rounds.planning import CampaignSettings, make_plan, train_task
 from aggregator.rounds.report import RoundReport
 from aggregator.rounds.selection import ready, select
+from aggregator.rounds.subcohort import Trust
 from aggregator.running import LostBase, RunningRound
 from aggregator.spending import BudgetRefused, check_limit, spent_events
 from aggregator.work import TrafficMeter, Work
@@ -50,6 +51,7 @@ class Conductor:
         """
         self.traffic = TrafficMeter()
         self._authority = authority
+        self._trust = Trust(authority.ca)
         self._finisher = finisher
         self._presence = presence
         self._entropy = entropy
@@ -70,7 +72,7 @@ class Conductor:
                     self._remember(record)
             for record in reader.rounds(status="running"):
                 try:
-                    running = RunningRound.load(reader, record, self._authority.ca, at)
+                    running = RunningRound.load(reader, record, self._trust, at)
                 except (LostBase, ProtocolError, ValueError) as error:
                     # Left alone: an operator can look at it, and other rounds go on.
                     logger.error("round %s cannot be restored: %s", record.round_id, error)
@@ -300,7 +302,7 @@ class Conductor:
             invited=select(available, settings.cohort.size, seed),
             started_at=work.at.unix,
         )
-        self._running[round_id] = RunningRound.begin(work, record, base, self._authority.ca)
+        self._running[round_id] = RunningRound.begin(work, record, base, self._trust)
         logger.info(
             "round %s (%d of %d) started: %s version %d, %d devices",
             round_id[:8],

@@ -13,6 +13,7 @@ from aggregator.rounds import machine
 from aggregator.rounds.events import DeviceHeard, Event, Log, MaskedInputStored, MessageReceived, Send
 from aggregator.rounds.machine import RoundState
 from aggregator.rounds.partial_sum import UnusableInput, add_input, input_size
+from aggregator.rounds.subcohort import Trust
 from aggregator.work import Work
 from models.manifest import ModelManifest
 from protocol.dp.mechanism import EncodingParameters
@@ -55,17 +56,17 @@ class RunningRound:
     changed: bool = True
 
     @classmethod
-    def begin(cls, work: Work, record: Round, base: ModelManifest, ca: bytes) -> RunningRound:
+    def begin(cls, work: Work, record: Round, base: ModelManifest, trust: Trust) -> RunningRound:
         """Begins a new round: its record becomes durable, and the invitations go out."""
         document, plan, encoding = _parse(record, base)
-        state, outputs = machine.begin(plan, document, ca, record.invited, work.at)
+        state, outputs = machine.begin(plan, document, trust, record.invited, work.at)
         work.writer.begin_round(record)
         running = cls(record, base, encoding, state)
         running._execute(work, outputs)
         return running
 
     @classmethod
-    def load(cls, reader: Reader, record: Round, ca: bytes, at: Moment) -> RunningRound:
+    def load(cls, reader: Reader, record: Round, trust: Trust, at: Moment) -> RunningRound:
         """Restores a round from the repository, after a restart.
 
         Raises:
@@ -77,7 +78,7 @@ class RunningRound:
         base = manifest_of(version)
         document, plan, encoding = _parse(record, base)
         log = reader.log(record.round_id)
-        state = machine.resume(plan, document, ca, record.invited, log, record.started_at, at)
+        state = machine.resume(plan, document, trust, record.invited, log, record.started_at, at)
         uploads = reader.uploads(record.round_id)
         return cls(
             record,

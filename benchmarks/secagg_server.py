@@ -22,7 +22,6 @@ from numpy.typing import NDArray
 from protocol import ring
 from protocol.codec import decode_from_device, encode
 from protocol.secagg import server
-from protocol.secagg.certificates import CertificateCache
 from protocol.secagg.masking import PARALLEL_WORDS, remove_masks
 from protocol.secagg.packing import SlicePacker
 from protocol.secagg.prg import SLICE_WORDS
@@ -86,7 +85,7 @@ def serve(
     connection: Connection, context: ServerContext, length: int, bits: int, repeats: int, workers: int
 ) -> None:
     """Runs one round by the commands that come; the last one is answered with a Report."""
-    report, certificates = Report(), CertificateCache()
+    report = Report()
     state: ServerState = server.begin(context)
     upload: list[tuple[int, bytes]] = []
     total, packer = np.zeros(length, np.uint32), SlicePacker(bits)
@@ -97,7 +96,7 @@ def serve(
             with _timed(report, CODEC):
                 message, _ = decode_from_device(frame)
             with _timed(report, _PARTS[message.type]):
-                state = server.handle(state, server.Received(device_id, message, NOW, certificates))  # type: ignore[arg-type]
+                state = server.handle(state, server.Received(device_id, message, NOW))  # type: ignore[arg-type]
         elif command == "request":
             with _timed(report, "take and route shares"):
                 answer = server.request(state, arguments[0])

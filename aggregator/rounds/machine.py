@@ -24,7 +24,7 @@ from aggregator.records import LogEntry
 from aggregator.rounds import subcohort
 from aggregator.rounds.events import Event, Output, Reconnected, Send, Tick
 from aggregator.rounds.report import PHASES, PhaseReport, SubcohortReport
-from aggregator.rounds.subcohort import SubcohortState
+from aggregator.rounds.subcohort import SubcohortState, Trust
 from protocol.identity import SignedDocument
 from protocol.messages import Invitation, RoundEnd
 from protocol.plan import Plan
@@ -111,11 +111,11 @@ class RoundState:
 
 
 def begin(
-    plan: Plan, document: SignedDocument, ca: bytes, invited: Iterable[str], at: Moment
+    plan: Plan, document: SignedDocument, trust: Trust, invited: Iterable[str], at: Moment
 ) -> tuple[RoundState, tuple[Output, ...]]:
     """Opens a round for check-in; the selected devices are online and get their invitation."""
     begun = [
-        subcohort.begin(number, plan, document, ca, devices, at)
+        subcohort.begin(number, plan, document, trust, devices, at)
         for number, devices in enumerate(plan.cohort.split.parts(invited, document.digest))
     ]
     outputs = tuple(output for _, asked in begun for output in asked)
@@ -125,7 +125,7 @@ def begin(
 def resume(
     plan: Plan,
     document: SignedDocument,
-    ca: bytes,
+    trust: Trust,
     invited: Iterable[str],
     log: Iterable[LogEntry],
     started_at: float,
@@ -134,7 +134,7 @@ def resume(
     """Restores a round from its log, after a restart. Nobody counts as online until a birth says so."""
     split, began = plan.cohort.split, Moment(at.clock, started_at)
     parts = [
-        subcohort.opened(number, plan, document, ca, devices, began)
+        subcohort.opened(number, plan, document, trust, devices, began)
         for number, devices in enumerate(split.parts(invited, document.digest))
     ]
     for entry in log:

@@ -51,6 +51,7 @@ from protocol.messages import (
 )
 from protocol.plan import Deadlines, Plan
 from protocol.secagg import server
+from protocol.secagg.certificates import CertificateCache
 from protocol.secagg.server import ClientMessage
 from protocol.secagg.server_state import (
     Advertising,
@@ -68,6 +69,15 @@ from protocol.secagg.server_state import (
 REPEAT_SECONDS = 2.0
 REPEAT_GROWTH = 1.5
 REPEAT_LIMIT = 15.0
+
+
+@dataclass(frozen=True)
+class Trust:
+    """Whose certificates count, and which of them have been verified: the same for all rounds of a
+    service."""
+
+    ca: bytes
+    certificates: CertificateCache = field(default_factory=CertificateCache, repr=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -149,27 +159,28 @@ _PHASES: dict[type, Phase] = {
 
 
 def begin(
-    number: int, plan: Plan, document: SignedDocument, ca: bytes, invited: Iterable[str], at: Moment
+    number: int, plan: Plan, document: SignedDocument, trust: Trust, invited: Iterable[str], at: Moment
 ) -> tuple[SubcohortState, tuple[Output, ...]]:
     """Opens a sub-cohort for check-in; its devices are online and get their invitation."""
-    state = opened(number, plan, document, ca, invited, at)
+    state = opened(number, plan, document, trust, invited, at)
     return _ask(state, state.owed, at)
 
 
 def opened(
-    number: int, plan: Plan, document: SignedDocument, ca: bytes, invited: Iterable[str], at: Moment
+    number: int, plan: Plan, document: SignedDocument, trust: Trust, invited: Iterable[str], at: Moment
 ) -> SubcohortState:
     """The state that the log of a sub-cohort begins with."""
     context = ServerContext(
         fleet=plan.fleet,
         round_id=plan.round_id,
         plan_hash=document.digest,
-        ca=ca,
+        ca=trust.ca,
         invited=frozenset(invited),
         minimum_cohort=plan.cohort.minimum,
         minimum_survivors=plan.cohort.minimum_survivors,
         graph=plan.cohort.graph,
         split=plan.cohort.split,
+        certificates=trust.certificates,
     )
     return SubcohortState(number, plan, document, server.begin(context), at, context.invited)
 

@@ -20,7 +20,7 @@ Protocol: Bonawitz et al. 2017 (ePrint 2017/281, Fig. 4), Bell et al. 2020 (ePri
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
@@ -41,7 +41,6 @@ from protocol.messages import (
     UnmaskRequest,
 )
 from protocol.secagg import roster as rosters
-from protocol.secagg.certificates import CertificateCache
 from protocol.secagg.closing import close_phase
 from protocol.secagg.growing import GrowingMap
 from protocol.secagg.key_agreement import check_public_key
@@ -69,13 +68,11 @@ class Received:
 
     Attributes:
         now: seconds since 1970, for the certificates.
-        certificates: those of earlier rounds, which it adds to.
     """
 
     device_id: str
     message: ClientMessage
     now: int
-    certificates: CertificateCache = field(default_factory=CertificateCache, repr=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -135,7 +132,7 @@ def _receive(state: ServerState, event: Received) -> ServerState:
     if isinstance(message, Refusal | ClientAbort):
         return _leave(state, device_id)
     if isinstance(message, AdvertiseKeys) and isinstance(state, Advertising):
-        return _advertise(state, device_id, message, event)
+        return _advertise(state, device_id, message, event.now)
     if isinstance(message, ShareKeys) and isinstance(state, Sharing):
         return _share(state, _member(state.cohort, device_id), message)
     if isinstance(message, ConsistencySignature) and isinstance(state, Checking):
@@ -158,13 +155,13 @@ def _leave(state: ServerState, device_id: str) -> ServerState:
     return replace(state, left=state.left | {_member(state.cohort, device_id)})
 
 
-def _advertise(state: Advertising, device_id: str, message: AdvertiseKeys, event: Received) -> ServerState:
+def _advertise(state: Advertising, device_id: str, message: AdvertiseKeys, now: int) -> ServerState:
     context = state.context
     if device_id not in context.invited or device_id in state.left:
         raise IllegalEvent(f"{device_id} is not invited")
     if device_id in state.entries:
         return state
-    certificate = event.certificates.verify(message.certificate, context.ca, now=event.now)
+    certificate = context.certificates.verify(message.certificate, context.ca, now=now)
     if certificate.device_id != device_id:
         raise BadSignature(f"{device_id} checks in with the certificate of {certificate.device_id}")
     payload = rosters.advertisement_payload(

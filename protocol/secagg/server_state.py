@@ -6,6 +6,7 @@ from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
 
 from protocol.messages import AdvertiseKeys, RosterEntry
+from protocol.secagg.certificates import CertificateCache
 from protocol.secagg.graph import quorum
 from protocol.secagg.growing import GrowingMap
 from protocol.secagg.masking import Mask
@@ -20,6 +21,7 @@ class ServerContext:
     Attributes:
         invited: device ids that may check in: those of one sub-cohort.
         split: of the plan's cohort.
+        certificates: those of earlier rounds, which it adds to.
     """
 
     fleet: str
@@ -31,6 +33,7 @@ class ServerContext:
     minimum_survivors: int
     graph: GraphAssumptions
     split: Split = WHOLE
+    certificates: CertificateCache = field(default_factory=CertificateCache, repr=False, compare=False)
 
 
 @dataclass(frozen=True)

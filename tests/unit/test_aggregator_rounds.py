@@ -32,7 +32,7 @@ from aggregator.rounds.machine import RoundState
 from aggregator.rounds.partial_sum import SLICE, UnusableInput, add_input, input_size, load_sum
 from aggregator.rounds.planning import CampaignSettings, check_settings
 from aggregator.rounds.selection import ready, select
-from aggregator.rounds.subcohort import SubcohortState
+from aggregator.rounds.subcohort import SubcohortState, Trust
 from aggregator.settings import CampaignRequest, InvalidSettings
 from models import zoo
 from protocol import ring
@@ -69,7 +69,9 @@ class Table:
         plan = make_plan(settings, "orchard", secrets.token_hex(16), task, START)
         self.document = self.bench.authority.sign_plan(plan)
         self.plan = plan
-        self.state, outputs = machine.begin(plan, self.document, self.bench.authority.ca, self.devices, START)
+        self.state, outputs = machine.begin(
+            plan, self.document, Trust(self.bench.authority.ca), self.devices, START
+        )
         self.take(outputs)
 
     def take(self, outputs: tuple[Output, ...]) -> None:
@@ -120,7 +122,7 @@ class Table:
         return machine.resume(
             self.plan,
             self.document,
-            self.bench.authority.ca,
+            Trust(self.bench.authority.ca),
             list(self.devices),
             self.log,
             START.unix,

@@ -27,7 +27,7 @@ from protocol.codec import decode_to_device, encode
 from protocol.dp.events import event_for
 from protocol.dp.mechanism import decode
 from protocol.dp.parameters import PrivacyMode
-from protocol.identity import SignedDocument
+from protocol.identity import DeviceCertificate, SignedDocument
 from protocol.messages import (
     AdvertiseKeys,
     BlobChunk,
@@ -41,6 +41,7 @@ from protocol.messages import (
 )
 from protocol.plan import MODEL_KIND, Deadlines, Plan, TrainTask
 from protocol.round_encoding import round_encoding
+from protocol.secagg import certificates
 from protocol.transfer import describe
 from tests.aggregator_bench import Bench
 from tests.aggregator_devices import Outgoing, SimulatedDevice, model_files, toy_input
@@ -122,6 +123,22 @@ def test_rounds_complete_with_the_exact_sum(bench: Bench) -> None:
         assert all(traffic.up > 2000 and traffic.down > 2000 for traffic in view.report.traffic.values())
     for device in bench.devices.values():
         assert [end.completed for end in device.ends.values()] == [True] * 3
+
+
+def test_a_certificate_is_verified_once_for_all_rounds(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[bytes] = []
+    verify = certificates.verify_certificate
+
+    def counted(certificate: bytes, ca: bytes, *, now: int) -> DeviceCertificate:
+        seen.append(certificate)
+        return verify(certificate, ca, now=now)
+
+    monkeypatch.setattr(certificates, "verify_certificate", counted)
+    views = bench.finish(bench.start(request(rounds=3)))
+    assert [view.record.version for view in views] == [2, 3, 4]
+    # Devices of these tests remember nothing: what is left is the aggregator's share.
+    own = [device.bundle.certificate for device in bench.devices.values()]
+    assert all(seen.count(certificate) == 1 + 4 * 3 for certificate in own)
 
 
 def test_uploads_of_many_chunks_and_slices_sum_exactly(wide: Bench) -> None:
