@@ -37,9 +37,9 @@ STAMP := $(VENV)/.covey-$(PYTHON_VERSION)
 ROOT := $(filter 0,$(shell id -u))
 APT := DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends
 TEST_PACKAGES := mosquitto postgresql
-SLOW_PACKAGES := chromium mmdebstrap qemu-user-static
+SLOW_PACKAGES := chromium mmdebstrap qemu-user-static binutils-aarch64-linux-gnu
 
-.PHONY: help demo test test-slow test-313 test-all lint format bench bench-peers setup setup-dev \
+.PHONY: bundle lock-bundle help demo test test-slow test-313 test-all lint format bench bench-peers setup setup-dev \
 	debian debian-slow parity setup-parity clean
 
 help:  ## list the targets
@@ -87,6 +87,20 @@ bench: $(STAMP)-dev bench-peers  ## run benchmarks/$(BENCH).py beside its peers:
 	@$(BIN)/python benchmarks/$(BENCH).py $(ARGS)
 
 bench-peers: $(VENV_PEERS)/.covey-peers  ## only install what we are measured against, apart from everything else
+
+bundle: $(STAMP)-venv  ## build the client as one file for Bookworm and for Trixie, arm64; print their sizes
+	@$(BIN)/python -m deploy.bundle --out dist $(ARGS)
+
+# uv resolves for another machine and Python; a backport that ended at Python 3.10 needs its last open release.
+lock-bundle: $(STAMP)-venv  ## pin the bundles' packages anew, with hashes
+	@$(BIN)/python $(PIP_INSTALL) uv
+	@set -e; echo 'backports-strenum<1.3' > $(VENV)/bundle-constraints; for pair in bookworm:3.11 trixie:3.13; do \
+		file=deploy/bundle/requirements-$${pair%:*}-arm64.txt; \
+		$(BIN)/uv pip compile --quiet --no-header --no-annotate --generate-hashes --no-emit-index-url \
+			--python-version $${pair#*:} --python-platform aarch64-manylinux_2_34 --only-binary :all: \
+			--constraint $(VENV)/bundle-constraints pyproject.toml --output-file $$file; \
+		sed -i "1i # Pinned by \`make lock-bundle\` from pyproject.toml: what the $${pair%:*}-arm64 bundle holds." $$file; \
+	done
 
 setup: $(STAMP)-demo  ## only install what the demo needs
 setup-dev: $(STAMP)-dev  ## only install what developers need
