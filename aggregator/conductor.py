@@ -10,6 +10,7 @@ from aggregator.clock import Moment
 from aggregator.ending import Finisher
 from aggregator.fleet.authority import Authority
 from aggregator.fleet.presence import Change, Presence
+from aggregator.lost_rounds import give_up
 from aggregator.records import Campaign, Round
 from aggregator.registry.publishing import manifest_of
 from aggregator.repository import Reader, Repository, RepositoryError
@@ -59,6 +60,7 @@ class Conductor:
         self._ended: OrderedDict[str, tuple[RoundEnd, frozenset[str]]] = OrderedDict()
         self._patience: dict[str, float] = {}
         self._defects: dict[str, str] = {}
+        self._lost: dict[str, tuple[Round, str]] = {}
         self._restored = False
 
     def load(self, repository: Repository, at: Moment) -> None:
@@ -66,6 +68,7 @@ class Conductor:
         self._running.clear()
         self._ended.clear()
         self._defects.clear()
+        self._lost.clear()
         with repository.read() as reader:
             for record in reader.rounds(last=REMEMBERED):
                 if record.status != "running":
@@ -73,9 +76,12 @@ class Conductor:
             for record in reader.rounds(status="running"):
                 try:
                     running = RunningRound.load(reader, record, self._trust, at)
-                except (LostBase, ProtocolError, ValueError) as error:
-                    # Left alone: an operator can look at it, and other rounds go on.
-                    logger.error("round %s cannot be restored: %s", record.round_id, error)
+                except (RepositoryError, OSError):
+                    raise
+                except Exception as error:
+                    # Of this round alone: it is given up, and the others go on.
+                    logger.debug("round %s", record.round_id, exc_info=True)
+                    self._lost[record.round_id] = (record, f"{type(error).__name__}: {error}")
                     continue
                 self._running[record.round_id] = running
                 logger.info("round %s resumed", record.round_id[:8])
@@ -171,14 +177,18 @@ class Conductor:
 
     def over(self) -> tuple[str, ...]:
         """The rounds that wait for `finish`."""
-        return tuple(
+        ended = (
             round_id
             for round_id, running in self._running.items()
             if running.state.ended or round_id in self._defects
         )
+        return (*self._lost, *ended)
 
     def finish(self, work: Work, round_id: str) -> None:
         """Ends a round that is over, in a transaction of its own."""
+        if round_id in self._lost:
+            give_up(work, *self._lost[round_id])
+            return
         if round_id in self._defects:
             self.abort(work, round_id, "defect", self._defects[round_id])
             return
@@ -187,14 +197,20 @@ class Conductor:
 
     def abort(self, work: Work, round_id: str, code: str, detail: str) -> None:
         """Ends a round whose `finish` failed."""
+        if round_id in self._lost:
+            # Going on would forget what it spent: better no rounds than that.
+            raise RuntimeError(f"round {round_id} can neither be restored nor given up: {code}: {detail}")
         running = self._running[round_id]
         traffic = dict(self.traffic.read(running.state.invited))
         self._finisher.abort(work, running, code, detail, traffic)
 
     def forget(self, reader: Reader, round_id: str) -> None:
         """Drops an ended round from memory, once its end is durable."""
-        self.traffic.clear(self._running.pop(round_id).state.invited)
+        running = self._running.pop(round_id, None)
+        if running is not None:
+            self.traffic.clear(running.state.invited)
         self._defects.pop(round_id, None)
+        self._lost.pop(round_id, None)
         record = reader.round(round_id)
         if record is not None:
             self._remember(record)
@@ -209,8 +225,6 @@ class Conductor:
         known = self._ended.get(round_id)
         if known is None:
             record = work.writer.round(round_id)
-            if record is not None and record.status == "running":
-                return  # one that could not be restored: its devices keep their part of it
             completed = record is not None and record.status == "completed"
             reason = "unknown-round" if record is None else record.code
             work.send(device_id, RoundEnd(round_id=round_id, completed=completed, reason=reason))

@@ -110,6 +110,8 @@ class Service:
         if not self._loaded:
             self._conductor.load(self._repository, at)
             self._loaded = True
+            # What was lost must be in the ledger before the next round asks it.
+            self._end_rounds(at)
         try:
             self._serve(batch, at)
         except (RepositoryError, OSError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,10 @@ from aggregator.registry.publishing import document_of
 from aggregator.repository import Repository, StorageUnavailable
 from aggregator.settings import CampaignRequest
 from aggregator.transport import Connected, Disconnected
-from protocol import topics
+from protocol import topics, transcript
 from protocol.codec import encode
+from protocol.dp.events import DPEvent, Mechanism
+from protocol.dp.parameters import PrivacyMode
 from protocol.messages import BlobNeed, UploadOffer
 from protocol.plan import Deadlines
 from protocol.transfer import chunks, describe
@@ -237,15 +240,77 @@ def test_a_message_that_cannot_be_handled_is_dropped_and_the_others_are_not(
     assert bench.transport.unacknowledged == []
 
 
-def test_a_round_whose_base_is_gone_does_not_stop_the_others(bench: Bench) -> None:
+def damage(bench: Bench, statement: str) -> None:
+    with bench.repository.write() as writer:
+        writer._connection.exec_driver_sql(statement)  # type: ignore[attr-defined]
+
+
+def test_a_round_that_cannot_be_restored_ends_and_does_not_stop_the_others(bench: Bench) -> None:
     bench.start(campaign_request())
     bench.run_until(lambda: bench.phase() == "ShareKeys")
-    with bench.repository.write() as writer:
-        writer._connection.exec_driver_sql("UPDATE versions SET model = 'lost'")  # type: ignore[attr-defined]
+    damage(bench, "UPDATE versions SET model = 'lost'")
     bench.boot()
-    for _ in range(10):
+    bench.step()
+    (view,) = bench.rounds()
+    assert (view.record.status, view.record.code) == ("aborted", "not-restorable")
+    assert "LostBase" in view.record.detail
+    with bench.repository.read() as reader:
+        assert reader.ledger() == ()  # nobody was asked to unmask
+    damage(bench, "UPDATE versions SET model = 'toy'")
+    (view,) = bench.finish(bench.start(campaign_request()))
+    check_completed(bench, view)
+
+
+NOISE = Mechanism.SKELLAM
+NOISY = campaign_request(privacy=PrivacyMode.DISTRIBUTED, noise_multiplier=1.0)
+
+
+@pytest.mark.parametrize(
+    ("statement", "mechanism"),
+    [
+        ("UPDATE round_log SET frame = x'00' WHERE kind = 'received'", NOISE),
+        ("DELETE FROM versions", Mechanism.NONE),
+        ("UPDATE versions SET version = 7", NOISE),
+        ("UPDATE rounds SET plan = x'00' WHERE status = 'running'", Mechanism.NONE),
+    ],
+)
+def test_what_a_lost_round_has_spent_is_in_the_ledger_at_its_most(
+    bench: Bench, statement: str, mechanism: Mechanism
+) -> None:
+    """Devices were asked to unmask when the records were damaged: the budget of the round is gone."""
+    bench.start(NOISY)
+    bench.run_until(lambda: bench.phase() == "Unmasking")
+    damage(bench, statement)
+    bench.boot()
+    bench.step()
+    (view,) = bench.rounds()
+    assert (view.record.status, view.record.code) == ("aborted", "not-restorable")
+    with bench.repository.read() as reader:
+        (entry,) = reader.ledger()
+        assert entry.round_id == view.record.round_id
+        event = DPEvent.model_validate_json(entry.event)
+        assert event.mechanism is mechanism
+        assert event.survivors == event.minimum_survivors
+        stored = reader.transcript(view.record.round_id)
+        records = transcript.verify(stored, transcript.GENESIS) if stored else ()
+    spent = [r.content.event for r in records if isinstance(r.content, transcript.PrivacyRecord)]
+    assert spent == ([event] if records else [])
+    for _ in range(30):  # restarts do not count it again
         bench.step()
-    assert bench.rounds()[0].record.status == "running"
+    bench.boot()
+    bench.step()
+    with bench.repository.read() as reader:
+        assert len(reader.ledger()) == 1
+
+
+def test_the_next_round_is_refused_when_a_lost_one_has_spent_the_budget(bench: Bench) -> None:
+    campaign = bench.start(replace(NOISY, rounds=2, epsilon_limit=8.0))
+    bench.run_until(lambda: bench.phase() == "Unmasking")
+    damage(bench, "UPDATE rounds SET plan = x'00' WHERE status = 'running'")
+    bench.boot()
+    (view,) = bench.finish(campaign)
+    assert view.record.code == "not-restorable"
+    assert bench.operator.campaign(campaign.campaign_id).status == "failed"
 
 
 def test_an_outage_of_the_broker_does_not_count_for_the_phase(bench: Bench) -> None:
