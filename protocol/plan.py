@@ -183,6 +183,8 @@ class Plan(Schema):
         privacy = self.privacy
         if isinstance(self.task, QueryTask) and (privacy.clip_norm != 1 or privacy.slots or privacy.rotation):
             raise ValueError("a query has clip norm 1, no metrics, no adaptive clipping and no rotation")
+        if privacy.tree is not None and (self.cohort.split.count > 1 or isinstance(self.task, QueryTask)):
+            raise ValueError("a noise tree is for training by cohorts that are not split")
         if isinstance(self.task, QueryTask) and privacy.example is not None:
             raise ValueError("a query asks for one value of a device: it has no examples to hide")
         return self

@@ -9,6 +9,7 @@ from typing import Final
 from protocol.dp.events import DPEvent, event_for
 from protocol.dp.example import example_event, example_mechanism
 from protocol.dp.mechanism import EncodingParameters, derive_encoding
+from protocol.dp.tree import rotation_seed
 from protocol.plan import Plan, TrainTask
 
 METRICS: Final[Mapping[str, str]] = MappingProxyType(
@@ -41,7 +42,7 @@ def round_encoding(plan: Plan, plan_hash: bytes, dimension: int) -> EncodingPara
     Args:
         plan: the verified plan.
         plan_hash: SHA-256 of its signed bytes; it seeds the rotation, so that nobody chooses the seed alone
-            and no two rounds share one.
+            and no two rounds share one; with a noise tree, the tree's id does, for all of its rounds.
         dimension: elements of one device's vector: parameters of the model to train, or
             `QueryTask.dimension`.
 
@@ -53,5 +54,5 @@ def round_encoding(plan: Plan, plan_hash: bytes, dimension: int) -> EncodingPara
         dimension=dimension,
         minimum_survivors=plan.cohort.minimum_survivors,
         maximum_clients=plan.cohort.split.largest,
-        rotation_seed=plan_hash,
+        rotation_seed=plan_hash if plan.privacy.tree is None else rotation_seed(plan.privacy.tree),
     )

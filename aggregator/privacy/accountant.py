@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import dp_accounting
 import numpy as np
@@ -51,15 +51,32 @@ def account(events: Sequence[DPEvent], delta: float) -> Spent:
 
     The conversion is the library's (Canonne, Kamath, Steinke 2020, arXiv 2004.00010, Proposition 12).
 
+    Assumes: no device was in two rounds of one noise tree; selection and the devices' own gates see to that.
+
     Args:
         events: in any order; from one population.
         delta: in (0, 1).
     """
-    counted = Counter(events)
+    counted = Counter(_once_a_tree(events))
     accountant = RingRdpAccountant()
     for event, count in counted.items():
         accountant.compose(_library_event(event), count)
-    return spent_by(counted, delta, lambda available: float(accountant.get_epsilon(available)))
+    spent = spent_by(counted, delta, lambda available: float(accountant.get_epsilon(available)))
+    return replace(spent, rounds=len(events))
+
+
+def _once_a_tree(events: Sequence[DPEvent]) -> list[DPEvent]:
+    """The events with the dearest round of each noise tree alone: a device is in one round of a tree."""
+    trees: dict[str, DPEvent] = {}
+    others = []
+    for event in events:
+        if event.tree is None:
+            others.append(event)
+            continue
+        known = trees.get(event.tree)
+        if known is None or sum(renyi_curve(event)) > sum(renyi_curve(known)):
+            trees[event.tree] = event
+    return [*others, *(event.model_copy(update={"tree": None}) for event in trees.values())]
 
 
 def _library_event(event: DPEvent) -> dp_accounting.DpEvent:

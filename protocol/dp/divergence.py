@@ -26,9 +26,14 @@ ORDERS: tuple[float, ...] = (
 """Renyi orders at which curves are evaluated. Epsilon is the minimum over them: each alone is valid."""
 
 
-@lru_cache(maxsize=256)
 def renyi_curve(event: DPEvent) -> tuple[float, ...]:
     """Bounds the Renyi divergences of an event at `ORDERS`, all of its sums together."""
+    # Which tree it is makes no difference.
+    return _curve(event if event.tree is None else event.model_copy(update={"tree": None}))
+
+
+@lru_cache(maxsize=256)
+def _curve(event: DPEvent) -> tuple[float, ...]:
     if event.mechanism is Mechanism.NONE:
         return (math.inf,) * len(ORDERS)
     if event.sampling_probability < 1:

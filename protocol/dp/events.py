@@ -12,7 +12,7 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from protocol.dp.errors import TooFewSurvivors
-from protocol.dp.parameters import NoiseDistribution, PrivacyMode
+from protocol.dp.parameters import TREE_ID, NoiseDistribution, PrivacyMode
 from protocol.dp.sampling import discrete_gaussian_distance, skellam_distance
 from protocol.dp.scaling import EncodingParameters
 
@@ -66,12 +66,17 @@ class DPEvent(BaseModel):
     sampler_distance: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Total-variation distance of one noise sample from the named distribution."""
     sums: Annotated[int, Field(ge=1)] = 1
-    """How many noisy sums may hold the unit's vector: the steps of DP-SGD."""
+    """How many noisy sums may hold the unit's vector: steps of DP-SGD, or the nodes over a tree's leaf."""
     sampling_probability: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Chance that the unit is in any one of the sums, by a secret coin of its own each time."""
+    tree: Annotated[str, Field(pattern=TREE_ID)] | None = None
+    """Of whose nodes' noisy sums this is; a device is in one round of a tree, so that all of them together
+    cost it what one costs."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
+        if self.unit == "example" and self.mode is not PrivacyMode.EXAMPLE:
+            raise ValueError(f"mode {self.mode} hides devices, not examples")
         # In mode example the sum of the devices' updates gets no noise: it hides no device.
         silent = self.mode is PrivacyMode.NONE or (self.mode is PrivacyMode.EXAMPLE and self.unit == "device")
         if silent != (self.mechanism is Mechanism.NONE):
@@ -130,4 +135,6 @@ def event_for(params: EncodingParameters, survivors: int) -> DPEvent:
         minimum_survivors=params.minimum_survivors,
         colluders=privacy.colluders,
         sampler_distance=distance(variance) if private else 0.0,
+        sums=1 if privacy.tree is None else privacy.tree.height,
+        tree=None if privacy.tree is None else privacy.tree.tree,
     )

@@ -25,6 +25,7 @@ from protocol.dp.rotation import rotate, unrotate
 from protocol.dp.rounding import round_conditionally
 from protocol.dp.sampling import IntegerSampler, discrete_gaussian_sampler, skellam_sampler
 from protocol.dp.scaling import EncodingParameters, derive_encoding
+from protocol.dp.tree import add_increment
 from protocol.secagg.prg import derive_key
 
 __all__ = ["EncodingParameters", "decode", "derive_encoding", "encode", "noise_sampler"]
@@ -90,6 +91,7 @@ def decode(
     params: EncodingParameters,
     *,
     noise_key: bytes | None = None,
+    after_leaf: int = 0,
 ) -> tuple[NDArray[np.float32], dict[str, float]]:
     """Decodes the sum of the survivors' vectors to the mean update and the mean metrics.
 
@@ -98,20 +100,22 @@ def decode(
 
     Guarantee: in central mode nothing derived from the un-noised sum is returned.
     Assumes: `total` is the sum of exactly `survivors` encoded vectors; `noise_key` is fresh for this release
-        and forgotten after it.
+        and forgotten after it, or the secret key of the plan's noise tree.
 
     Args:
         total: uint32, shape (params.length,), elements below 2^b; not changed.
         survivors: how many vectors the sum holds.
         noise_key: 32 secret bytes in central mode, else None.
+        after_leaf: with a noise tree, its last leaf that was released; 0 for none.
 
     Returns:
         The mean update, float32, shape (d,), and the mean of every metric by name, that of the votes on an
-        adaptive clip norm included.
+        adaptive clip norm included. With a noise tree the sum of updates is divided by the most clients that
+        the round can have, whatever the survivors.
 
     Raises:
         TooFewSurvivors: fewer than the noise was sized for.
-        NoiseKeyError: no key in central mode, or one in another mode.
+        NoiseKeyError: no key in central mode, or one in another mode, or a leaf that was released before.
         UpdateShapeError: a sum of another shape, or of more vectors than the ring was sized for.
         RingElementError: the sum is no vector of the ring.
     """
@@ -126,7 +130,11 @@ def decode(
         raise UpdateShapeError(f"the sum has shape {total.shape}, expected ({params.length},)")
     if noise_key is not None:
         noise = np.zeros(params.length, np.int32)
-        _add_noise(noise, noise_sampler(params), derive_key(noise_key, purpose="dp/central-noise"))
+        tree = params.privacy.tree
+        if tree is None:
+            _add_noise(noise, noise_sampler(params), derive_key(noise_key, purpose="dp/central-noise"))
+        else:
+            add_increment(noise, noise_sampler(params), noise_key, after=after_leaf, leaf=tree.leaf)
         total = ring.add(total, noise.view(np.uint32), params.bits)
     vector = ring.centred(total, params.bits) / (params.scale * survivors)
     mean = vector.astype(np.float32)
@@ -136,7 +144,11 @@ def decode(
         slot.name: float(coordinate) * slot.bound / (slot.share * params.privacy.clip_norm)
         for slot, coordinate in zip(params.privacy.slots, mean[params.dimension :], strict=True)
     }
-    return mean[: params.dimension].copy(), metrics
+    update = mean[: params.dimension].copy()
+    if params.privacy.tree is not None:
+        # Divided by the same number in every round, or the noise of a node that goes is not what came.
+        update *= np.float32(survivors / params.maximum_clients)
+    return update, metrics
 
 
 def noise_sampler(params: EncodingParameters) -> IntegerSampler:

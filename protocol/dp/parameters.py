@@ -102,6 +102,36 @@ class ExamplePrivacy(BaseModel):
         return max(1, round(local_epochs / self.sampling_probability))
 
 
+TREE_ID = r"^[0-9a-f]{64}$"
+
+
+class TreeNoise(BaseModel):
+    """Central noise in the nodes of a tree over rounds (`protocol.dp.tree`): DP-FTRL.
+
+    A device is in one round of a tree at most; then the tree restarts, and everybody has another turn.
+    """
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+
+    restart_every: Annotated[int, Field(ge=1, le=2**16)]
+    """Rounds of one tree."""
+    tree: Annotated[str, Field(pattern=TREE_ID)] = "0" * 64
+    """Which tree a round is of; the aggregator puts it into each plan."""
+    leaf: Annotated[int, Field(ge=1, le=2**16)] = 1
+    """The round's place in its tree; the aggregator puts it into each plan."""
+
+    @model_validator(mode="after")
+    def _leaf_is_in_the_tree(self) -> Self:
+        if self.leaf > self.restart_every:
+            raise ValueError(f"leaf {self.leaf} is not in a tree of {self.restart_every} rounds")
+        return self
+
+    @property
+    def height(self) -> int:
+        """In how many nodes' sums a round is, at most: ceil(log2(restart_every + 1))."""
+        return self.restart_every.bit_length()
+
+
 EXAMPLE_METRICS = frozenset({"examples"})
 """The metrics of mode example: any other would tell of the examples without noise."""
 
@@ -132,6 +162,8 @@ class PrivacyParameters(BaseModel):
     """How many survivors may tell the aggregator their own noise; the others' noise must suffice."""
     example: ExamplePrivacy | None = None
     """How the devices train in mode example."""
+    tree: TreeNoise | None = None
+    """In central mode: correlates the noise of rounds; without it every round has noise of its own."""
 
     @property
     def silent(self) -> bool:
@@ -150,6 +182,8 @@ class PrivacyParameters(BaseModel):
             telling = sorted({slot.name for slot in self.metric_slots} - EXAMPLE_METRICS)
             if telling:
                 raise ValueError(f"metrics {telling} would tell of the examples without noise")
+        if self.tree is not None and (self.mode is not PrivacyMode.CENTRAL or self.adaptive is not None):
+            raise ValueError("a noise tree needs mode central, and a clip norm that stays")
         names = [slot.name for slot in self.metric_slots]
         if len(set(names)) != len(names):
             raise ValueError(f"metric names repeat: {names}")

@@ -46,7 +46,8 @@ class EncodingParameters:
         norm_bound_squared: squared L2 norm that no rounded vector exceeds: the squared integer sensitivity.
         local_variance: variance of each client's noise share per coordinate, in squared steps; 0 where the
             clients add none.
-        central_variance: variance of the aggregator's noise per coordinate, in squared steps (central).
+        central_variance: variance of the aggregator's noise per coordinate, in squared steps (central); of
+            one node, where the noise is that of a tree.
         overflow_probability: bound on the probability that any coordinate of the round's sum overflows.
     """
 
@@ -65,6 +66,11 @@ class EncodingParameters:
     def bits(self) -> int:
         """Width of the ring."""
         return self.privacy.bits
+
+    @property
+    def central_draws(self) -> int:
+        """How many draws of `central_variance` one release may hold: new nodes of a tree less old ones."""
+        return 1 if self.privacy.tree is None else 2 * self.privacy.tree.height
 
     @property
     def length(self) -> int:
@@ -181,7 +187,7 @@ def overflow_bound(parameters: EncodingParameters) -> float:
     """
     clients, limit = parameters.maximum_clients, 2 ** (parameters.bits - 1)
     log_union = math.log(2 * parameters.length)
-    noise = parameters.central_variance + clients * parameters.local_variance
+    noise = parameters.central_draws * parameters.central_variance + clients * parameters.local_variance
     skellam = parameters.privacy.noise is NoiseDistribution.SKELLAM
     certain = clients * parameters.radius
     if noise == 0:
