@@ -36,6 +36,7 @@ from edge_client.events import (
     MessageReceived,
     Note,
     Output,
+    Personalise,
     ReadField,
     Send,
     SendChunks,
@@ -277,7 +278,7 @@ class Daemon:
             return self._find(output)
         elif isinstance(output, KeepBlobs):
             self._collect(output.digests)
-        elif isinstance(output, TestVersion | Train | ReadField | MaskInput):
+        elif isinstance(output, TestVersion | Train | ReadField | MaskInput | Personalise):
             self._worker.submit(output)
         elif isinstance(output, Note):
             log(output)

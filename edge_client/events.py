@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from edge_client.assignment import Assignment
 from edge_client.ledger import LedgerEntry
+from edge_client.personalisation import PersonalConfig, PersonalRecord
 from edge_client.training import LocalUpdate, TrainingConfig
 from models.manifest import ModelManifest
 from protocol.dp.mechanism import EncodingParameters
@@ -138,6 +139,14 @@ class InputWritten:
 
 
 @dataclass(frozen=True)
+class Personalised:
+    """A version was fine-tuned on this device, or could not be; the device goes on either way."""
+
+    model: str
+    result: PersonalRecord | Fault
+
+
+@dataclass(frozen=True)
 class WorkFailed:
     """Training, reading a field, masking or reading the masked input failed."""
 
@@ -157,6 +166,7 @@ Event = (
     | TrainingFinished
     | FieldRead
     | InputWritten
+    | Personalised
     | WorkFailed
 )
 
@@ -357,6 +367,19 @@ class MaskInput:
     noise_key: bytes = field(repr=False)
 
 
+@dataclass(frozen=True)
+class Personalise:
+    """Fine-tune a version on this device's examples; the answer is `Personalised`.
+
+    Attributes:
+        local: as in `Train`.
+    """
+
+    manifest: ModelManifest
+    config: PersonalConfig
+    local: BlobRef | None = None
+
+
 class Level(StrEnum):
     """How much a note matters to the device's owner."""
 
@@ -386,6 +409,7 @@ Output = (
     | Train
     | ReadField
     | MaskInput
+    | Personalise
     | Note
 )
 Outputs = tuple[Output, ...]

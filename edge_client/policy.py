@@ -60,6 +60,10 @@ class DevicePolicy(BaseModel):
     """Longest life of a plan: a device is bound to one round at a time."""
     clock_skew_seconds: Annotated[int, Field(ge=0, le=DAY)] = 300
     """How far in the future a plan may seem to be issued: a Pi without a clock chip drifts."""
+    personal_epochs: Annotated[int, Field(ge=0, le=1000)] = 0
+    """Epochs of fine-tuning every new version on this device's own data while no round runs; 0 for never. It
+    is what `covey-edge personalise` does, and nothing of it is sent."""
+    personal_learning_rate: Annotated[float, Field(gt=0, le=100)] = 0.05
 
     @field_validator("privacy_modes", "allowed_signers", mode="before")
     @classmethod

@@ -24,7 +24,10 @@ from edge_client.events import (
     InputWritten,
     KeepBlobs,
     MessageReceived,
+    Note,
     Outputs,
+    Personalise,
+    Personalised,
     RoundRecord,
     SaveContribution,
     SaveLocal,
@@ -51,6 +54,8 @@ from edge_client.invitation import (
 from edge_client.ledger import DAY, DaySpent, History
 from edge_client.models import Library, StoredVersion
 from edge_client.participation import ActiveRound, RoundRequest, Step
+from edge_client.personalisation import PersonalConfig
+from edge_client.policy import DevicePolicy
 from edge_client.profile import Profile
 from models.manifest import InvalidManifest
 from protocol.errors import BadSignature
@@ -83,6 +88,7 @@ class SessionState:
         history: what it contributed.
         unfit: why it cannot train right now.
         fields: that queries may ask for.
+        personalised: digests of the versions that were fine-tuned here, or are being.
     """
 
     library: Library = field(default_factory=Library)
@@ -92,6 +98,7 @@ class SessionState:
     history: History = field(default_factory=History)
     unfit: Fault | None = None
     fields: frozenset[str] = frozenset()
+    personalised: frozenset[str] = frozenset()
 
     @property
     def busy(self) -> bool:
@@ -110,6 +117,7 @@ class Memory:
     joined_at: tuple[int, ...] = ()
     contributed_at: tuple[int, ...] = ()
     spent: tuple[DaySpent, ...] = ()
+    personalised: frozenset[str] = frozenset()
 
 
 Result = tuple[SessionState, Outputs]
@@ -123,6 +131,7 @@ def restore(memory: Memory) -> SessionState:
         used=memory.used,
         joined_at=memory.joined_at,
         history=History(memory.contributed_at, memory.spent),
+        personalised=memory.personalised,
     )
 
 
@@ -140,12 +149,14 @@ def handle(profile: Profile, state: SessionState, event: Event, stamp: Stamp) ->
     if isinstance(event, Connected):
         return _connected(state, stamp)
     if isinstance(event, Ticked):
-        return _ticked(state, stamp)
+        return _ticked(profile, state, stamp)
     if isinstance(event, BlobFound):
         library, outputs = models.blob_found(state.library, event, stamp)
         return replace(state, library=library), outputs
     if isinstance(event, VersionTested):
         return _tested(state, event, stamp)
+    if isinstance(event, Personalised):
+        return state, (_personalised(event),)
     if isinstance(event, TrainingFinished | FieldRead | InputWritten | WorkFailed):
         return _worked(state, event, stamp)
     assert_never(event)
@@ -268,13 +279,43 @@ def _connected(state: SessionState, stamp: Stamp) -> Result:
     return state, (Announce(library.serving()), *fetching, *said)
 
 
-def _ticked(state: SessionState, stamp: Stamp) -> Result:
+def _ticked(profile: Profile, state: SessionState, stamp: Stamp) -> Result:
     library, fetching = models.ticked(state.library, stamp)
     state = replace(state, library=library)
     if state.active is None:
-        return state, fetching
+        state, personalising = _personalise(profile.policy, state)
+        return state, (*fetching, *personalising)
     state, offering = _adopt(state, participation.tick(state.active, stamp))
     return state, (*fetching, *offering)
+
+
+def _personalise(policy: DevicePolicy, state: SessionState) -> Result:
+    """Starts to fine-tune one version that was not yet, if the owner wants that and nothing else is to do."""
+    if not policy.personal_epochs or state.busy or state.unfit is not None:
+        return state, ()
+    newest = (shelf.good[-1] for shelf in state.library.shelves.values() if shelf.good)
+    version = next((version for version in newest if version.sha256 not in state.personalised), None)
+    if version is None:
+        return state, ()
+    config = PersonalConfig(policy.personal_epochs, policy.personal_learning_rate)
+    job = Personalise(version.manifest, config, state.library.local(version.manifest))
+    return replace(state, personalised=state.personalised | {version.sha256}), (job,)
+
+
+def _personalised(event: Personalised) -> Note:
+    if isinstance(event.result, Fault):
+        return warning(
+            "not-personalised", model=event.model, code=event.result.code, reason=event.result.detail
+        )
+    record = event.result
+    return note(
+        "personalised",
+        model=record.model,
+        version=record.version,
+        kept=record.kept,
+        global_accuracy=round(record.global_accuracy, 4),
+        personal_accuracy=round(record.personal_accuracy, 4),
+    )
 
 
 def _tested(state: SessionState, event: VersionTested, stamp: Stamp) -> Result:

@@ -23,6 +23,7 @@ from edge_client.events import (
     CloseRound,
     Connected,
     Event,
+    Fault,
     FieldRead,
     FieldsDeclared,
     FindBlob,
@@ -32,6 +33,8 @@ from edge_client.events import (
     MaskInput,
     MessageReceived,
     Note,
+    Personalise,
+    Personalised,
     ReadField,
     RoundRecord,
     SaveContribution,
@@ -285,7 +288,7 @@ class FakeDevice:
         self.chunks: list[tuple[BlobChunk, bytes]] = []
         self.statuses: list[dict[str, int]] = []
         self.notes: list[Note] = []
-        self.jobs: list[Train | ReadField | MaskInput | TestVersion] = []
+        self.jobs: list[Train | ReadField | MaskInput | TestVersion | Personalise] = []
         self.state: SessionState = restore(Memory())
         self.unix, self.steady, self._events = NOW, 0.0, 0
         self.local: NDArray[np.float32] | None = None
@@ -316,7 +319,7 @@ class FakeDevice:
                 self.give(self.disk.find(output.blob))
             elif isinstance(output, KeepBlobs):
                 self.disk.blobs = {d: b for d, b in self.disk.blobs.items() if d in output.digests}
-            elif isinstance(output, Train | ReadField | MaskInput | TestVersion):
+            elif isinstance(output, Train | ReadField | MaskInput | TestVersion | Personalise):
                 self.jobs.append(output)
             elif isinstance(output, Note):
                 self.notes.append(output)
@@ -356,6 +359,8 @@ class FakeDevice:
                 self.give(FieldRead(job.round_id, self.values[job.field]))
             elif isinstance(job, Train):
                 self.give(TrainingFinished(job.round_id, self.update()))
+            elif isinstance(job, Personalise):
+                self.give(Personalised(job.manifest.name, Fault("data-unusable", "too few examples")))
             else:
                 parts = packed_slices(job.contribution, job.encoding, job.masks, job.noise_key)
                 data = b"".join(parts)

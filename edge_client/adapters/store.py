@@ -266,6 +266,7 @@ class DeviceStore:
                 joined_at=tuple(row[0] for row in joined)[::-1],
                 contributed_at=tuple(row[0] for row in times)[::-1],
                 spent=self._spent(),
+                personalised=frozenset(r.manifest_sha256 for r in self.blobs.personal.records()),
             )
 
     def _spent(self) -> tuple[DaySpent, ...]:

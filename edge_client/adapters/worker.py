@@ -25,6 +25,8 @@ from edge_client.events import (
     FieldRead,
     InputWritten,
     MaskInput,
+    Personalise,
+    Personalised,
     ReadField,
     TestVersion,
     Train,
@@ -34,6 +36,7 @@ from edge_client.events import (
 )
 from edge_client.fields import InvalidFields, UnreadableField
 from edge_client.masked_input import packed_slices
+from edge_client.personalisation import personalise
 from edge_client.training import (
     ExamplesRejected,
     LocalTrainer,
@@ -49,7 +52,7 @@ from protocol.dp.errors import PrivacyError
 from protocol.dp.sampling import discrete_gaussian_sampler, skellam_sampler
 from protocol.fields import BlobRef
 
-Job = TestVersion | Train | ReadField | MaskInput
+Job = TestVersion | Train | ReadField | MaskInput | Personalise
 TrainerFactory = Callable[[ModelManifest, bytes], LocalTrainer]
 ModelCheck = Callable[[ModelManifest, bytes, bytes], None]
 
@@ -99,6 +102,15 @@ def self_test(trainer: LocalTrainer, manifest: ModelManifest, weights: bytes) ->
     probabilities = trainer.predict(decode_weights(weights, manifest), x)
     if probabilities.shape != (1, len(manifest.labels)) or not np.isfinite(probabilities).all():
         raise ModelRejected("a prediction with the new weights is not finite or has a wrong shape")
+
+
+def _failed(job: Job, fault: Fault) -> Event:
+    """What the core is told of a job that failed."""
+    if isinstance(job, TestVersion):
+        return VersionTested(job.sha256, fault)
+    if isinstance(job, Personalise):
+        return Personalised(job.manifest.name, fault)
+    return WorkFailed(job.round_id, fault)
 
 
 def read_local(blobs: Blobs, blob: BlobRef) -> NDArray[np.float32] | None:
@@ -156,7 +168,7 @@ class Worker:
 
         Else rounds that fail one after the other, or are made to, would keep a slow device behind for hours.
         """
-        if not isinstance(job, TestVersion):
+        if not isinstance(job, TestVersion | Personalise):
             self._round_id = job.round_id
         self._jobs.put(job)
 
@@ -168,7 +180,7 @@ class Worker:
 
     def _run(self) -> None:
         while (job := self._jobs.get()) is not None:
-            if not isinstance(job, TestVersion) and job.round_id != self._round_id:
+            if not isinstance(job, TestVersion | Personalise) and job.round_id != self._round_id:
                 continue
             try:
                 event: Event = self._do(job)
@@ -177,11 +189,7 @@ class Worker:
                 if fault.code == "training-failed":
                     # A defect of the client: the owner needs to see where. No traceback shows data.
                     _LOG.exception("job-failed job=%s", type(job).__name__)
-                event = (
-                    VersionTested(job.sha256, fault)
-                    if isinstance(job, TestVersion)
-                    else WorkFailed(job.round_id, fault)
-                )
+                event = _failed(job, fault)
             self._deliver(event)
 
     def _do(self, job: Job) -> Event:
@@ -208,6 +216,11 @@ class Worker:
         weights = decode_weights(self._blobs.read(job.manifest.weights), job.manifest)
         examples = self._data.load(job.manifest)
         own = read_local(self._blobs, job.local) if job.local is not None else None
+        if isinstance(job, Personalise):
+            with self._blobs.personal.writing():
+                personal = personalise(trainer, job.manifest, weights, own, examples, job.config)
+                self._blobs.personal.save(personal)
+            return Personalised(job.manifest.name, personal.record)
         update = trainer.train(weights, examples, job.config, job.config.generator(), own)
         return TrainingFinished(job.round_id, update)
 

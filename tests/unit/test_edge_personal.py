@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import queue
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -11,8 +12,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from edge_client.adapters.data import NpzDirectory
 from edge_client.adapters.files import StorageFull
 from edge_client.adapters.personal import PersonalFiles
+from edge_client.adapters.readings import FieldReader
+from edge_client.adapters.store import DeviceStore
+from edge_client.adapters.worker import Worker
+from edge_client.events import ConditionsChanged, Event, Fault, Personalise, Personalised
 from edge_client.main import main
 from edge_client.personalisation import (
     MINIMUM_HELD_OUT,
@@ -26,7 +32,7 @@ from edge_client.training import Evaluation, Examples, ExamplesRejected
 from models import zoo
 from models.datasets import watch as recordings
 from tests.edge_broker import Fleet
-from tests.edge_fleet import PERMISSIVE
+from tests.edge_fleet import PERMISSIVE, Aggregator, FakeDevice, manifest, plan
 from tests.unit.test_edge_cli import install_watch
 
 WATCH = zoo.load("watch")
@@ -282,3 +288,87 @@ def test_what_cannot_be_done_says_why(
     assert not (state / "personal" / "watch").exists()
     with pytest.raises(SystemExit):
         run("reset", "--state", state)
+
+
+# --- the daemon ------------------------------------------------------------------------------------------
+
+
+def personal_jobs(device: FakeDevice) -> list[int]:
+    """Versions that the device is to fine-tune; they are done at once."""
+    versions = [job.manifest.version for job in device.jobs if isinstance(job, Personalise)]
+    device.work()
+    return versions
+
+
+WILLING = PERMISSIVE.model_copy(update={"personal_epochs": 3, "personal_learning_rate": 0.2})
+
+
+def test_every_new_version_is_personalised_once_if_the_owner_wants() -> None:
+    device, unwilling = FakeDevice(policy=WILLING), FakeDevice("device-1")
+    device.tick()
+    assert personal_jobs(device) == []
+    for item in (device, unwilling):
+        item.install(manifest(1))
+        item.tick()
+    (job,) = device.jobs
+    assert isinstance(job, Personalise)
+    assert (job.config.epochs, job.config.learning_rate, job.local) == (3, 0.2, None)
+    assert personal_jobs(device) == [1] and personal_jobs(unwilling) == []
+    assert "not-personalised" in device.note_events()
+    device.tick()
+    assert personal_jobs(device) == []
+    device.install(manifest(2))
+    device.tick()
+    assert personal_jobs(device) == [2]
+
+
+def test_rounds_come_first() -> None:
+    devices = [FakeDevice(f"device-{i}", WILLING) for i in range(3)]
+    for device in devices:
+        device.install()
+        device.take()
+    aggregator = Aggregator(devices, plan())
+    aggregator.ask()
+    for device in devices:
+        device.tick()
+        assert device.state.active is not None and personal_jobs(device) == []
+    aggregator.run()
+    aggregator.end()
+    for device in devices:
+        device.tick()
+        assert personal_jobs(device) == [1]
+
+
+def test_a_device_without_data_does_not_try() -> None:
+    device = FakeDevice(policy=WILLING)
+    device.install()
+    device.give(ConditionsChanged(Fault("no-data", "nothing there")))
+    device.tick()
+    assert personal_jobs(device) == []
+    device.give(ConditionsChanged(None))
+    device.tick()
+    assert personal_jobs(device) == [1]
+
+
+def test_the_worker_does_what_the_command_does(state: Path, data: Path, tmp_path: Path) -> None:
+    results: queue.SimpleQueue[Event] = queue.SimpleQueue()
+    with DeviceStore.open(state) as store:
+        assert store.load().personalised == frozenset()
+        worker = Worker(store.blobs, NpzDirectory(data), FieldReader(state, data), results.put)
+        worker.start()
+        try:
+            worker.submit(Personalise(WATCH.manifest, PersonalConfig(30, 0.1)))
+            event = results.get(timeout=60)
+            assert isinstance(event, Personalised) and isinstance(event.result, PersonalRecord)
+            assert event.result.kept and event.result.personal_accuracy > 0.6
+            assert store.load().personalised == {WATCH.manifest.sha256()}
+            kept = store.blobs.personal.load(WATCH.manifest)
+            assert kept is not None and kept.record == event.result
+            # A failure is an event, too, and leaves what there is.
+            with store.blobs.personal.writing():
+                worker.submit(Personalise(WATCH.manifest, PersonalConfig(1, 0.1)))
+                event = results.get(timeout=60)
+            assert isinstance(event, Personalised) and isinstance(event.result, Fault)
+            assert event.result.code == "storage" and store.blobs.personal.load(WATCH.manifest) is not None
+        finally:
+            worker.stop()
