@@ -38,8 +38,17 @@ class _Convolution(Activated):
     def run(self, x: Tensor, w: Tensor) -> Tensor:
         """A convolution with the layer's options."""
         layer = self.layer
+        if w.shape[:2] == [1, 1] and set(layer.strides) == {1}:
+            return self.mix(x, w)
         padding = layer.padding.upper()
         return convolution(x, w, self.pair(layer.strides), padding, self.pair(layer.dilation_rate))
+
+    def mix(self, x: Tensor, w: Tensor) -> Tensor:
+        """A convolution with a kernel of size 1."""
+        # A product where weights change; a constant kernel is laid out once for the operator, faster still.
+        if self.layer.trainable:
+            return primitives.linear(x, tf.reshape(w, w.shape[2:]))
+        return convolution(x, w, (1, 1), "VALID")
 
     def run_depthwise(self, x: Tensor, w: Tensor) -> Tensor:
         """A depthwise convolution with the layer's options."""
@@ -113,5 +122,5 @@ class Separable(_Convolution):
 
     def forward(self, values: Sequence[Tensor], x: Tensor) -> Tensor:
         y = self.run_depthwise(self.image(x), self.kernel(values[0]))
-        y = convolution(y, self.kernel(values[1]), (1, 1), "VALID")
+        y = self.mix(y, self.kernel(values[1]))
         return self.unwrapped(self.with_bias(y, values))

@@ -110,6 +110,11 @@ def _full(dy: Tensor, axes: tuple[Window, Window]) -> Tensor:
     return fitted(spaced(dy, (axes[0].stride, axes[1].stride)), axes, before, sizes)  # type: ignore[arg-type]
 
 
+def _centred(axes: tuple[Window, Window]) -> bool:
+    """Whether as much is padded before as after, so that padding serves the gradient as well."""
+    return all(axis.same and 2 * axis.padding[0] == axis.reach - 1 for axis in axes)
+
+
 def convolution(x: Tensor, w: Tensor, strides: Pair, padding: str, dilations: Pair = (1, 1)) -> Tensor:
     """Two-dimensional convolution of x (n, h, w, i) with w (kh, kw, i, o); padding `VALID` or `SAME`.
 
@@ -129,7 +134,8 @@ def convolution(x: Tensor, w: Tensor, strides: Pair, padding: str, dilations: Pa
             else:
                 mirrored = tf.transpose(_flipped(w), [0, 1, 3, 2])
                 dx = tf.nn.conv2d(_full(dy, axes), mirrored, 1, "VALID", dilations=dilations)
-            images = tf.transpose(used_part(x, axes), [3, 1, 2, 0])
+            # Padded when the batch is last: padding single channels takes ten times as long.
+            images = used_part(tf.transpose(x, [3, 1, 2, 0]), axes)
             filters = tf.transpose(dy, [1, 2, 0, 3])
             dw = tf.nn.conv2d(images, filters, dilations, "VALID", dilations=strides)
             return dx, tf.transpose(dw, [1, 2, 0, 3])
@@ -155,7 +161,8 @@ def depthwise(x: Tensor, w: Tensor, stride: int, padding: str, dilations: Pair =
         def gradient(dy: Tensor) -> tuple[Tensor, Tensor]:
             count = dy.shape[0]
             mirrored = tf.reshape(_flipped(w), [*w.shape[:2], channels * times, 1])
-            dx = _depthwise(_full(dy, axes), mirrored, 1, "VALID", dilations)
+            around, rim = (dy, "SAME") if stride == 1 and _centred(axes) else (_full(dy, axes), "VALID")
+            dx = _depthwise(around, mirrored, 1, rim, dilations)
             if times > 1:
                 dx = tf.reduce_sum(tf.reshape(dx, [-1, channels, times]), 2)
             if times == 1 and axes[0].kernel * axes[1].kernel <= MAX_TAPS:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import tensorflow as tf
 
 from models.layers import primitives
 from models.layers.lowering import LoweredLayer
-from models.layers.primitives import Tensor
+from models.layers.primitives import Gradient, Tensor, differentiable
 
 keras = tf.keras.layers
 
@@ -64,7 +65,7 @@ class LayerNormalisation(_Scaled):
         )
 
     def forward(self, values: Sequence[Tensor], x: Tensor) -> Tensor:
-        return self.scaled(values, primitives.normalise(x, [-1], self.layer.epsilon))
+        return self.scaled(values, primitives.normalise(x, self.layer.epsilon))
 
 
 class GroupNormalisation(_Scaled):
@@ -76,11 +77,56 @@ class GroupNormalisation(_Scaled):
         self.refuse_unless(self.layer.axis == -1, "it is not over the last axis", "use axis=-1")
 
     def forward(self, values: Sequence[Tensor], x: Tensor) -> Tensor:
-        channels = int(x.shape[-1])
-        groups = channels if self.layer.groups == -1 else int(self.layer.groups)
-        size = 1
-        for length in x.shape[1:-1]:
-            size *= int(length)
-        split = tf.reshape(x, [-1, size, groups, channels // groups])
-        even = primitives.normalise(split, [1, 3], self.layer.epsilon)
-        return self.scaled(values, tf.reshape(even, [-1, *x.shape[1:]]))
+        groups = int(x.shape[-1]) if self.layer.groups == -1 else int(self.layer.groups)
+        rest = list(values)
+        factor = rest.pop(0) if self.layer.scale else None
+        y = normalise_groups(self.image(x), groups, self.layer.epsilon, factor)
+        y = primitives.add_bias(y, rest.pop(0)) if self.layer.center else y
+        return tf.reshape(y, [-1, *x.shape[1:]]) if len(x.shape) != 4 else y
+
+    def image(self, x: Tensor) -> Tensor:
+        """x with all its positions as those of an image."""
+        return x if len(x.shape) == 4 else tf.reshape(x, [-1, 1, math.prod(x.shape[1:-1]), x.shape[-1]])
+
+
+def normalise_groups(x: Tensor, groups: int, epsilon: float, factor: Tensor | None) -> Tensor:
+    """x (n, h, w, c) normalised in groups of neighbouring channels, times a factor (c,), if there is one.
+
+    Everything but six passes over x, and seven backward, is of size (n, c): means over positions come first,
+    those over a group's channels then.
+    """
+    channels = int(x.shape[3])
+    gamma = factor if factor is not None else tf.ones([1])
+
+    def of_group(means: Tensor) -> Tensor:
+        """The mean over each group's channels, for each channel: (n, 1, 1, c)."""
+        if groups == channels:
+            return means
+        grouped = tf.reshape(means, [-1, groups, channels // groups])
+        # Back to every channel by enlargement: broadcasting converts to a constant.
+        column = tf.reshape(tf.reduce_mean(grouped, 2), [-1, groups, 1, 1])
+        wide = tf.image.resize(column, [groups, channels // groups], "nearest")
+        return tf.reshape(wide, [-1, 1, 1, channels])
+
+    @differentiable
+    def run(x: Tensor, gamma: Tensor) -> tuple[Tensor, Gradient]:
+        centred = x - of_group(_mean(x))
+        share = tf.math.rsqrt(of_group(_mean(centred * centred)) + epsilon)
+        size = share * gamma
+
+        def gradient(dy: Tensor) -> tuple[Tensor, Tensor | None]:
+            along = _mean(dy * centred)
+            pull = share * share * share * of_group(along * gamma)
+            dx = dy * size - centred * pull - share * of_group(_mean(dy) * gamma)
+            if factor is None:
+                return dx, None
+            return dx, tf.reduce_sum(along * share, [0, 1, 2]) * float(x.shape[1] * x.shape[2])
+
+        return centred * size, gradient
+
+    return run(x, gamma)
+
+
+def _mean(x: Tensor) -> Tensor:
+    """Over positions: (n, 1, 1, c)."""
+    return tf.reduce_mean(x, [1, 2], keepdims=True)

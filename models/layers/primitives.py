@@ -7,9 +7,9 @@ and `tf.GradientTape` does the rest; operations whose stock gradient is made of 
 equal shapes, split, stack ...) need no entry.
 
 Two rules keep the file small and the result right. Never make a constant of the size of an activation or of a
-parameter (`zeros_like` of a static shape is folded into the file). Never use `tf.matmul` or `x @ w` with a
-weight that is a variable: the converter first makes it a fully connected operation, fuses the activation that
-follows, then rewrites it as a batch matrix product and *loses* the activation.
+parameter (`zeros_like` of a static shape is folded into the file). Never multiply by a variable of two axes
+(`tf.matmul`, `x @ w`), but by `linear`: the converter first makes it a fully connected operation, fuses the
+activation that follows, then rewrites it as a batch matrix product and *loses* the activation.
 """
 
 from __future__ import annotations
@@ -52,21 +52,24 @@ def scale(x: Tensor, factor: Tensor) -> tuple[Tensor, Gradient]:
 
 
 @differentiable
-def matrix_product(x: Tensor, w: Tensor) -> tuple[Tensor, Gradient]:
-    """x (n, i) times w (i, o)."""
+def linear(x: Tensor, w: Tensor) -> tuple[Tensor, Gradient]:
+    """The last axis of x (..., i) times w (i, o): shape (..., o)."""
 
     def gradient(dy: Tensor) -> tuple[Tensor, Tensor]:
-        return _product(dy, w, right=True), _product(x, dy, left=True)
+        flat = [tf.reshape(part, [-1, part.shape[-1]]) for part in (x, dy)]
+        return _times(dy, tf.transpose(w)), _product(*flat, left=True)
 
-    return _product(x, w), gradient
+    return _times(x, w), gradient
 
 
-def linear(x: Tensor, w: Tensor) -> Tensor:
-    """The last axis of x (..., i) times w (i, o): shape (..., o)."""
-    if x.shape.rank == 2:
-        return matrix_product(x, w)
-    flat = matrix_product(tf.reshape(x, [-1, x.shape[-1]]), w)
-    return tf.reshape(flat, [-1, *x.shape[1:-1], w.shape[-1]])
+def _times(x: Tensor, w: Tensor) -> Tensor:
+    """x (..., i) times w (i, o), as one product in a batch.
+
+    With a matrix of two axes it would become a fully connected operation, which takes four times as long with
+    weights that are no constant.
+    """
+    y = _product(tf.reshape(x, [1, -1, x.shape[-1]]), tf.expand_dims(w, 0))
+    return tf.reshape(y, [-1, *x.shape[1:-1], w.shape[-1]])
 
 
 @differentiable
@@ -150,20 +153,18 @@ def look_up(ids: Tensor, table: Tensor) -> tuple[Tensor, Gradient]:
     return tf.gather(table, ids), gradient
 
 
-def normalise(x: Tensor, axes: Sequence[int], epsilon: float) -> Tensor:
-    """x less its mean over the axes, divided by its standard deviation: sqrt(variance + epsilon)."""
-    over = list(axes)
+def normalise(x: Tensor, epsilon: float) -> Tensor:
+    """x less its mean over the last axis, divided by its standard deviation: sqrt(variance + epsilon)."""
 
     @differentiable
     def run(x: Tensor) -> tuple[Tensor, Gradient]:
-        centred = x - tf.reduce_mean(x, over, keepdims=True)
-        share = tf.math.rsqrt(tf.reduce_mean(centred * centred, over, keepdims=True) + epsilon)
+        centred = x - _mean(x)
+        share = tf.math.rsqrt(_mean(centred * centred) + epsilon)
         y = centred * share
-
-        def gradient(dy: Tensor) -> Tensor:
-            common = tf.reduce_mean(dy, over, keepdims=True)
-            return share * (dy - common - y * tf.reduce_mean(dy * y, over, keepdims=True))
-
-        return y, gradient
+        return y, lambda dy: share * (dy - _mean(dy) - y * _mean(dy * y))
 
     return run(x)
+
+
+def _mean(x: Tensor) -> Tensor:
+    return tf.reduce_mean(x, -1, keepdims=True)

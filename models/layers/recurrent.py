@@ -78,7 +78,7 @@ class Gru(_Recurrent):
                 # The first state is zero: nothing but the bias comes from it, and only where there is one.
                 inside = inner
             else:
-                inside = primitives.matrix_product(state, recurrent)
+                inside = primitives.linear(state, recurrent)
                 inside = inside if inner is None else primitives.add_bias(inside, inner)
             if inside is None:
                 update, _ = tf.split(self.activate(gates, recurrent=True), 2, -1)
@@ -111,7 +111,7 @@ class Lstm(_Recurrent):
         states = []
         for step in self.inputs(kernel, values[2] if self.layer.use_bias else None, x):
             if state is not None:
-                step = step + primitives.matrix_product(state, recurrent)
+                step = step + primitives.linear(state, recurrent)
             most, candidate, last = tf.split(step, [2 * units, units, units], -1)
             take, keep = tf.split(self.activate(most, recurrent=True), 2, -1)
             new = take * self.activate(candidate)

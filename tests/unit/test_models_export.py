@@ -227,7 +227,8 @@ def test_graph_does_not_grow_with_its_parameters() -> None:
         sequential(layers.Input((64,)), layers.Dense(900, activation="relu"), layers.Dense(4)), 64
     )
     assert large.manifest.weights.size > 240_000
-    assert len(large.graph) <= len(small.graph) + 64
+    # Some shapes happen to be equal in the small one, and are in its file once.
+    assert len(large.graph) <= len(small.graph) + 256
 
 
 @pytest.mark.parametrize(
