@@ -9,7 +9,6 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import EntryPoint, entry_points, version
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -19,21 +18,31 @@ import typer.main
 from aggregator import cli_output as output
 from aggregator import main as covey
 from aggregator.adapters.keyfiles import UnusableKeys
-from aggregator.cli_options import Json, State
+from aggregator.cli_access import audit_log as audit_log_command
+from aggregator.cli_access import login, logout, token_app, whoami
+from aggregator.cli_fleet import device_app, model_app
+from aggregator.cli_options import State
 from aggregator.cli_privacy import privacy_app
 from aggregator.cli_rounds import rounds_app
 from aggregator.cli_secagg import secagg_app
+from aggregator.client import ApiError, Unreachable
 from aggregator.fleet.authority import EnrolmentRefused
 from aggregator.operations import OperationRefused
+from aggregator.profile import UnusableProfile
 from aggregator.registry.artefacts import MissingArtefact
 from aggregator.registry.publishing import PublishRefused
 from aggregator.repository import RepositoryError
+from aggregator.web.listen import CannotListen
 from models import cli as model_cli
 from protocol.broker_address import InvalidAddress
 from protocol.dp.errors import PrivacyError
 
 REFUSED = 1
 """Exit code: what was asked for was not done. (2 is a wrong command line, as everywhere.)"""
+NOT_ALLOWED = 4
+"""Exit code: the token opens nothing, or its role does not allow this."""
+UNREACHABLE = 5
+"""Exit code: no service answers."""
 
 
 class _Commands(typer.core.TyperGroup):
@@ -66,11 +75,10 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     help="Federated learning for fleets of small devices: the operator's side.",
-    epilog="Exit codes: 0 done, 1 refused or failed, 2 wrong command line, 3 a watched round aborted.",
+    epilog="Exit codes: 0 done, 1 refused or failed, 2 wrong command line, 3 a watched round aborted, "
+    "4 not allowed, 5 no service answers.",
 )
 aggregator_app = typer.Typer(no_args_is_help=True, help="The service that runs rounds.")
-device_app = typer.Typer(no_args_is_help=True, help="The devices of the fleet.")
-model_app = typer.Typer(no_args_is_help=True, help="The models and their versions.")
 app.add_typer(aggregator_app, name="aggregator")
 app.add_typer(device_app, name="device")
 app.add_typer(model_app, name="model")
@@ -78,6 +86,11 @@ app.add_typer(rounds_app, name="round")
 model_cli.register(model_app)
 app.add_typer(privacy_app, name="privacy")
 app.add_typer(secagg_app, name="secagg")
+app.add_typer(token_app, name="token")
+app.command("audit-log")(audit_log_command)
+app.command("login")(login)
+app.command("logout")(logout)
+app.command("whoami")(whoami)
 
 
 def main() -> None:
@@ -103,11 +116,19 @@ def _readable_errors() -> Iterator[None]:
         PublishRefused,
         RepositoryError,
         UnusableKeys,
+        UnusableProfile,
+        CannotListen,
         covey.AlreadyRunning,
         covey.NotInitialised,
     ) as error:
         output.fail(str(error))
         sys.exit(REFUSED)
+    except ApiError as error:
+        output.fail(str(error))
+        sys.exit(NOT_ALLOWED if error.status in (401, 403) else REFUSED)
+    except Unreachable as error:
+        output.fail(str(error))
+        sys.exit(UNREACHABLE)
     except OSError as error:
         output.fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
         sys.exit(REFUSED)
@@ -155,6 +176,7 @@ def aggregator_init(
     except ValueError as error:
         raise OperationRefused(str(error)) from error
     output.line(f"made the fleet {fleet} in {state}; keep a copy of {state}/keys in a safe place")
+    output.line(f"the first admin token is in {state}/admin-token, for `covey login` on another machine")
     output.line("next:  covey model publish DIR")
     output.line("       covey device enroll --csr device.csr --out device.json")
     output.line("       covey aggregator run")
@@ -185,13 +207,20 @@ def aggregator_run(
     insecure: Annotated[
         bool, typer.Option("--insecure", help="Allow an unencrypted broker on another machine.")
     ] = False,
+    listen: Annotated[
+        str | None,
+        typer.Option(
+            help="Where the API is: host:port, with TLS when it is not a loopback address.",
+            show_default="127.0.0.1:8443, or `listen` in the settings",
+        ),
+    ] = None,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log more.")] = False,
 ) -> None:
     """Runs the service until it is told to stop (Ctrl-C or SIGTERM).
 
     It may be killed at any moment: after a restart, rounds go on where they were.
 
-    Example: covey aggregator run --broker mqtt://127.0.0.1:1883
+    Example: covey aggregator run --broker mqtt://127.0.0.1:1883 --listen 0.0.0.0:8443
     """
     logging.basicConfig(
         level=logging.DEBUG if verbose else logging.INFO,
@@ -200,102 +229,4 @@ def aggregator_run(
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
-    covey.run(state, stop, broker=broker, insecure=insecure)
-
-
-# --- devices
-
-
-@device_app.command("enroll")
-def device_enroll(
-    state: State,
-    csr: Annotated[
-        Path, typer.Option(exists=True, dir_okay=False, help="The device's signing request (DER).")
-    ],
-    out: Annotated[Path, typer.Option(dir_okay=False, help="Where to write the enrolment bundle.")],
-    name: Annotated[
-        str | None,
-        typer.Option(help="Id of the device.", show_default="the one that the request asks for"),
-    ] = None,
-) -> None:
-    """Enrols a device: issues its certificate, and writes the bundle that the device needs.
-
-    The bundle holds no secret, but it names whom the device will obey: bring it there by a way you trust.
-
-    Example: covey device enroll --csr barn-1.csr --out barn-1.json
-    """
-    bundle = covey.enrol(state, csr.read_bytes(), name=name)
-    out.write_bytes(bundle.to_bytes())
-    output.line(f"enrolled {bundle.device_id} in {bundle.fleet}; give {out} to the device")
-
-
-@device_app.command("list")
-def device_list(state: State, json: Json = False) -> None:
-    """Lists the devices, and which of them are online.
-
-    Example: covey device list --json
-    """
-    output.devices(covey.devices(state), json=json)
-
-
-@device_app.command("exclude")
-def device_exclude(
-    state: State,
-    device: Annotated[str, typer.Argument(help="Id of the device.")],
-    reason: Annotated[str, typer.Option(help="Why; shown in the list.")] = "by the operator",
-) -> None:
-    """Keeps a device out of future rounds.
-
-    Example: covey device exclude barn-1 --reason "sensor is broken"
-    """
-    with covey.open_operator(state) as operator:
-        operator.exclude(device, reason)
-    output.line(f"{device} is excluded; `covey device include {device}` lets it in again")
-
-
-@device_app.command("include")
-def device_include(state: State, device: Annotated[str, typer.Argument(help="Id of the device.")]) -> None:
-    """Lets an excluded device take part again.
-
-    Example: covey device include barn-1
-    """
-    with covey.open_operator(state) as operator:
-        operator.exclude(device, None)
-    output.line(f"{device} may be selected again")
-
-
-# --- models
-
-
-@model_app.command("publish")
-def model_publish(
-    state: State,
-    directory: Annotated[
-        Path,
-        typer.Argument(
-            exists=True, file_okay=False, help="Holds manifest.json, model.tflite and weights.bin."
-        ),
-    ],
-    json: Json = False,
-) -> None:
-    """Publishes a model as its next version: checks its files, signs its manifest.
-
-    A running service announces it to the devices within a second.
-
-    Example: covey model publish models/zoo/watch
-    """
-    output.versions([covey.publish(state, directory)], json=json)
-
-
-@model_app.command("list")
-def model_list(
-    state: State,
-    model: Annotated[str | None, typer.Option(help="Only this model.", show_default=False)] = None,
-    json: Json = False,
-) -> None:
-    """Lists published versions.
-
-    Example: covey model list --model watch
-    """
-    with covey.open_operator(state) as operator:
-        output.versions(operator.versions(model), json=json)
+    covey.run(state, stop, broker=broker, insecure=insecure, listen=listen)

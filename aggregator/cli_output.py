@@ -7,16 +7,16 @@ import json as json_module
 import sys
 from collections.abc import Sequence
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
+from pydantic import BaseModel
 from rich.console import Console
 from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
-from aggregator.operations import RoundView
-from aggregator.records import Campaign, Device, Version
 from aggregator.rounds.report import RoundReport
+from aggregator.web.schemas import AuditEntry, Campaign, Device, Round, Token, Version
 
 _console = Console(highlight=False)
 _errors = Console(stderr=True, highlight=False)
@@ -46,132 +46,109 @@ def _time(unix: float | None) -> str:
     return "never" if unix is None else dt.datetime.fromtimestamp(unix).strftime("%Y-%m-%d %H:%M:%S")
 
 
+def dump(value: BaseModel | Sequence[BaseModel]) -> None:
+    """Prints what the API said, as JSON on one line."""
+    if isinstance(value, BaseModel):
+        _dump(value.model_dump(mode="json"))
+    else:
+        _dump([each.model_dump(mode="json") for each in value])
+
+
 def devices(items: Sequence[Device], *, json: bool) -> None:
     """Prints devices."""
     if json:
-        _dump(
-            [
-                {
-                    "device": d.device_id,
-                    "online": d.online,
-                    "excluded": d.excluded,
-                    "client_version": d.client_version,
-                    "runtime": d.runtime,
-                    "models": dict(d.models),
-                    "last_seen": d.last_seen,
-                    "enrolled_at": d.enrolled_at,
-                }
-                for d in items
-            ]
-        )
+        dump(items)
         return
     if not items:
         line("no devices yet: enrol one with `covey device enroll --csr device.csr --out device.json`")
         return
-    table = Table("device", "status", "last seen", "client", "runtime", "models", box=None)
+    table = Table("device", "status", "last seen", "client", "runtime", "models", "labels", box=None)
     for d in items:
         status = "[green]online[/green]" if d.online else "offline"
         if d.excluded is not None:
             status += f" [red]excluded: {escape(d.excluded)}[/red]"
         models = ", ".join(f"{name} {number}" for name, number in sorted(d.models.items()))
-        row = (d.device_id, status, _time(d.last_seen), escape(d.client_version), escape(d.runtime))
-        table.add_row(*row, escape(models))
+        row = (d.device, status, _time(d.last_seen), escape(d.client_version), escape(d.runtime))
+        table.add_row(*row, escape(models), escape(" ".join(d.labels)))
     _console.print(table)
 
 
 def versions(items: Sequence[Version], *, json: bool) -> None:
     """Prints versions."""
     if json:
-        _dump(
-            [
-                {
-                    "model": v.model,
-                    "version": v.version,
-                    "manifest_sha256": v.manifest_sha256,
-                    "created_at": v.created_at,
-                    "round": v.round_id,
-                }
-                for v in items
-            ]
-        )
+        dump(items)
         return
     if not items:
         line("no versions yet: publish one with `covey model publish DIR`")
         return
     table = Table("model", "version", "manifest", "published", "by", box=None)
     for v in items:
-        origin = "operator" if v.round_id is None else f"round {v.round_id[:8]}"
+        origin = "operator" if v.round is None else f"round {v.round[:8]}"
         table.add_row(v.model, str(v.version), v.manifest_sha256[:16], _time(v.created_at), origin)
+    _console.print(table)
+
+
+def tokens(items: Sequence[Token], *, json: bool) -> None:
+    """Prints tokens, without what opens them."""
+    if json:
+        dump(items)
+        return
+    table = Table("token", "role", "label", "made", "by", "expires", box=None)
+    for t in items:
+        expires = "[red]revoked[/red]" if t.revoked_at is not None else _time(t.expires_at)
+        table.add_row(t.token, t.role, escape(t.label), _time(t.created_at), escape(t.created_by), expires)
+    _console.print(table)
+
+
+def audit_log(items: Sequence[AuditEntry], *, json: bool) -> None:
+    """Prints entries of the audit log."""
+    if json:
+        dump(items)
+        return
+    table = Table("when", "who", "role", "from", "action", "to", "outcome", box=None)
+    for e in items:
+        outcome = "[green]done[/green]" if e.outcome == "done" else f"[red]{escape(e.outcome)}[/red]"
+        row = (e.who, e.role, e.address, e.action, e.target)
+        table.add_row(_time(e.at), *(escape(text) for text in row), outcome)
     _console.print(table)
 
 
 def campaigns(items: Sequence[Campaign], *, json: bool) -> None:
     """Prints campaigns."""
     if json:
-        _dump([_campaign(c) for c in items])
+        dump(items)
         return
     for c in items:
         progress = f"{c.started} of {c.rounds} rounds of {c.model} begun"
-        line(f"campaign {c.campaign_id}: {c.status}, {progress}{f' ({c.note})' if c.note else ''}")
+        line(f"campaign {c.campaign}: {c.status}, {progress}{f' ({c.note})' if c.note else ''}")
 
 
-def status(items: Sequence[Campaign], views: Sequence[RoundView], *, json: bool) -> None:
+def status(items: Sequence[Campaign], rounds: Sequence[Round], *, json: bool) -> None:
     """Prints campaigns and rounds."""
     if json:
-        _dump({"campaigns": [_campaign(c) for c in items], "rounds": [round_json(v) for v in views]})
+        found = {"campaigns": items, "rounds": rounds}
+        _dump({name: [each.model_dump(mode="json") for each in group] for name, group in found.items()})
         return
     if not items:
         line("no rounds yet: ask for some with `covey round start --model NAME`")
         return
     campaigns(items, json=False)
-    if views:
-        _console.print(rounds_table(views))
-        for view in views:
-            if view.record.status == "aborted":
-                line(f"{view.record.model} {view.record.number} aborted: {view.record.detail}")
+    if rounds:
+        _console.print(rounds_table(rounds))
+        for each in rounds:
+            if each.status == "aborted":
+                line(f"{each.model} {each.number} aborted: {each.detail}")
 
 
-def _campaign(c: Campaign) -> dict[str, Any]:
-    return {
-        "campaign": c.campaign_id,
-        "model": c.model,
-        "status": c.status,
-        "rounds": c.rounds,
-        "started": c.started,
-        "note": c.note,
-        "created_at": c.created_at,
-    }
-
-
-def round_json(view: RoundView) -> dict[str, Any]:
-    """A round as JSON; the report's fields are those of `RoundReport`."""
-    r = view.record
-    return {
-        "round": r.round_id,
-        "campaign": r.campaign_id,
-        "number": r.number,
-        "model": r.model,
-        "base_version": r.base_version,
-        "version": r.version,
-        "status": r.status,
-        "code": r.code,
-        "detail": r.detail,
-        "invited": list(r.invited),
-        "started_at": r.started_at,
-        "ended_at": r.ended_at,
-        "report": view.report.model_dump(mode="json"),
-    }
-
-
-def rounds_table(views: Sequence[RoundView]) -> Table:
+def rounds_table(rounds: Sequence[Round]) -> Table:
     """Rounds, one a line; it fits 80 columns.
 
     The column "answers" has a number a phase, from check-in to unmasking: how many devices gave the answer
     that they owed; yellow where some did not.
     """
     table = Table("round", "base", "status", "answers", "loss", "accuracy", "epsilon", "seconds", box=None)
-    for view in views:
-        r, report = view.record, view.report
+    for r in rounds:
+        report = r.report
         styles = (
             "cyan" if phase.ended is None else "yellow" if phase.dropped else "green"
             for phase in report.phases
@@ -218,7 +195,7 @@ class Watcher:
         self._live = (
             Live(console=_console, refresh_per_second=4) if _console.is_terminal and not json else None
         )
-        self._seen: dict[str, dict[str, Any]] = {}
+        self._seen: dict[str, Round] = {}
         self._lines: dict[str, str] = {}
 
     def __enter__(self) -> Self:
@@ -234,39 +211,37 @@ class Watcher:
         if self._live is not None:
             self._live.stop()
 
-    def show(self, campaign: Campaign, views: Sequence[RoundView]) -> None:
+    def show(self, campaign: Campaign, rounds: Sequence[Round]) -> None:
         """Shows what has changed."""
         if self._json:
-            self._show_json(views)
+            self._show_json(rounds)
         elif self._live is not None:
-            table = rounds_table(views)
+            table = rounds_table(rounds)
             table.title = (
                 f"{campaign.model}: {campaign.started} of {campaign.rounds} rounds, {campaign.status}"
             )
             table.caption = campaign.note or None
             self._live.update(table)
         else:
-            self._show_lines(campaign, views)
+            self._show_lines(campaign, rounds)
 
-    def _show_json(self, views: Sequence[RoundView]) -> None:
-        for view in views:
-            content = round_json(view)
-            if self._seen.get(view.record.round_id) != content:
-                self._seen[view.record.round_id] = content
-                _dump(content)
+    def _show_json(self, rounds: Sequence[Round]) -> None:
+        for each in rounds:
+            if self._seen.get(each.round) != each:
+                self._seen[each.round] = each
+                dump(each)
 
-    def _show_lines(self, campaign: Campaign, views: Sequence[RoundView]) -> None:
+    def _show_lines(self, campaign: Campaign, rounds: Sequence[Round]) -> None:
         if campaign.note and self._lines.get("") != campaign.note:
             line(campaign.note)
         self._lines[""] = campaign.note
-        for view in views:
-            r = view.record
-            phase = view.report.phases[-1].phase if view.report.phases else "selected"
+        for r in rounds:
+            phase = r.report.phases[-1].phase if r.report.phases else "selected"
             what = {
                 "running": phase,
                 "completed": f"completed with version {r.version}",
                 "aborted": f"aborted: {r.code}: {r.detail}",
             }[r.status]
-            if self._lines.get(r.round_id) != what:
-                self._lines[r.round_id] = what
+            if self._lines.get(r.round) != what:
+                self._lines[r.round] = what
                 line(f"round {r.number} of {campaign.rounds}: {what}")

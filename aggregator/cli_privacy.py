@@ -13,12 +13,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from aggregator import cli_output as output
-from aggregator import main as covey
-from aggregator.cli_options import Json, State
+from aggregator.cli_options import Form, Json, Output, Where, service
 from aggregator.operations import OperationRefused
-from protocol.dp.accounting import Spent
 from protocol.dp.parameters import NoiseDistribution, PrivacyMode
-from protocol.transcript import BrokenTranscript
 
 if TYPE_CHECKING:
     from aggregator.privacy.example_forecast import ExampleIntention
@@ -132,9 +129,10 @@ def _plan_examples(intention: ExampleIntention, *, json: bool) -> None:
 
 @privacy_app.command("ledger")
 def privacy_ledger(
-    state: State,
+    state: Where = None,
     delta: Annotated[float, typer.Option(help="The delta at which epsilon is stated.")] = 1e-5,
     json: Json = False,
+    form: Output = Form.TABLE,
 ) -> None:
     """Shows what has been spent, re-computed from the transcript and held against the stored ledger.
 
@@ -142,47 +140,21 @@ def privacy_ledger(
 
     Example: covey privacy ledger --json
     """
-    from aggregator.privacy.ledger import audit_ledger
-
-    with covey.open_operator(state) as operator, operator.repository.read() as reader:
-        try:
-            audit = audit_ledger(reader, delta)
-        except BrokenTranscript as error:
-            raise OperationRefused(f"the transcript cannot be trusted: {error}") from error
-    if json:
-        content = {
-            "population": _spent(audit.population),
-            "models": {name: _spent(spent) for name, spent in audit.models.items()},
-            "queries": _spent(audit.queries),
-            "rounds": audit.rounds,
-            "matches": not audit.differences,
-            "differences": list(audit.differences),
-        }
-        sys.stdout.write(json_module.dumps(content) + "\n")
+    with service(state) as client:
+        ledger = client.ledger(delta)
+    if json or form is Form.JSON:
+        output.dump(ledger)
     else:
         output.line("what was released, for a device that was in every round; unit of privacy: the device")
-        queries = (("queries", audit.queries),) if audit.queries.rounds else ()
-        for name, spent in (("everything", audit.population), *audit.models.items(), *queries):
-            output.line(
-                f"{name:16}  {spent.rounds:4} releases  epsilon {_epsilon(spent.epsilon)}, delta {delta:g}"
-            )
-        if not audit.differences:
-            output.line(f"the stored ledger agrees with the transcript of {audit.rounds} rounds")
-    for difference in audit.differences:
+        for name, spent in (("all models", ledger.population), *ledger.models.items()):
+            epsilon = _epsilon(math.inf if spent.epsilon is None else spent.epsilon)
+            output.line(f"{name:16}  {spent.releases:4} releases  epsilon {epsilon}, delta {delta:g}")
+        if ledger.matches:
+            output.line(f"the stored ledger agrees with the transcript of {ledger.rounds} rounds")
+    for difference in ledger.differences:
         output.fail(difference)
-    if audit.differences:
+    if not ledger.matches:
         raise typer.Exit(1)
-
-
-def _spent(spent: Spent) -> dict[str, object]:
-    return {
-        "epsilon": _number(spent.epsilon),
-        "delta": spent.delta,
-        "releases": spent.rounds,
-        "unit": spent.unit,
-        "sampler_distance": spent.sampler_distance,
-        "sampler_included": spent.sampler_included,
-    }
 
 
 @privacy_app.command("audit")

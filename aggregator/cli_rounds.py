@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from aggregator import cli_output as output
-from aggregator import main as covey
-from aggregator.cli_options import Json, State
+from aggregator.cli_options import Form, Json, Output, Where, idle, service
+from aggregator.client import Client
 from aggregator.operations import OperationRefused
-from aggregator.records import Campaign
 from aggregator.settings import CampaignRequest
 from protocol.dp.parameters import PrivacyMode
 from protocol.plan import SUBCOHORT_LIMIT, Deadlines
@@ -28,8 +26,8 @@ rounds_app = typer.Typer(no_args_is_help=True, help="Rounds of training.")
 
 @rounds_app.command("start")
 def round_start(
-    state: State,
     model: Annotated[str, typer.Option(help="The model to train.")],
+    state: Where = None,
     rounds: Annotated[
         int | None, typer.Option(min=1, help="How many rounds.", show_default="the model's recipe")
     ] = None,
@@ -111,6 +109,7 @@ def round_start(
     seed: Annotated[int | None, typer.Option(min=0, help="Draws the cohorts.", show_default="random")] = None,
     watch: Annotated[bool, typer.Option("--watch", help="Stay and watch.")] = False,
     json: Json = False,
+    form: Output = Form.TABLE,
 ) -> None:
     """Asks for rounds; the running service runs them one after the other.
 
@@ -149,40 +148,44 @@ def round_start(
         sampling_probability=sampling,
         seed=seed,
     )
-    campaign = covey.start_rounds(state, request)
-    if not watch:
-        output.campaigns([campaign], json=json)
-    if not covey.is_running(state):
-        output.hint("no aggregator is running: the rounds begin when you start `covey aggregator run`")
-    if watch:
-        _watch(state, campaign.campaign_id, json=json)
+    as_json = json or form is Form.JSON
+    with service(state) as client:
+        campaign = client.start_rounds(request)
+        if not watch:
+            output.campaigns([campaign], json=as_json)
+        if idle(state):
+            output.hint("no aggregator is running: the rounds begin when you start `covey aggregator run`")
+        if watch:
+            _watch(client, campaign.campaign, json=as_json)
 
 
 @rounds_app.command("status")
 def round_status(
-    state: State,
-    last: Annotated[int, typer.Option(min=1, help="How many rounds to show.")] = 20,
+    state: Where = None,
+    last: Annotated[int, typer.Option(min=1, max=1000, help="How many rounds to show.")] = 20,
     json: Json = False,
+    form: Output = Form.TABLE,
 ) -> None:
     """Shows campaigns and their latest rounds.
 
     Example: covey round status --json
     """
-    with covey.open_operator(state) as operator:
-        campaigns = operator.campaigns()
-        views = operator.rounds(last=last)
-    output.status(campaigns, views, json=json)
-    if not covey.is_running(state):
+    with service(state) as client:
+        campaigns = client.campaigns()
+        rounds = client.rounds(last=last)
+    output.status(campaigns, rounds, json=json or form is Form.JSON)
+    if idle(state):
         output.hint("no aggregator is running: start it with `covey aggregator run`")
 
 
 @rounds_app.command("watch")
 def round_watch(
-    state: State,
+    state: Where = None,
     campaign: Annotated[
         str | None, typer.Option(help="Id of a campaign.", show_default="the one that is running")
     ] = None,
     json: Json = False,
+    form: Output = Form.TABLE,
 ) -> None:
     """Watches a campaign until its last round has ended.
 
@@ -190,27 +193,27 @@ def round_watch(
 
     Example: covey round watch
     """
-    if campaign is None:
-        with covey.open_operator(state) as operator:
-            candidates: tuple[Campaign, ...] = operator.campaigns(active=True) or operator.campaigns()[-1:]
-        if not candidates:
-            raise OperationRefused("no rounds have been asked for: use `covey round start`")
-        campaign = candidates[0].campaign_id
-    _watch(state, campaign, json=json)
+    with service(state) as client:
+        if campaign is None:
+            candidates = client.campaigns(active=True) or client.campaigns()[-1:]
+            if not candidates:
+                raise OperationRefused("no rounds have been asked for: use `covey round start`")
+            campaign = candidates[0].campaign
+        _watch(client, campaign, json=json or form is Form.JSON)
 
 
-def _watch(state: Path, campaign_id: str, *, json: bool) -> None:
-    with covey.open_operator(state) as operator, output.Watcher(json=json) as watcher:
+def _watch(client: Client, campaign_id: str, *, json: bool) -> None:
+    with output.Watcher(json=json) as watcher:
         while True:
             # In this order: a campaign that is over has shown its last round.
-            campaign = operator.campaign(campaign_id)
-            views = operator.rounds(campaign_id)
-            watcher.show(campaign, views)
+            campaign = client.campaign(campaign_id)
+            rounds = client.rounds(campaign_id)
+            watcher.show(campaign, rounds)
             if campaign.status in ("finished", "failed", "cancelled"):
                 break
             time.sleep(POLL_SECONDS)
     if campaign.status != "finished":
         output.fail(f"the campaign {campaign.status}: {campaign.note}")
         raise typer.Exit(ABORTED)
-    if any(view.record.status == "aborted" for view in views):
+    if any(each.status == "aborted" for each in rounds):
         raise typer.Exit(ABORTED)

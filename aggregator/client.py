@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
+from urllib.parse import quote
 
 import httpx
 from pydantic import BaseModel, TypeAdapter, ValidationError
@@ -130,7 +131,7 @@ class Client:
 
     def revoke_token(self, token_id: str) -> None:
         """Revokes a token."""
-        self._call("DELETE", f"/tokens/{token_id}")
+        self._call("DELETE", f"/tokens/{_part(token_id)}")
 
     def audit_log(self, *, limit: int = 100, cursor: str | None = None) -> schemas.Page[schemas.AuditEntry]:
         """What was done, newest first."""
@@ -169,11 +170,11 @@ class Client:
 
     def device(self, device_id: str) -> schemas.Device:
         """One device."""
-        return self._get(f"/devices/{device_id}", schemas.Device)
+        return self._get(f"/devices/{_part(device_id)}", schemas.Device)
 
     def exclude(self, device_id: str, reason: str | None) -> None:
         """Keeps a device out of future rounds, or lets it in again with None."""
-        where = f"/devices/{device_id}/exclusion"
+        where = f"/devices/{_part(device_id)}/exclusion"
         if reason is None:
             self._call("DELETE", where)
         else:
@@ -181,7 +182,9 @@ class Client:
 
     def label(self, device_id: str, labels: tuple[str, ...]) -> schemas.Device:
         """Replaces the labels of a device."""
-        return self._send("PUT", f"/devices/{device_id}/labels", schemas.Device, json={"labels": labels})
+        return self._send(
+            "PUT", f"/devices/{_part(device_id)}/labels", schemas.Device, json={"labels": labels}
+        )
 
     # --- models
 
@@ -208,15 +211,15 @@ class Client:
 
     def manifest(self, model: str, version: int) -> SignedDocument:
         """The signed manifest of a version."""
-        return self._get(f"/models/{model}/versions/{version}/manifest", SignedDocument)
+        return self._get(f"/models/{_part(model)}/versions/{version}/manifest", SignedDocument)
 
     def graph(self, model: str, version: int) -> bytes:
         """The graph of a version."""
-        return self._call("GET", f"/models/{model}/versions/{version}/graph").content
+        return self._call("GET", f"/models/{_part(model)}/versions/{version}/graph").content
 
     def weights(self, model: str, version: int) -> bytes:
         """The weights of a version."""
-        return self._call("GET", f"/models/{model}/versions/{version}/weights").content
+        return self._call("GET", f"/models/{_part(model)}/versions/{version}/weights").content
 
     # --- rounds
 
@@ -227,7 +230,7 @@ class Client:
 
     def campaign(self, campaign_id: str) -> schemas.Campaign:
         """One campaign."""
-        return self._get(f"/campaigns/{campaign_id}", schemas.Campaign)
+        return self._get(f"/campaigns/{_part(campaign_id)}", schemas.Campaign)
 
     def campaigns(self, *, active: bool = False) -> tuple[schemas.Campaign, ...]:
         """Campaigns, oldest first."""
@@ -306,6 +309,11 @@ def _error(response: httpx.Response) -> ApiError:
     except ValidationError:
         return ApiError(response.status_code, "unknown", f"the answer was {response.status_code}")
     return ApiError(problem.status, problem.code, "; ".join(problem.errors) or problem.detail)
+
+
+def _part(text: str) -> str:
+    # One part of a path, whatever it holds: the service says what it thinks of it.
+    return quote(text, safe="")
 
 
 def _parse(lines: Iterator[str]) -> Iterator[Event]:

@@ -1,35 +1,30 @@
-"""The composition root: the one place where the core meets its adapters, and the functions to use in process.
-
-STATE/aggregator.json    name of the fleet, addresses of the broker and of the database
-STATE/keys/              the fleet's CA and the operator's key
-STATE/aggregator.db      the repository, unless it is in PostgreSQL
-STATE/registry/          artefacts and signed manifests
-STATE/aggregator.lock    held by the service while it runs
-"""
+"""The composition root: where the core meets its adapters, and the functions to use in process."""
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import logging
 import os
 import secrets
+import ssl
 import threading
-import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+from pydantic import TypeAdapter, ValidationError
 
+from aggregator.access.roles import Role
 from aggregator.adapters import keyfiles, sql_migration
 from aggregator.adapters.cores import Cores
 from aggregator.adapters.mqtt import MqttTransport
 from aggregator.adapters.objects import DirectoryStore
 from aggregator.adapters.sql import SqlRepository
-from aggregator.adapters.sql_engine import parse_url, url_of_file, without_password
+from aggregator.adapters.sql_engine import url_of_file, without_password
 from aggregator.adapters.tls import TlsFiles
+from aggregator.client import Client
 from aggregator.clock import SystemClock
 from aggregator.fleet.authority import Authority
 from aggregator.operations import LiveRound, Model, OperationRefused, Operator, RoundView
@@ -37,11 +32,27 @@ from aggregator.records import Campaign, Device, Version
 from aggregator.repository import Repository
 from aggregator.service import Service
 from aggregator.settings import CampaignRequest
+from aggregator.state import (
+    DATABASE_VARIABLE,
+    DEFAULT_BROKER,
+    AlreadyRunning,
+    NotInitialised,
+    Settings,
+    StateDirectory,
+    default_state,
+    lock,
+    private_files,
+)
+from aggregator.web.listen import ListenAddress
+from aggregator.web.local import LocalEndpoint, new_local_token
 from protocol.broker_address import BrokerAddress
 from protocol.enrolment import EnrolmentBundle
 from protocol.fields import Slug
+from protocol.identity import key_id
 
 __all__ = [
+    "DATABASE_VARIABLE",
+    "DEFAULT_BROKER",
     "AlreadyRunning",
     "CampaignRequest",
     "LiveRound",
@@ -50,6 +61,7 @@ __all__ = [
     "OperationRefused",
     "Operator",
     "RoundView",
+    "connect",
     "default_state",
     "enrol",
     "init",
@@ -61,105 +73,11 @@ __all__ = [
     "start_rounds",
 ]
 
-DEFAULT_BROKER = "mqtt://127.0.0.1:1883"
-DATABASE_VARIABLE = "COVEY_DATABASE_URL"
+FIRST_TOKEN_SECONDS = 90 * 86_400
+LOOP_SECONDS = 30.0
+"""A main loop that has not gone round for so long is stuck."""
 _SLUG: TypeAdapter[str] = TypeAdapter(Slug)
 logger = logging.getLogger(__name__)
-
-
-class NotInitialised(Exception):
-    """The state directory holds no aggregator."""
-
-
-class AlreadyRunning(Exception):
-    """Another service runs on this state directory."""
-
-
-class Settings(BaseModel):
-    """What `aggregator.json` holds.
-
-    Attributes:
-        database: URL of a PostgreSQL database; None for SQLite in the state directory.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    fleet: str
-    broker: str = DEFAULT_BROKER
-    database: str | None = None
-    tls_ca: Path | None = None
-    tls_certificate: Path | None = None
-    tls_key: Path | None = None
-
-
-@dataclass(frozen=True)
-class StateDirectory:
-    """Where everything of one aggregator lies."""
-
-    path: Path
-
-    @property
-    def settings_file(self) -> Path:
-        """Name of the fleet, address of the broker."""
-        return self.path / "aggregator.json"
-
-    @property
-    def keys(self) -> Path:
-        """The fleet's CA and the operator's key."""
-        return self.path / "keys"
-
-    @property
-    def database(self) -> Path:
-        """The repository."""
-        return self.path / "aggregator.db"
-
-    def database_url(self) -> str:
-        """Where the repository is: COVEY_DATABASE_URL, else what the settings say.
-
-        Raises:
-            NotInitialised: the settings hold a password, and others can read them.
-        """
-        given = os.environ.get(DATABASE_VARIABLE) or self.settings().database
-        if given is None:
-            return url_of_file(self.database)
-        if not os.environ.get(DATABASE_VARIABLE) and parse_url(given).password is not None:
-            mode = self.settings_file.stat().st_mode
-            if mode & 0o077:
-                name = self.settings_file
-                raise NotInitialised(f"{name} holds a password that others can read: chmod 600 {name}")
-        return given
-
-    @property
-    def registry(self) -> Path:
-        """Artefacts and signed manifests."""
-        return self.path / "registry"
-
-    @property
-    def lock(self) -> Path:
-        """Held by the service while it runs."""
-        return self.path / "aggregator.lock"
-
-    def settings(self) -> Settings:
-        """Reads the settings.
-
-        Raises:
-            NotInitialised: there are none, or they cannot be used.
-        """
-        try:
-            return Settings.model_validate_json(self.settings_file.read_bytes())
-        except FileNotFoundError as error:
-            raise NotInitialised(f"{self.path} holds no aggregator: run `covey aggregator init`") from error
-        except (OSError, ValidationError) as error:
-            raise NotInitialised(f"{self.settings_file} cannot be used: {error}") from error
-
-
-def default_state() -> Path:
-    """COVEY_STATE, else the place for state of this user."""
-    given = os.environ.get("COVEY_STATE")
-    if given:
-        return Path(given)
-    base = os.environ.get("XDG_STATE_HOME") or str(Path.home() / ".local" / "state")
-    return Path(base) / "covey"
 
 
 def init(state: Path, *, fleet: str = "covey", broker: str = DEFAULT_BROKER, insecure: bool = False) -> None:
@@ -192,9 +110,19 @@ def init(state: Path, *, fleet: str = "covey", broker: str = DEFAULT_BROKER, ins
     moment = SystemClock().moment()
     authority = Authority.create(fleet, now=int(moment.unix), serial=secrets.randbits(120) | 1)
     keyfiles.save(authority, place.keys)
-    with _private_files():
-        sql_migration.migrate(database or url_of_file(place.database))
-        DirectoryStore(place.registry)
+    with private_files():
+        url = database or url_of_file(place.database)
+        sql_migration.migrate(url)
+        with contextlib.closing(SqlRepository(url)) as repository:
+            operator = Operator(repository, DirectoryStore(place.registry), authority, SystemClock())
+            token, _ = operator.create_token(
+                role=Role.ADMIN,
+                label="first",
+                seconds=FIRST_TOKEN_SECONDS,
+                created_by="covey aggregator init",
+            )
+        (state / "admin-token").write_text(token + "\n")
+        (state / "ca.pem").write_text(ssl.DER_cert_to_PEM_cert(authority.ca))
         # Last: a directory with settings is a complete one.
         settings = Settings(fleet=fleet, broker=broker, database=remembered)
         content = settings.model_dump(mode="json", exclude_none=True)
@@ -225,14 +153,20 @@ def _open_repository(place: StateDirectory) -> Iterator[SqlRepository]:
     if url == url_of_file(place.database) and not place.database.exists():
         # Opening would make an empty one.
         raise NotInitialised(f"{place.database} is gone: restore it, or run `covey aggregator migrate`")
-    with _private_files():
+    with private_files():
         repository = SqlRepository(url)
     with contextlib.closing(repository):
         yield repository
 
 
 def _operator(place: StateDirectory, repository: Repository) -> Operator:
-    return Operator(repository, DirectoryStore(place.registry), keyfiles.load(place.keys), SystemClock())
+    return Operator(
+        repository,
+        DirectoryStore(place.registry),
+        keyfiles.load(place.keys),
+        SystemClock(),
+        _publishers(place.settings()),
+    )
 
 
 def migrate(state: Path) -> tuple[str | None, str]:
@@ -244,7 +178,7 @@ def migrate(state: Path) -> tuple[str | None, str]:
     """
     place = StateDirectory(state)
     place.settings()
-    with _lock(place), _private_files():
+    with lock(place), private_files():
         return sql_migration.migrate(place.database_url())
 
 
@@ -282,13 +216,47 @@ def start_rounds(state: Path, request: CampaignRequest) -> Campaign:
 def is_running(state: Path) -> bool:
     """Whether a service runs on this state directory."""
     try:
-        with _lock(StateDirectory(state), probe=True):
+        with lock(StateDirectory(state), probe=True):
             return False
     except AlreadyRunning:
         return True
 
 
-def run(state: Path, stop: threading.Event, *, broker: str | None = None, insecure: bool = False) -> None:
+@contextlib.contextmanager
+def connect(state: Path) -> Iterator[Client]:
+    """Opens the API of a state directory: of the service that runs on it, else in this process.
+
+    Raises:
+        NotInitialised, UnusableKeys, RepositoryError: it says what to do.
+    """
+    place = StateDirectory(state)
+    place.settings()
+    endpoint = LocalEndpoint.read(place.api) if is_running(state) else None
+    if endpoint is not None:
+        with Client(endpoint.url, endpoint.token, ca=state / "ca.pem") as client:
+            yield client
+        return
+    # It costs half a second to import, and a running service has it already.
+    from aggregator.web.api import create_app
+    from aggregator.web.context import Context, LocalKey
+    from aggregator.web.in_process import URL, InProcess
+
+    token, user = new_local_token()
+    with open_operator(state) as operator:
+        online = replace(operator, authority=replace(operator.authority, ca_key=None))
+        context = Context(online, lambda: keyfiles.load(place.keys), local=LocalKey.of(token, user))
+        with Client(URL, token, transport=InProcess(create_app(context))) as client:
+            yield client
+
+
+def run(
+    state: Path,
+    stop: threading.Event,
+    *,
+    broker: str | None = None,
+    insecure: bool = False,
+    listen: str | None = None,
+) -> None:
     """Runs the service until `stop` is set.
 
     Args:
@@ -296,63 +264,67 @@ def run(state: Path, stop: threading.Event, *, broker: str | None = None, insecu
         stop: ends the service.
         broker: address to use in place of the one in the settings.
         insecure: allow an unencrypted broker on another machine.
+        listen: where the API is, in place of what the settings say.
 
     Raises:
-        AlreadyRunning, NotInitialised, UnusableKeys, RepositoryError, InvalidAddress: it says what to do.
+        AlreadyRunning, NotInitialised, UnusableKeys, RepositoryError, InvalidAddress, CannotListen,
+        EnrolmentRefused: it says what to do.
     """
+    # A web server and what it takes: no other command pays for it.
+    from aggregator.web.context import Vitals
+    from aggregator.web.events import EventFeed
+    from aggregator.web.observed import ObservedRepository
+    from aggregator.web.server import CertificateFiles
+    from aggregator.web.serving import serving
+
     place = StateDirectory(state)
     settings = place.settings()
     address = BrokerAddress.parse(broker or settings.broker, insecure=insecure)
     tls = TlsFiles(settings.tls_ca, settings.tls_certificate, settings.tls_key)
-    with _lock(place), _open_repository(place) as repository, repository.claim():
-        operator = _operator(place, repository)
+    where = ListenAddress.parse(listen or settings.listen)
+    own = None
+    if settings.api_certificate is not None and settings.api_key is not None:
+        own = CertificateFiles(settings.api_certificate, settings.api_key)
+    feed = EventFeed()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(lock(place))
+        opened = stack.enter_context(_open_repository(place))
+        stack.enter_context(opened.claim())
+        operator = _operator(place, opened)
         operator.note_all_offline()
         transport = MqttTransport(address, f"covey-aggregator-{settings.fleet}", tls)
         # What faces the network has no use for the CA's key.
         authority = replace(operator.authority, ca_key=None)
-        with Cores() as cores:
-            service = Service(
-                operator.repository,
-                operator.store,
-                authority,
-                transport,
-                operator.clock,
-                unmask=cores.unmask,
+        repository = ObservedRepository(operator.repository, feed)
+        online = replace(operator, repository=repository, authority=authority)
+        cores = stack.enter_context(Cores())
+        service = Service(
+            repository, operator.store, authority, transport, operator.clock, unmask=cores.unmask
+        )
+
+        def vitals() -> Vitals:
+            age = operator.clock.moment().clock - service.turned
+            return Vitals(broker=service.connected, loop=age < LOOP_SECONDS)
+
+        stack.enter_context(
+            serving(
+                place.api,
+                online,
+                lambda: keyfiles.load(place.keys),
+                feed,
+                where,
+                vitals=vitals,
+                names=settings.names,
+                files=own,
+                oidc=settings.oidc,
             )
-            transport.start()
-            logger.info("aggregator of %s, state in %s, broker %s", settings.fleet, state, address)
-            try:
-                service.run(stop)
-            finally:
-                transport.stop()
+        )
+        stack.callback(transport.stop)
+        transport.start()
+        logger.info("aggregator of %s, state in %s, broker %s", settings.fleet, state, address)
+        service.run(stop)
 
 
-@contextlib.contextmanager
-def _lock(place: StateDirectory, *, probe: bool = False) -> Iterator[None]:
-    # A lock of the kernel, not a file with a process id: it ends with the process, however that ends.
-    if not place.path.is_dir():
-        raise NotInitialised(f"{place.path} holds no aggregator: run `covey aggregator init`")
-    descriptor = os.open(place.lock, os.O_RDWR | os.O_CREAT, 0o600)
-    try:
-        # Somebody who only looks holds it for an instant: that must not keep a service from starting.
-        patience = time.monotonic() + (0.0 if probe else 1.0)
-        while True:
-            try:
-                fcntl.flock(descriptor, (fcntl.LOCK_SH if probe else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-                break
-            except BlockingIOError as error:
-                if time.monotonic() >= patience:
-                    raise AlreadyRunning(f"another aggregator runs on {place.path}") from error
-            time.sleep(0.05)
-        yield
-    finally:
-        os.close(descriptor)
-
-
-@contextlib.contextmanager
-def _private_files() -> Iterator[None]:
-    before = os.umask(0o077)
-    try:
-        yield
-    finally:
-        os.umask(before)
+def _publishers(settings: Settings) -> dict[str, Ed25519PublicKey]:
+    keys = (Ed25519PublicKey.from_public_bytes(bytes.fromhex(text)) for text in settings.publishers)
+    return {key_id(key): key for key in keys}

@@ -73,6 +73,17 @@ class Service:
         self._outage_since: float | None = None
         self._announced: dict[str, int] = {}
         self._polled = -TICK_SECONDS
+        self._turned = float("-inf")
+
+    @property
+    def connected(self) -> bool:
+        """Whether the broker is there; any thread may ask."""
+        return self._connected
+
+    @property
+    def turned(self) -> float:
+        """When the loop last went round, on the monotonic clock; any thread may ask."""
+        return self._turned
 
     def run(self, stop: threading.Event) -> None:
         """Serves until `stop` is set.
@@ -122,6 +133,7 @@ class Service:
             logger.exception("a batch of %d messages failed; serving them one by one", len(batch))
             self._serve_one_by_one(batch, at)
         self._end_rounds(self._clock.moment())
+        self._turned = at.clock
 
     # --- batches
 

@@ -37,7 +37,7 @@ class ServiceProcess:
         command = [sys.executable, "-c", "from aggregator.cli import main; main()", "aggregator", "run"]
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
-                [*command, "--state", str(self._state), "--broker", self._broker],
+                [*command, "--state", str(self._state), "--broker", self._broker, "--listen", "127.0.0.1:0"],
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env={**os.environ, "PYTHONWARNINGS": "default"},

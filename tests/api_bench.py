@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -66,7 +67,7 @@ class Api:
 def api(path: Path, **changes: Any) -> Iterator[Api]:
     """Makes an aggregator in a directory and opens its API; `changes` are fields of its context."""
     clock = ManualClock()
-    authority = Authority.create("orchard", now=int(clock.moment().unix), serial=1)
+    authority = Authority.create("orchard", now=int(time.time()), serial=1)
     keyfiles.save(authority, path / "keys")
     feed = EventFeed()
     repository = ObservedRepository(sqlite_repository(path / "aggregator.db"), feed)

@@ -55,6 +55,18 @@ def load(directory: Path) -> Authority:
     return Authority(ca, ca_key=_read(directory / _CA_KEY), operator_key=operator_key)
 
 
+def private_key(path: Path) -> Ed25519PrivateKey:
+    """Reads an Ed25519 key from a PEM file of the user's own.
+
+    Raises:
+        UnusableKeys: it is missing, damaged, or others may read it.
+    """
+    key = _read(path)
+    if key is None:
+        raise UnusableKeys(f"there is no {path}")
+    return key
+
+
 def _read(path: Path) -> Ed25519PrivateKey | None:
     """A private key, or None when there is no such file."""
     try:

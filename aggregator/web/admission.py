@@ -18,7 +18,8 @@ from aggregator.access.roles import Principal, Role
 from aggregator.access.tokens import InvalidToken, check, token_id
 from aggregator.operations import Operator
 from aggregator.records import AuditEntry
-from aggregator.web.context import LOCAL_PREFIX, Context, context_of
+from aggregator.web.context import Context, context_of
+from aggregator.web.local import PREFIX as LOCAL_PREFIX
 from aggregator.web.oidc import SESSION_COOKIE, looks_like_jwt
 from aggregator.web.problems import ApiProblem, documented
 

@@ -16,8 +16,6 @@ from aggregator.web.events import EventFeed
 from aggregator.web.limits import Limits, RateLimiter
 from aggregator.web.oidc import Oidc
 
-LOCAL_PREFIX = "covey_local_"
-
 
 @dataclass(frozen=True)
 class Vitals:
@@ -46,7 +44,7 @@ class LocalKey:
 
     @classmethod
     def of(cls, token: str, user: str) -> LocalKey:
-        """For a token that begins with `LOCAL_PREFIX`."""
+        """For a token that `new_local_token` made."""
         return cls(hashlib.sha256(token.encode()).digest(), user)
 
     def open(self, token: str) -> Principal | None:

@@ -129,7 +129,8 @@ def fleet(
     covey.publish(state, model_directory)
     with covey.open_operator(state) as operator:
         service = processes.start(
-            f"{name}-aggregator", [_SCRIPTS / "covey", "aggregator", "run", "--state", state]
+            f"{name}-aggregator",
+            [_SCRIPTS / "covey", "aggregator", "run", "--state", state, "--listen", "127.0.0.1:0"],
         )
         running = Fleet(operator, directory, service, held_out=tuple(person.name for person in held_out))
         try:

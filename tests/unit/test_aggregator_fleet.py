@@ -177,15 +177,15 @@ def test_the_service_does_not_hold_the_key_of_the_ca(tmp_path: Path, monkeypatch
     held: list[object] = []
 
     class Spy(covey.Service):
-        def __init__(self, *parts: Any) -> None:
-            super().__init__(*parts)
+        def __init__(self, *parts: Any, **named: Any) -> None:
+            super().__init__(*parts, **named)
             held.append(parts[2].ca_key)
 
     monkeypatch.setattr(covey, "Service", Spy)
     covey.init(tmp_path / "state", broker="mqtt://127.0.0.1:1")
     stop = threading.Event()
     stop.set()
-    covey.run(tmp_path / "state", stop)
+    covey.run(tmp_path / "state", stop, listen="127.0.0.1:0")
     assert held == [None]
 
 
