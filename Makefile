@@ -39,7 +39,7 @@ APT := DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recomm
 TEST_PACKAGES := mosquitto postgresql
 SLOW_PACKAGES := chromium mmdebstrap qemu-user-static binutils-aarch64-linux-gnu
 
-.PHONY: bundle lock-bundle help demo test test-slow test-313 test-all lint format bench bench-peers setup setup-dev \
+.PHONY: bundle lock-bundle help demo test test-slow test-313 test-all lint format bench bench-peers fuzz setup setup-dev \
 	debian debian-slow parity setup-parity clean
 
 help:  ## list the targets
@@ -65,6 +65,9 @@ test-all:  ## every test there is
 	@$(MAKE) test
 	@$(MAKE) test-313
 	@$(MAKE) test-slow
+
+fuzz: $(STAMP)-dev  ## fuzz all that the network can hand in, a minute: make fuzz ARGS="--seconds 3600"
+	@$(BIN)/python -m tests.fuzz_wire $(ARGS)
 
 parity: setup-parity $(STAMP)-dev  ## the same training by TensorFlow Federated, in an environment of its own (2.4 GB)
 	@COVEY_TFF_PYTHON=$(VENV_TFF)/bin/python $(BIN)/python -m pytest -m e2e tests/parity $(PYTEST_ARGS)
