@@ -17,13 +17,15 @@ from aggregator.repository import Reader, Repository, RepositoryError
 from aggregator.rounds import machine
 from aggregator.rounds.clipping import adapted
 from aggregator.rounds.events import DeviceOffline, DeviceOnline, MessageReceived, Reconnected, Tick
-from aggregator.rounds.planning import CampaignSettings, make_plan, train_task
+from aggregator.rounds.planning import CampaignSettings, assign, make_plan
 from aggregator.rounds.report import RoundReport
 from aggregator.rounds.selection import ready, select
 from aggregator.rounds.subcohort import Trust
 from aggregator.running import LostBase, RunningRound
 from aggregator.spending import BudgetRefused, check_limit, spent_events
 from aggregator.work import TrafficMeter, Work
+from models.assignment import described
+from models.manifest import ModelManifest
 from protocol.dp.events import event_for
 from protocol.errors import IllegalEvent, ProtocolError
 from protocol.messages import BlobChunk, RoundEnd, UploadOffer
@@ -234,7 +236,10 @@ class Conductor:
     # --- campaigns
 
     def serve_campaigns(self, work: Work, campaigns: Sequence[Campaign]) -> None:
-        """Starts the next round of every campaign whose turn it is; one campaign at a time for each model."""
+        """Starts the next round of every campaign whose turn it is; one campaign at a time for each model.
+
+        Queries are one at a time, too: a device is in one round only.
+        """
         busy = {running.record.model for running in self._running.values()}
         for campaign in campaigns:
             if campaign.model in busy:
@@ -286,17 +291,15 @@ class Conductor:
     def _start(
         self, work: Work, campaign: Campaign, settings: CampaignSettings, available: list[str]
     ) -> None:
-        version = work.writer.newest_version(campaign.model)
-        if version is None:
-            raise LostBase(f"{campaign.model} has no version: publish one with `covey model publish`")
-        base = manifest_of(version)
+        base = None if campaign.model is None else self._newest(work, campaign.model)
+        assignment = assign(settings, base)
         last = work.writer.rounds(campaign_id=campaign.campaign_id, last=1)
         settings = adapted(settings, last[0] if last else None)
         round_id = self._entropy()[:16].hex()
-        plan = make_plan(settings, self._authority.fleet, round_id, train_task(settings, base), work.at)
+        plan = make_plan(settings, self._authority.fleet, round_id, assignment.task, work.at)
         document = self._authority.sign_plan(plan)
         if settings.epsilon_limit is not None:
-            encoding = round_encoding(plan, document.digest, base.parameter_count)
+            encoding = round_encoding(plan, document.digest, assignment.dimension)
             # A round that is running has not spent yet, but it will: at most this.
             reserved = [
                 event_for(running.encoding, running.encoding.minimum_survivors)
@@ -310,19 +313,24 @@ class Conductor:
             campaign_id=campaign.campaign_id,
             number=number,
             model=campaign.model,
-            base_version=base.version,
+            base_version=None if base is None else base.version,
             plan=document.model_dump_json().encode(),
             selection_seed=seed,
             invited=select(available, settings.cohort.size, seed),
             started_at=work.at.unix,
         )
-        self._running[round_id] = RunningRound.begin(work, record, base, self._trust)
+        self._running[round_id] = RunningRound.begin(work, record, assignment, self._trust)
         logger.info(
-            "round %s (%d of %d) started: %s version %d, %d devices",
+            "round %s (%d of %d) started: %s, %d devices",
             round_id[:8],
             number,
             campaign.rounds,
-            base.name,
-            base.version,
+            described(assignment.task),
             len(record.invited),
         )
+
+    def _newest(self, work: Work, model: str) -> ModelManifest:
+        version = work.writer.newest_version(model)
+        if version is None:
+            raise LostBase(f"{model} has no version: publish one with `covey model publish`")
+        return manifest_of(version)

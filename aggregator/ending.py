@@ -1,10 +1,11 @@
-"""How a round ends: with a new version, or with a stated reason; in one transaction either way."""
+"""How a round ends: with a new version, with an answer, or with a stated reason; each in one transaction."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import assert_never
 
 from aggregator.clock import Moment
 from aggregator.fleet.authority import Authority
@@ -13,6 +14,7 @@ from aggregator.records import LedgerEntry, RoundEnding, Version
 from aggregator.registry.artefacts import ArtefactStore
 from aggregator.registry.publishing import sign
 from aggregator.rounds import machine
+from aggregator.rounds.answer import Answer, answer
 from aggregator.rounds.partial_sum import load_sum
 from aggregator.rounds.release import Release, Unmask, release, together
 from aggregator.rounds.report import RoundReport, Traffic
@@ -20,6 +22,8 @@ from aggregator.rounds.subcohort import SubcohortState
 from aggregator.running import RunningRound
 from aggregator.spending import epsilon_of, spent_events
 from aggregator.work import Work
+from models.assignment import Answering, Training, described
+from models.manifest import ModelManifest
 from models.weights import decode_weights, encode_weights
 from protocol import transcript
 from protocol.dp.events import DPEvent, event_for
@@ -29,6 +33,25 @@ from protocol.secagg.masking import apply_masks
 from protocol.secagg.server_state import Failed, Recovered
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """What came of a round that completed: a version of its training, or the answer to its query."""
+
+    released: Release
+    version: Version | None
+    answer: Answer | None
+
+    def record(self) -> transcript.Content:
+        """The last record of the transcript."""
+        if self.version is not None:
+            return transcript.VersionRecord(
+                version=self.version.version, manifest_sha256=self.version.manifest_sha256
+            )
+        if self.answer is None:
+            raise ValueError("a round completes with a version or an answer")
+        return transcript.AnswerRecord(answer_sha256=self.answer.digest)
 
 
 @dataclass(frozen=True)
@@ -70,7 +93,7 @@ class Finisher:
     def abort(
         self, work: Work, running: RunningRound, code: str, detail: str, traffic: dict[str, Traffic]
     ) -> None:
-        """Ends a round without a version. What it spent in privacy is entered all the same."""
+        """Ends a round without a result. What it spent in privacy is entered all the same."""
         event = _spent(running)
         detail = "; ".join(part for part in (detail, machine.why_declined(running.state)) if part)
         contents = [*_beginning(running, event), transcript.AbortRecord(code=code)]
@@ -82,11 +105,11 @@ class Finisher:
         parts = (self._release(work, running, part) for part in recovered)
         released = together(parts, [len(part.survivors) for part in recovered])
         event = _spent(running)
-        version = self._make_version(running, released, work.at)
+        outcome = self._outcome(running, released, work.at)
         contents = [
             *_beginning(running, event),
             transcript.ReleaseRecord(release_sha256=released.digest),
-            transcript.VersionRecord(version=version.version, manifest_sha256=version.manifest_sha256),
+            outcome.record(),
         ]
         misbehaved = tuple(
             part.secagg.cohort.members[index].device_id
@@ -100,18 +123,28 @@ class Finisher:
             contents,
             event,
             traffic,
-            version=version,
-            released=released,
+            outcome=outcome,
             misbehaved=misbehaved,
         )
-        work.announce(version)
+        if outcome.version is not None:
+            work.announce(outcome.version)
         logger.info(
-            "round %s completed: %s version %d from %d devices",
+            "round %s completed: %s, %d devices",
             running.round_id[:8],
-            version.model,
-            version.version,
+            described(running.assignment.task),
             len(running.state.survivors),
         )
+
+    def _outcome(self, running: RunningRound, released: Release, at: Moment) -> _Outcome:
+        assignment = running.assignment
+        if isinstance(assignment, Training):
+            version = self._make_version(running.round_id, assignment.manifest, released, at)
+            return _Outcome(released, version, None)
+        if isinstance(assignment, Answering):
+            survivors = [len(part.survivors) for part in running.state.recovered]
+            found = answer(assignment.task, released.mean_update, survivors, running.encoding)
+            return _Outcome(released, None, found)
+        assert_never(assignment)
 
     def _release(self, work: Work, running: RunningRound, part: SubcohortState) -> Release:
         encoding = running.encoding
@@ -122,14 +155,13 @@ class Finisher:
         noise_key = self.entropy() if central else None
         return release(part.secagg, total, encoding, noise_key, self.unmask)
 
-    def _make_version(self, running: RunningRound, released: Release, at: Moment) -> Version:
-        base = running.base
+    def _make_version(self, round_id: str, base: ModelManifest, released: Release, at: Moment) -> Version:
         weights = decode_weights(self.store.read(base.weights), base)
         # Every device weighs 1, which is what the user-level guarantee counts.
         moved = self.optimizer.apply(self.optimizer.init(weights), released.mean_update)
         data = encode_weights(moved.parameters)
         manifest = base.next_version(data)
-        version, document = sign(self.authority, manifest, now=at.unix, round_id=running.round_id)
+        version, document = sign(self.authority, manifest, now=at.unix, round_id=round_id)
         self.store.put(data)
         self.store.put_manifest(manifest, document)
         return version
@@ -144,8 +176,7 @@ class Finisher:
         *,
         code: str = "",
         detail: str = "",
-        version: Version | None = None,
-        released: Release | None = None,
+        outcome: _Outcome | None = None,
         misbehaved: tuple[str, ...] = (),
     ) -> None:
         writer, state = work.writer, running.state
@@ -159,11 +190,12 @@ class Finisher:
             phases=state.phases(),
             subcohorts=state.reports(),
             survivors=state.survivors,
-            metrics={} if released is None else released.metrics,
-            metric_noise={} if released is None else released.metric_noise,
+            metrics={} if outcome is None else outcome.released.metrics,
+            metric_noise={} if outcome is None else outcome.released.metric_noise,
             traffic=traffic,
             misbehaved=misbehaved,
             declined=state.declined,
+            answer=None if outcome is None else outcome.answer,
             epsilon=epsilon_of(events, delta),
             delta=delta,
         )
@@ -175,17 +207,17 @@ class Finisher:
         writer.end_round(
             RoundEnding(
                 round_id=running.round_id,
-                status="aborted" if version is None else "completed",
+                status="aborted" if outcome is None else "completed",
                 ended_at=work.at.unix,
                 code=code,
                 detail=detail[:300],
                 report=report.to_bytes(),
-                version=version,
+                version=None if outcome is None else outcome.version,
                 ledger=ledger,
                 transcript=records,
             )
         )
-        end = RoundEnd(round_id=running.round_id, completed=version is not None, reason=code)
+        end = RoundEnd(round_id=running.round_id, completed=outcome is not None, reason=code)
         for device_id in sorted(state.invited):
             work.send(device_id, end)
 

@@ -26,7 +26,7 @@ from protocol.dp.parameters import PrivacyMode
 from protocol.errors import ProtocolError
 from protocol.identity import SignedDocument
 from protocol.messages import RoundEnd
-from protocol.plan import Plan
+from protocol.plan import Plan, QueryTask, Task
 from protocol.round_encoding import round_encoding
 
 logger = logging.getLogger(__name__)
@@ -96,13 +96,13 @@ def _read_plan(record: Round) -> tuple[SignedDocument, Plan] | None:
 
 def _largest_event(reader: Reader, record: Round) -> DPEvent:
     read = _read_plan(record)
-    # Versions of one model have the same parameters, so any of them tells the length of the sum.
-    version = reader.version(record.model, record.base_version) or reader.newest_version(record.model)
-    if read is not None and version is not None:
+    if read is not None:
         document, plan = read
         with suppress(ValueError):  # of a manifest or figures that nobody can read: they promise nothing
-            encoding = round_encoding(plan, document.digest, manifest_of(version).parameter_count)
-            return event_for(encoding, encoding.minimum_survivors)
+            dimension = _dimension(reader, plan.task)
+            if dimension is not None:
+                encoding = round_encoding(plan, document.digest, dimension)
+                return event_for(encoding, encoding.minimum_survivors)
     return DPEvent(
         mechanism=Mechanism.NONE,
         mode=PrivacyMode.NONE,
@@ -114,6 +114,15 @@ def _largest_event(reader: Reader, record: Round) -> DPEvent:
         survivors=1,
         minimum_survivors=1,
     )
+
+
+def _dimension(reader: Reader, task: Task) -> int | None:
+    """Elements of a device's vector; None when the model is gone."""
+    if isinstance(task, QueryTask):
+        return task.dimension
+    # Versions of one model have the same parameters, so any of them tells the length of the sum.
+    version = reader.version(task.model, task.base_version) or reader.newest_version(task.model)
+    return None if version is None else manifest_of(version).parameter_count
 
 
 def _report(reader: Reader, record: Round, event: DPEvent | None, delta: float | None) -> bytes:

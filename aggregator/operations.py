@@ -17,15 +17,17 @@ from aggregator.access.roles import Role
 from aggregator.access.tokens import ID_BYTES, SECRET_BYTES, TokenRecord, make_token
 from aggregator.clock import Clock
 from aggregator.fleet.authority import Authority, requested_name
+from aggregator.queries import QueryRequest
 from aggregator.records import AuditEntry, Campaign, Device, DeviceFilter, Round, RoundStatus, Version
 from aggregator.registry.artefacts import ArtefactStore
 from aggregator.registry.publishing import manifest_of, publish
-from aggregator.repository import NotFound, Repository
-from aggregator.rounds.planning import check_settings
+from aggregator.repository import NotFound, Repository, Writer
+from aggregator.rounds.planning import CampaignSettings, check_settings
 from aggregator.rounds.report import RoundReport
 from aggregator.settings import CampaignRequest, InvalidSettings
 from models.manifest import ModelManifest
 from protocol.codec import decode_from_device
+from protocol.dp.errors import PrivacyError
 from protocol.enrolment import EnrolmentBundle
 from protocol.messages import DeviceStatus
 
@@ -228,18 +230,36 @@ class Operator:
                 raise OperationRefused(
                     f"there is no published {request.model}: publish it with `covey model publish DIR`"
                 )
-            try:
-                check_settings(settings, manifest_of(version))
-            except ValueError as error:
-                raise OperationRefused(str(error)) from error
-            campaign = Campaign(
-                campaign_id=secrets.token_hex(16),
-                model=request.model,
-                rounds=rounds,
-                settings=settings.to_bytes(),
-                created_at=self.clock.moment().unix,
-            )
-            writer.add_campaign(campaign)
+            return self._add_campaign(writer, settings, rounds, manifest_of(version))
+
+    def start_query(self, request: QueryRequest) -> Campaign:
+        """Asks a query: a campaign of one round, whose report will have the answer.
+
+        Raises:
+            OperationRefused: no round could ask it.
+        """
+        try:
+            settings = request.resolve()
+        except (InvalidSettings, PrivacyError) as error:
+            raise OperationRefused(str(error)) from error
+        with self.repository.write() as writer:
+            return self._add_campaign(writer, settings, 1, None)
+
+    def _add_campaign(
+        self, writer: Writer, settings: CampaignSettings, rounds: int, base: ModelManifest | None
+    ) -> Campaign:
+        try:
+            check_settings(settings, base)
+        except ValueError as error:
+            raise OperationRefused(str(error)) from error
+        campaign = Campaign(
+            campaign_id=secrets.token_hex(16),
+            model=None if base is None else base.name,
+            rounds=rounds,
+            settings=settings.to_bytes(),
+            created_at=self.clock.moment().unix,
+        )
+        writer.add_campaign(campaign)
         return campaign
 
     def campaign(self, campaign_id: str) -> Campaign:

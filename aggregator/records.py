@@ -59,6 +59,7 @@ class Campaign:
     """A request for rounds, one after the other.
 
     Attributes:
+        model: which model they train; None for a query.
         settings: JSON of `aggregator.rounds.planning.CampaignSettings`.
         rounds: how many rounds are to be run, completed or not.
         started: how many rounds have begun.
@@ -66,7 +67,7 @@ class Campaign:
     """
 
     campaign_id: str
-    model: str
+    model: str | None
     rounds: int
     settings: bytes
     created_at: float
@@ -81,6 +82,7 @@ class Round:
 
     Attributes:
         number: 1, 2, ... within the campaign.
+        model, base_version: what is trained; None for a query, whose question is in the plan.
         plan: JSON of the SignedDocument around the plan.
         selection_seed: what the cohort was drawn with, for later checks.
         code: empty unless aborted: the short reason.
@@ -91,8 +93,8 @@ class Round:
     round_id: str
     campaign_id: str
     number: int
-    model: str
-    base_version: int
+    model: str | None
+    base_version: int | None
     plan: bytes
     selection_seed: bytes
     invited: tuple[str, ...]
@@ -147,11 +149,12 @@ class LedgerEntry:
     """What one round cost in privacy.
 
     Attributes:
+        model: which was trained; None for a query.
         event: JSON of the DP event; an accountant says what it costs.
     """
 
     round_id: str
-    model: str
+    model: str | None
     at: float
     event: bytes
 
@@ -161,7 +164,7 @@ class RoundEnding:
     """Everything that becomes true when a round ends, in one transaction.
 
     Attributes:
-        version: the new version; None unless the round completed.
+        version: the new version; None unless the round trained one and completed.
         ledger: the DP event; None when nothing was ever unmasked.
         transcript: the records of the round's transcript, hash-chained.
     """

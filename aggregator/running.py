@@ -15,13 +15,13 @@ from aggregator.rounds.machine import RoundState
 from aggregator.rounds.partial_sum import UnusableInput, add_input, input_size
 from aggregator.rounds.subcohort import Trust
 from aggregator.work import Work
-from models.manifest import ModelManifest
+from models.assignment import Assignment, assignment_of
 from protocol.dp.mechanism import EncodingParameters
 from protocol.errors import IllegalEvent
 from protocol.fields import BlobRef
 from protocol.identity import SignedDocument
 from protocol.messages import BlobChunk, ClientAbort, UploadOffer, UploadReceipt
-from protocol.plan import Plan
+from protocol.plan import Plan, TrainTask
 from protocol.round_encoding import round_encoding
 from protocol.secagg.server_state import Advertising, Collecting, Sharing
 from protocol.transfer import Reception
@@ -41,14 +41,14 @@ class RunningRound:
     thrown away and loaded again.
 
     Attributes:
-        base: manifest of the version to improve.
+        assignment: what the plan asks, with the manifest of the version to improve.
         inputs: device id -> SHA-256 of the masked input that is in the partial sum.
         receptions: uploads under way, by device.
         changed: whether the report has to be saved.
     """
 
     record: Round
-    base: ModelManifest
+    assignment: Assignment
     encoding: EncodingParameters
     state: RoundState
     inputs: dict[str, str] = field(default_factory=dict)
@@ -56,12 +56,13 @@ class RunningRound:
     changed: bool = True
 
     @classmethod
-    def begin(cls, work: Work, record: Round, base: ModelManifest, trust: Trust) -> RunningRound:
+    def begin(cls, work: Work, record: Round, assignment: Assignment, trust: Trust) -> RunningRound:
         """Begins a new round: its record becomes durable, and the invitations go out."""
-        document, plan, encoding = _parse(record, base)
+        document, plan = _parse(record)
+        encoding = round_encoding(plan, document.digest, assignment.dimension)
         state, outputs = machine.begin(plan, document, trust, record.invited, work.at)
         work.writer.begin_round(record)
-        running = cls(record, base, encoding, state)
+        running = cls(record, assignment, encoding, state)
         running._execute(work, outputs)
         return running
 
@@ -72,17 +73,21 @@ class RunningRound:
         Raises:
             LostBase: the version that it starts from is gone.
         """
-        version = reader.version(record.model, record.base_version)
-        if version is None:
-            raise LostBase(f"{record.model} version {record.base_version} is not in the repository")
-        base = manifest_of(version)
-        document, plan, encoding = _parse(record, base)
+        document, plan = _parse(record)
+        base, task = None, plan.task
+        if isinstance(task, TrainTask):
+            version = reader.version(task.model, task.base_version)
+            if version is None:
+                raise LostBase(f"{task.model} version {task.base_version} is not in the repository")
+            base = manifest_of(version)
+        assignment = assignment_of(task, base)
+        encoding = round_encoding(plan, document.digest, assignment.dimension)
         log = reader.log(record.round_id)
         state = machine.resume(plan, document, trust, record.invited, log, record.started_at, at)
         uploads = reader.uploads(record.round_id)
         return cls(
             record,
-            base,
+            assignment,
             encoding,
             state,
             reader.inputs(record.round_id),
@@ -213,7 +218,6 @@ class RunningRound:
         self.apply(work, MessageReceived(device_id, ClientAbort(round_id=self.round_id, code=code)))
 
 
-def _parse(record: Round, base: ModelManifest) -> tuple[SignedDocument, Plan, EncodingParameters]:
+def _parse(record: Round) -> tuple[SignedDocument, Plan]:
     document = SignedDocument.model_validate_json(record.plan)
-    plan = Plan.from_bytes(document.payload)
-    return document, plan, round_encoding(plan, document.digest, base.parameter_count)
+    return document, Plan.from_bytes(document.payload)

@@ -103,44 +103,34 @@ class CampaignRequest:
             InvalidSettings: it says what is wrong.
         """
         recipe = self.recipe
-        part = Split.of(max(1, self.cohort), max(1, self.subcohort_limit)).average
-        two_thirds = min(part, 2 * part // 3 + 1)
-        minimum = _given(self.minimum, max(2, two_thirds))
-        rounds = _given(self.rounds, recipe.rounds)
+        rounds = given(self.rounds, recipe.rounds)
         if rounds < 1:
             raise InvalidSettings("a campaign has at least one round")
         try:
             privacy = self._privacy()
             settings = CampaignSettings(
-                training=TrainingParameters(
-                    local_epochs=_given(self.local_epochs, recipe.local_epochs),
-                    learning_rate=_given(self.learning_rate, recipe.learning_rate),
-                    proximal_mu=_given(self.proximal_mu, recipe.proximal_mu),
+                asks=TrainingParameters(
+                    local_epochs=given(self.local_epochs, recipe.local_epochs),
+                    learning_rate=given(self.learning_rate, recipe.learning_rate),
+                    proximal_mu=given(self.proximal_mu, recipe.proximal_mu),
                 ),
                 privacy=privacy,
-                cohort=CohortParameters(
-                    size=self.cohort,
-                    minimum=minimum,
-                    minimum_survivors=_given(self.min_survivors, minimum),
-                    subcohort_limit=self.subcohort_limit,
-                ),
+                cohort=cohort_of(self.cohort, self.minimum, self.min_survivors, self.subcohort_limit),
                 deadlines=self.deadlines,
                 gather_seconds=self.gather_seconds,
-                selection_seed=_seed(self.seed),
+                selection_seed=seed_of(self.seed),
                 epsilon_limit=self.epsilon_limit,
             )
         except ValidationError as error:
-            first = error.errors(include_url=False, include_input=False)[0]
-            where = ".".join(str(part) for part in first["loc"])
-            raise InvalidSettings(f"{where}: {first['msg']}" if where else first["msg"]) from error
+            raise invalid(error) from error
         return rounds, settings
 
     def _privacy(self) -> PrivacyParameters:
         example: ExamplePrivacy | None = None
         slots: tuple[MetricSlot, ...] = PRIVATE_METRICS
-        noise = _given(self.noise_multiplier, DEFAULT_NOISE_MULTIPLIER)
+        noise = given(self.noise_multiplier, DEFAULT_NOISE_MULTIPLIER)
         if self.privacy is PrivacyMode.NONE:
-            slots, noise = PLAIN_METRICS, _given(self.noise_multiplier, 0.0)
+            slots, noise = PLAIN_METRICS, given(self.noise_multiplier, 0.0)
         if self.privacy is PrivacyMode.EXAMPLE:
             if self.epsilon_limit is not None:
                 raise InvalidSettings(
@@ -148,19 +138,19 @@ class CampaignRequest:
                 )
             # The noise is each device's, in its own steps; the sum of the updates gets none.
             example = ExamplePrivacy(
-                clip_norm=_given(self.example_clip_norm, DEFAULT_EXAMPLE_CLIP_NORM),
+                clip_norm=given(self.example_clip_norm, DEFAULT_EXAMPLE_CLIP_NORM),
                 noise_multiplier=noise,
-                sampling_probability=_given(self.sampling_probability, DEFAULT_SAMPLING_PROBABILITY),
+                sampling_probability=given(self.sampling_probability, DEFAULT_SAMPLING_PROBABILITY),
             )
             slots, noise = EXAMPLE_METRIC, 0.0
         elif self.example_clip_norm is not None or self.sampling_probability is not None:
             raise InvalidSettings("a clip norm of examples and their sampling belong to mode example")
         return PrivacyParameters(
             mode=self.privacy,
-            clip_norm=_given(self.clip_norm, self.recipe.clip_norm),
+            clip_norm=given(self.clip_norm, self.recipe.clip_norm),
             noise_multiplier=noise,
             delta=self.delta,
-            bits=_given(self.bits, min(MAX_BITS, DATA_BITS + math.ceil(math.log2(max(2, self.cohort))))),
+            bits=given(self.bits, min(MAX_BITS, DATA_BITS + math.ceil(math.log2(max(2, self.cohort))))),
             adaptive=None
             if self.adaptive_quantile is None
             else AdaptiveClipping(quantile=self.adaptive_quantile),
@@ -169,11 +159,38 @@ class CampaignRequest:
         )
 
 
-def _given(value: T | None, default: T) -> T:
+def cohort_of(
+    size: int, minimum: int | None, survivors: int | None, subcohort_limit: int
+) -> CohortParameters:
+    """A cohort from what was said of it; by default, both minima are above two thirds of a sub-cohort.
+
+    Raises:
+        ValidationError: it makes no cohort.
+    """
+    part = Split.of(max(1, size), max(1, subcohort_limit)).average
+    least = given(minimum, max(2, min(part, 2 * part // 3 + 1)))
+    return CohortParameters(
+        size=size,
+        minimum=least,
+        minimum_survivors=given(survivors, least),
+        subcohort_limit=subcohort_limit,
+    )
+
+
+def invalid(error: ValidationError) -> InvalidSettings:
+    """The first thing that is wrong, in a sentence."""
+    first = error.errors(include_url=False, include_input=False)[0]
+    where = ".".join(str(part) for part in first["loc"])
+    return InvalidSettings(f"{where}: {first['msg']}" if where else first["msg"])
+
+
+def given(value: T | None, default: T) -> T:
+    """The value, or its default."""
     return default if value is None else value
 
 
-def _seed(seed: int | None) -> bytes:
+def seed_of(seed: int | None) -> bytes:
+    """The seed that cohorts are drawn from: of a number that can be said again, or random."""
     if seed is None:
         return secrets.token_bytes(32)
     return hashlib.sha256(b"covey/v1/selection" + str(seed).encode()).digest()

@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_client.assignment import Assignment
 from edge_client.ledger import LedgerEntry
 from edge_client.personalisation import PersonalConfig, PersonalRecord
 from edge_client.training import LocalUpdate, TrainingConfig
+from models.assignment import Assignment
 from models.manifest import ModelManifest
 from protocol.dp.mechanism import EncodingParameters
 from protocol.fields import BlobRef
@@ -180,7 +180,7 @@ class RoundRecord:
 
     Attributes:
         document: the signed plan.
-        assignment: what the plan asks of this device.
+        assignment: what the plan asks.
         client: the protocol state; it holds secrets.
         upload: the masked input, once it is written.
         uploaded: its receipt came.

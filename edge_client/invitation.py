@@ -13,13 +13,13 @@ from typing import assert_never
 from pydantic import TypeAdapter, ValidationError
 
 from edge_client import policy
-from edge_client.assignment import Answering, Assignment, Training
 from edge_client.events import Fault
 from edge_client.ledger import History
 from edge_client.models import Library
 from edge_client.participation import ActiveRound
 from edge_client.policy import Proposal
 from edge_client.profile import Profile
+from models.assignment import Answering, Assignment, Training
 from protocol.dp.errors import PrivacyError
 from protocol.errors import BadSignature, MalformedMessage
 from protocol.fields import RoundId

@@ -16,7 +16,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import assert_never
 
-from edge_client.assignment import Answering, Assignment, Training, described
 from edge_client.events import (
     CloseRound,
     Contribution,
@@ -40,6 +39,7 @@ from edge_client.masked_input import contribution_of
 from edge_client.models import Library
 from edge_client.profile import Profile
 from edge_client.training import HiddenExamples, LocalUpdate, TrainingConfig
+from models.assignment import Answering, Assignment, Training, described
 from protocol.dp.example import example_mechanism
 from protocol.dp.mechanism import EncodingParameters
 from protocol.dp.parameters import PrivacyParameters
@@ -166,7 +166,7 @@ def check_in(
     active = ActiveRound(document, plan, assignment, client)
     return active, (
         _save(active, stamp),
-        note("checked-in", round=plan.round_id, **described(plan.task)),
+        note("checked-in", round=plan.round_id, task=described(plan.task)),
         Send(client.answer),
     )
 

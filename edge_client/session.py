@@ -11,7 +11,6 @@ from dataclasses import dataclass, field, replace
 from typing import assert_never
 
 from edge_client import models, participation
-from edge_client.assignment import Training
 from edge_client.events import (
     Announce,
     BlobFound,
@@ -57,6 +56,7 @@ from edge_client.participation import ActiveRound, RoundRequest, Step
 from edge_client.personalisation import PersonalConfig
 from edge_client.policy import DevicePolicy
 from edge_client.profile import Profile
+from models.assignment import Training
 from models.manifest import InvalidManifest
 from protocol.errors import BadSignature
 from protocol.messages import (

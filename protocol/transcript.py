@@ -3,7 +3,8 @@
 Every record names the digest of the one before it, across rounds, so that whoever keeps the newest digest can
 tell whether anything before it was changed, left out or put in. A round has its records in this order:
 
-    PlanRecord  RosterRecord*  SurvivorsRecord*  PrivacyRecord?  ReleaseRecord?  VersionRecord | AbortRecord
+    PlanRecord  RosterRecord*  SurvivorsRecord*  PrivacyRecord?  ReleaseRecord?
+    VersionRecord | AnswerRecord | AbortRecord
 
 with one roster and one survivor set for each sub-cohort that came so far.
 
@@ -86,6 +87,13 @@ class VersionRecord(Schema):
     manifest_sha256: Sha256
 
 
+class AnswerRecord(Schema):
+    """The round completed with this answer to a query: SHA-256 of its JSON."""
+
+    kind: Literal["answer"] = "answer"
+    answer_sha256: Sha256
+
+
 class AbortRecord(Schema):
     """The round aborted."""
 
@@ -94,11 +102,19 @@ class AbortRecord(Schema):
 
 
 Content = Annotated[
-    PlanRecord | RosterRecord | SurvivorsRecord | PrivacyRecord | ReleaseRecord | VersionRecord | AbortRecord,
+    PlanRecord
+    | RosterRecord
+    | SurvivorsRecord
+    | PrivacyRecord
+    | ReleaseRecord
+    | VersionRecord
+    | AnswerRecord
+    | AbortRecord,
     Field(discriminator="kind"),
 ]
 
-_ORDER = ("plan", "roster", "survivors", "privacy", "release", "version", "abort")
+_ORDER = ("plan", "roster", "survivors", "privacy", "release", "version", "answer", "abort")
+_ENDS = ("version", "answer", "abort")
 _REPEATED = frozenset({"roster", "survivors"})
 
 
@@ -192,7 +208,8 @@ def _check_order(kinds: list[str]) -> None:
     once = [place for place, kind in zip(places, kinds, strict=True) if kind not in _REPEATED]
     if places != sorted(places) or len(once) != len(set(once)):
         raise BrokenTranscript(f"records are out of order or repeated: {kinds}")
-    if not kinds or kinds[0] != "plan" or kinds[-1] not in ("version", "abort"):
-        raise BrokenTranscript("a round begins with a plan and ends with a version or an abort")
-    if "version" in kinds and {*kinds} != {*_ORDER[:-1]}:
+    if not kinds or kinds[0] != "plan" or kinds[-1] not in _ENDS:
+        raise BrokenTranscript("a round begins with a plan and ends with a version, an answer or an abort")
+    completed, ends = _ORDER[: -len(_ENDS)], [kind for kind in kinds if kind in _ENDS]
+    if ends != ["abort"] and (len(ends) > 1 or {*kinds} != {*completed, *ends}):
         raise BrokenTranscript(f"a completed round has every record, this one has {kinds}")

@@ -16,6 +16,7 @@ from models.manifest import ModelManifest
 from protocol import ring, topics
 from protocol.codec import decode_to_device, encode
 from protocol.dp.mechanism import EncodingParameters
+from protocol.dp.mechanism import encode as encode_vector
 from protocol.enrolment import EnrolmentBundle
 from protocol.errors import IllegalEvent
 from protocol.fields import BlobRef
@@ -25,6 +26,7 @@ from protocol.messages import (
     DeviceStatus,
     FromDevice,
     Invitation,
+    Refusal,
     Roster,
     RoundEnd,
     ShareDelivery,
@@ -33,7 +35,8 @@ from protocol.messages import (
     UploadOffer,
     UploadReceipt,
 )
-from protocol.plan import PLAN_KIND, Plan
+from protocol.plan import PLAN_KIND, Plan, QueryTask
+from protocol.queries import answer_vector
 from protocol.round_encoding import round_encoding
 from protocol.secagg import client
 from protocol.secagg.client_state import ClientState, Ended, Masking, RoundContext
@@ -85,7 +88,8 @@ class SimulatedDevice:
     Attributes:
         parameters: of the model, for the encoding.
         mute: message types that it does not send; a set of them makes a dropout.
-        vector: what it contributes.
+        vector: what it contributes to training.
+        values: of the fields that it answers queries over.
         offers: blobs that it has offered.
         ends: the ends of rounds that it was told, by round.
         refused: upload receipts that refused.
@@ -97,6 +101,7 @@ class SimulatedDevice:
     online: bool = True
     mute: set[str] = field(default_factory=set)
     vector: Callable[[str, EncodingParameters], NDArray[np.uint32]] = toy_input
+    values: dict[str, float] = field(default_factory=dict)
     session: bytes = field(default_factory=lambda: secrets.token_bytes(32))
     plan: Plan | None = None
     plan_hash: bytes = b""
@@ -167,6 +172,9 @@ class SimulatedDevice:
     def _join(self, message: Invitation) -> list[Outgoing]:
         keys = self.bundle.plan_keys()
         plan = Plan.from_bytes(message.plan.open(PLAN_KIND, keys))
+        if isinstance(plan.task, QueryTask) and plan.task.field not in self.values:
+            refusal = Refusal(round_id=plan.round_id, code="unknown-field", detail=plan.task.field)
+            return self._say(refusal)
         if self.plan is None or self.plan.round_id != plan.round_id:
             self.plan, self.plan_hash, self.blob, self.accepted = plan, message.plan.digest, b"", False
             context = RoundContext(
@@ -209,11 +217,17 @@ class SimulatedDevice:
 
     def encoding(self) -> EncodingParameters:
         assert self.plan is not None
-        return round_encoding(self.plan, self.plan_hash, self.parameters)
+        task = self.plan.task
+        dimension = task.dimension if isinstance(task, QueryTask) else self.parameters
+        return round_encoding(self.plan, self.plan_hash, dimension)
 
     def _mask(self, state: Masking) -> list[Outgoing]:
         encoding = self.encoding()
+        assert self.plan is not None
         vector = self.vector(self.device_id, encoding).copy()
+        if isinstance(self.plan.task, QueryTask):
+            answer = answer_vector(self.plan.task, self.values[self.plan.task.field])
+            vector = encode_vector(answer, {}, encoding, secrets.token_bytes(32))
         apply_masks(vector, state.masks())
         self.blob = ring.pack(vector & np.uint32(ring.modulus_mask(encoding.bits)), encoding.bits)
         self.state, _ = client.handle(state, client.InputMasked(describe(self.blob)))

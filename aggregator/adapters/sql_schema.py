@@ -21,7 +21,7 @@ from sqlalchemy import (
     UniqueConstraint,
 )
 
-REVISION = "0002"
+REVISION = "0003"
 """The newest migration: what a database must have to be used."""
 
 NAME = String(63).with_variant(String(63, collation="C"), "postgresql")
@@ -66,7 +66,7 @@ campaigns = Table(
     metadata,
     Column("seq", Integer, primary_key=True),
     Column("campaign_id", String(32), nullable=False, unique=True),
-    Column("model", NAME, nullable=False),
+    Column("model", NAME),
     Column("rounds", Integer, nullable=False),
     Column("settings", LargeBinary, nullable=False),
     Column("created_at", Float, nullable=False),
@@ -82,8 +82,8 @@ rounds = Table(
     Column("round_id", String(32), nullable=False, unique=True),
     Column("campaign_id", ForeignKey("campaigns.campaign_id"), nullable=False),
     Column("number", Integer, nullable=False),
-    Column("model", NAME, nullable=False),
-    Column("base_version", Integer, nullable=False),
+    Column("model", NAME),
+    Column("base_version", Integer),
     Column("plan", LargeBinary, nullable=False),
     Column("selection_seed", LargeBinary, nullable=False),
     Column("invited", Text, nullable=False),
@@ -148,7 +148,7 @@ ledger = Table(
     metadata,
     Column("seq", Integer, primary_key=True),
     Column("round_id", ForeignKey("rounds.round_id"), nullable=False, unique=True),
-    Column("model", NAME, nullable=False),
+    Column("model", NAME),
     Column("at", Float, nullable=False),
     Column("event", LargeBinary, nullable=False),
 )

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import math
-from typing import Annotated
+from typing import Annotated, assert_never
 
 from pydantic import Field, ValidationError
 
 from aggregator.clock import Moment
+from models.assignment import Answering, Assignment, Training
 from models.manifest import ModelManifest
 from protocol.dp.parameters import MetricSlot, PrivacyParameters
 from protocol.errors import MalformedMessage, ProtocolError
 from protocol.fields import Bytes32, RoundId, Schema, Slug
-from protocol.plan import CohortParameters, Deadlines, Plan, Task, TrainingParameters, TrainTask
+from protocol.plan import CohortParameters, Deadlines, Plan, QueryTask, Task, TrainingParameters, TrainTask
 from protocol.round_encoding import METRICS, round_encoding
 from protocol.secagg.parameters import parameters
 
@@ -41,7 +42,8 @@ EXAMPLE_METRIC = PLAIN_METRICS[:1]
 class CampaignSettings(Schema):
     """What every round of a campaign has in common."""
 
-    training: TrainingParameters
+    asks: TrainingParameters | QueryTask
+    """Train a model, round after round; or answer a query."""
     privacy: PrivacyParameters
     cohort: CohortParameters
     deadlines: Deadlines = Deadlines()
@@ -73,14 +75,30 @@ class CampaignSettings(Schema):
         return hashlib.sha256(self.selection_seed + number.to_bytes(8, "big")).digest()
 
 
-def train_task(settings: CampaignSettings, base: ModelManifest) -> TrainTask:
-    """The task of a round that improves `base`."""
-    return TrainTask(
-        model=base.name,
-        base_version=base.version,
-        manifest_sha256=base.sha256(),
-        training=settings.training,
-    )
+def assign(settings: CampaignSettings, base: ModelManifest | None) -> Assignment:
+    """What the next round of a campaign asks.
+
+    Args:
+        settings: of the campaign.
+        base: the version to improve; None for a query.
+
+    Raises:
+        ValueError: training without a version to improve.
+    """
+    asks = settings.asks
+    if isinstance(asks, QueryTask):
+        return Answering(asks)
+    if isinstance(asks, TrainingParameters):
+        if base is None:
+            raise ValueError("training needs a version to improve")
+        task = TrainTask(
+            model=base.name,
+            base_version=base.version,
+            manifest_sha256=base.sha256(),
+            training=asks,
+        )
+        return Training(task, base)
+    assert_never(asks)
 
 
 def make_plan(
@@ -120,8 +138,12 @@ def make_plan(
     )
 
 
-def check_settings(settings: CampaignSettings, base: ModelManifest) -> None:
+def check_settings(settings: CampaignSettings, base: ModelManifest | None) -> None:
     """Refuses settings that no round could follow, before anything is stored.
+
+    Args:
+        settings: of a campaign.
+        base: the version to improve; None for a query.
 
     Raises:
         ValueError: it says what to change.
@@ -129,14 +151,15 @@ def check_settings(settings: CampaignSettings, base: ModelManifest) -> None:
     unknown = {slot.name for slot in settings.privacy.metric_slots} - METRICS.keys()
     if unknown:
         raise ValueError(f"devices know no metric {sorted(unknown)}; they know {sorted(METRICS)}")
-    if settings.privacy.example is not None and not base.example_gradients:
+    if settings.privacy.example is not None and base is not None and not base.example_gradients:
         raise ValueError(
             f"{base.name} gives no gradients of single examples, which mode example trains with: export it "
             f"with example_gradients=True"
         )
-    trial = make_plan(settings, "trial", "0" * 32, train_task(settings, base), Moment(0, 0))
     try:
-        round_encoding(trial, bytes(32), base.parameter_count)
+        assignment = assign(settings, base)
+        trial = make_plan(settings, "trial", "0" * 32, assignment.task, Moment(0, 0))
+        round_encoding(trial, bytes(32), assignment.dimension)
         cohort = settings.cohort
         for size in (cohort.split.largest, cohort.minimum):
             parameters(size, cohort.split.assumptions(size, cohort.graph))

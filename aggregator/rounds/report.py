@@ -7,6 +7,7 @@ from typing import Literal, Self, get_args
 
 from pydantic import Field
 
+from aggregator.rounds.answer import Answer
 from protocol.fields import Schema
 
 Phase = Literal["AdvertiseKeys", "ShareKeys", "MaskedInput", "ConsistencyCheck", "Unmasking"]
@@ -83,6 +84,7 @@ class RoundReport(Schema):
         misbehaved: devices whose shares did not fit the secret they belong to. Whoever dealt a wrong share
             can frame its holder, so nobody is excluded for this automatically.
         declined: device id -> why it refused the plan or left the round, in its own words.
+        answer: of a query that has completed.
         epsilon: spent by the model's population so far, at `delta`; None without noise.
     """
 
@@ -94,6 +96,7 @@ class RoundReport(Schema):
     traffic: Mapping[str, Traffic] = Field(default_factory=dict)
     misbehaved: tuple[str, ...] = ()
     declined: Mapping[str, str] = Field(default_factory=dict)
+    answer: Answer | None = None
     epsilon: float | None = None
     delta: float | None = None
 

@@ -159,11 +159,12 @@ class Campaign(ApiModel):
     """Rounds that were asked for, one after the other.
 
     Attributes:
+        model: which is trained; None for a query.
         note: why it failed, or what it waits for.
     """
 
     campaign: str
-    model: str
+    model: str | None
     status: CampaignStatus
     rounds: int
     started: int
@@ -188,14 +189,15 @@ class Round(ApiModel):
     """A round and its figures so far.
 
     Attributes:
+        model, base_version: what is trained; None for a query, whose answer is in the report.
         code: the short reason of an abort; else empty.
     """
 
     round: str
     campaign: str
     number: int
-    model: str
-    base_version: int
+    model: str | None
+    base_version: int | None
     version: int | None
     status: RoundStatus
     code: str

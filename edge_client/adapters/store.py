@@ -30,7 +30,6 @@ from edge_client.adapters.files import (
     private_directory,
     storage_errors,
 )
-from edge_client.assignment import Assignment, Training, assignment_of
 from edge_client.events import (
     CloseRound,
     Durable,
@@ -46,6 +45,7 @@ from edge_client.events import (
 from edge_client.ledger import DAY, DaySpent, LedgerEntry
 from edge_client.models import StoredVersion
 from edge_client.session import Memory
+from models.assignment import Assignment, Training, assignment_of
 from models.manifest import ModelManifest
 from protocol.dp.events import DPEvent
 from protocol.errors import MalformedMessage

@@ -466,3 +466,25 @@ def test_the_audit_log_is_read_from_its_end(repository: Repository) -> None:
         newest, middle = reader.audit(limit=2)
         assert (newest.at, middle) == (3.0, replace(entry, at=2.0, number=newest.number - 1))
         assert [found.at for found in reader.audit(before=middle.number)] == [1.0]
+
+
+def test_a_query_has_no_model(repository: Repository) -> None:
+    campaign = replace(CAMPAIGN, model=None)
+    asked = replace(ROUND, model=None, base_version=None)
+    ledger = LedgerEntry(ROUND.round_id, None, 9.0, b"event")
+    with repository.write() as writer:
+        writer.add_campaign(campaign)
+        writer.begin_round(asked)
+        writer.end_round(replace(ENDING, version=None, ledger=ledger))
+    with repository.read() as reader:
+        (found,) = reader.campaigns()
+        assert found.model is None
+        (round_,) = reader.rounds()
+        assert (round_.model, round_.base_version, round_.version, round_.status) == (
+            None,
+            None,
+            None,
+            "completed",
+        )
+        assert reader.ledger() == (ledger,)
+        assert reader.ledger("watch") == ()

@@ -42,6 +42,7 @@ from protocol.dp.parameters import PrivacyMode
 from protocol.errors import IllegalEvent, ProtocolError
 from protocol.fields import BlobRef
 from protocol.messages import AdvertiseKeys, ClientAbort, Invitation, Refusal, UploadOffer
+from protocol.plan import TrainingParameters
 from protocol.secagg.server_state import Failed, Recovered
 from protocol.transfer import describe
 from tests.aggregator_bench import Bench
@@ -63,9 +64,9 @@ class Table:
         self.sent: list[Send] = []
         _, settings = replace(REQUEST, cohort=size).resolve()
         from aggregator.registry.publishing import manifest_of
-        from aggregator.rounds.planning import make_plan, train_task
+        from aggregator.rounds.planning import assign, make_plan
 
-        task = train_task(settings, manifest_of(self.bench.operator.versions()[0]))
+        task = assign(settings, manifest_of(self.bench.operator.versions()[0])).task
         plan = make_plan(settings, "orchard", secrets.token_hex(16), task, START)
         self.document = self.bench.authority.sign_plan(plan)
         self.plan = plan
@@ -365,8 +366,9 @@ def test_what_is_not_said_follows_from_recipe_and_cohort() -> None:
     from models.recipes import WATCH
 
     assert rounds == WATCH.rounds
-    assert settings.training.local_epochs == WATCH.local_epochs
-    assert settings.training.learning_rate == WATCH.learning_rate
+    assert isinstance(settings.asks, TrainingParameters)
+    assert settings.asks.local_epochs == WATCH.local_epochs
+    assert settings.asks.learning_rate == WATCH.learning_rate
     assert settings.privacy.clip_norm == WATCH.clip_norm
     assert settings.privacy.bits == 20
     assert (settings.cohort.minimum, settings.cohort.minimum_survivors) == (7, 7)

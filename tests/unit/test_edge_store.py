@@ -17,7 +17,6 @@ from edge_client.adapters.blobs import MAP_EVERY
 from edge_client.adapters.device_schema import UnknownSchema
 from edge_client.adapters.files import Lock, StorageError, StorageFull, write_durably
 from edge_client.adapters.store import DATABASE, DeviceStore
-from edge_client.assignment import Answering
 from edge_client.events import (
     CloseRound,
     ForgetVersion,
@@ -28,6 +27,7 @@ from edge_client.events import (
     StoreChunk,
     VersionStatus,
 )
+from models.assignment import Answering
 from protocol.messages import CHUNK_BYTES
 from protocol.plan import MeanQuestion, QueryTask
 from protocol.secagg.client_state import InputSent, dump_state

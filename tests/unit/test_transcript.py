@@ -15,6 +15,7 @@ from protocol.plan import TrainingParameters, TrainTask
 from protocol.transcript import (
     GENESIS,
     AbortRecord,
+    AnswerRecord,
     BrokenTranscript,
     Content,
     PlanRecord,
@@ -64,6 +65,20 @@ def test_a_completed_round_verifies_and_says_what_it_spent() -> None:
     parsed = transcript.verify(records, GENESIS)
     assert [record.content for record in parsed] == COMPLETED
     assert all(record.round_id == ROUND for record in parsed)
+
+
+def test_a_query_ends_with_an_answer_and_nothing_else() -> None:
+    answered = [*COMPLETED[:-1], AnswerRecord(answer_sha256="4" * 64)]
+    assert [
+        r.content for r in transcript.verify(transcript.write(ROUND, answered, GENESIS), GENESIS)
+    ] == answered
+    for wrong in (
+        [*COMPLETED, AnswerRecord(answer_sha256="4" * 64)],
+        [*answered, AbortRecord(code="too-few")],
+        [PLAN, AnswerRecord(answer_sha256="4" * 64)],
+    ):
+        with pytest.raises(BrokenTranscript):
+            transcript.write(ROUND, wrong, GENESIS)
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 4])

@@ -1,9 +1,9 @@
-"""What a plan's task means on this device: with the manifest of the version, where one is trained."""
+"""What a plan's task comes to: with the manifest of the version, where one is trained."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, assert_never
+from typing import assert_never
 
 from models.manifest import ModelManifest
 from protocol.plan import QueryTask, Task, TrainTask
@@ -11,7 +11,7 @@ from protocol.plan import QueryTask, Task, TrainTask
 
 @dataclass(frozen=True)
 class Training:
-    """Train a version that this device knows.
+    """Train a version.
 
     Attributes:
         manifest: of the plan's base version.
@@ -56,10 +56,10 @@ def assignment_of(task: Task, manifest: ModelManifest | None) -> Assignment:
     assert_never(task)
 
 
-def described(task: Task) -> dict[str, Any]:
-    """What a task asks, for the log."""
+def described(task: Task) -> str:
+    """What a task asks, in a few words."""
     if isinstance(task, TrainTask):
-        return {"model": task.model, "base_version": task.base_version}
+        return f"{task.model} v{task.base_version}"
     if isinstance(task, QueryTask):
-        return {"query": task.question.kind, "field": task.field}
+        return f"{task.question.kind} of {task.field}"
     assert_never(task)

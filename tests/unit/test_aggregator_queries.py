@@ -1,0 +1,162 @@
+"""Queries through the whole aggregator, with simulated devices that answer them."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from aggregator.operations import OperationRefused, RoundView
+from aggregator.privacy.ledger import audit_ledger
+from aggregator.queries import QueryRequest
+from aggregator.records import Campaign
+from aggregator.rounds.answer import HistogramAnswer, NumberAnswer
+from protocol import transcript
+from protocol.dp.parameters import PrivacyMode
+from protocol.plan import HistogramQuestion, MeanQuestion, Question, SumQuestion
+from tests.aggregator_bench import Bench
+from tests.unit.test_aggregator_service import REQUEST
+
+VALUES = (12.0, 34.5, 21.25, 999.0, -7.0)
+TRUE_MEAN = (12.0 + 34.5 + 21.25 + 80.0 + 0.0) / 5
+
+
+def asked(question: Question, mode: PrivacyMode = PrivacyMode.NONE, **changes: object) -> QueryRequest:
+    return QueryRequest("battery", 0.0, 80.0, question, cohort=5, privacy=mode, **changes)  # type: ignore[arg-type]
+
+
+def bench(path: Path, values: Sequence[float | None] = VALUES) -> Bench:
+    table = Bench(path, devices=len(values))
+    for device, value in zip(table.devices.values(), values, strict=True):
+        device.values = {} if value is None else {"battery": value}
+    return table
+
+
+def run(table: Bench, request: QueryRequest) -> tuple[Campaign, RoundView]:
+    campaign = table.operator.start_query(request)
+    table.run_until(lambda: table.operator.campaign(campaign.campaign_id).status in ("finished", "failed"))
+    (view,) = table.operator.rounds(campaign.campaign_id)
+    return table.operator.campaign(campaign.campaign_id), view
+
+
+def number(view: RoundView) -> NumberAnswer:
+    assert view.record.status == "completed", (view.record.code, view.record.detail)
+    assert view.report.answer is not None
+    assert isinstance(view.report.answer.figures, NumberAnswer)
+    return view.report.answer.figures
+
+
+def test_a_query_is_a_round_without_a_model(tmp_path: Path) -> None:
+    table = bench(tmp_path)
+    before = table.operator.versions()
+    campaign, view = run(table, asked(MeanQuestion()))
+    assert campaign.model is None and view.record.model is None and view.record.version is None
+    assert number(view).estimate == pytest.approx(TRUE_MEAN, abs=1e-4)
+    assert number(view).low <= TRUE_MEAN <= number(view).high
+    assert view.report.answer is not None and view.report.answer.participants == 5
+    assert table.operator.versions() == before
+    assert all(device.ends[view.record.round_id].completed for device in table.devices.values())
+
+
+def test_sums_and_histograms(tmp_path: Path) -> None:
+    table = bench(tmp_path)
+    _, view = run(table, asked(SumQuestion()))
+    assert number(view).estimate == pytest.approx(5 * TRUE_MEAN, abs=1e-3)
+    _, view = run(table, asked(HistogramQuestion(bins=4)))
+    assert view.report.answer is not None
+    assert isinstance(view.report.answer.figures, HistogramAnswer)
+    assert view.report.answer.figures.counts == pytest.approx((2, 2, 0, 1), abs=1e-3)
+
+
+@pytest.mark.parametrize("mode", [PrivacyMode.DISTRIBUTED, PrivacyMode.CENTRAL, PrivacyMode.LOCAL])
+def test_the_ledger_and_the_transcript_tell_of_a_query(tmp_path: Path, mode: PrivacyMode) -> None:
+    table = bench(tmp_path)
+    _, view = run(table, asked(MeanQuestion(), mode, noise_multiplier=2.0))
+    figures = number(view)
+    # Six standard errors: by chance once in 500 million runs.
+    assert abs(figures.estimate - TRUE_MEAN) < 6 * figures.standard_error
+    assert figures.standard_error > 1
+    assert view.report.epsilon is not None and 1 < view.report.epsilon < 6
+    with table.repository.read() as reader:
+        audit = audit_ledger(reader, 1e-5)
+        (entry,) = reader.ledger()
+        records = transcript.verify(reader.transcript(view.record.round_id), transcript.GENESIS)
+    assert entry.model is None and not audit.differences
+    assert audit.queries.rounds == audit.population.rounds == 1 and not audit.models
+    content = records[-1].content
+    assert isinstance(content, transcript.AnswerRecord) and view.report.answer is not None
+    said = hashlib.sha256(view.report.answer.model_dump_json().encode()).hexdigest()
+    assert content.answer_sha256 == view.report.answer.digest == said
+
+
+def test_a_query_and_training_share_the_budget(tmp_path: Path) -> None:
+    table = bench(tmp_path)
+    run(table, asked(MeanQuestion(), PrivacyMode.DISTRIBUTED, noise_multiplier=2.0, epsilon_limit=3.0))
+    again = table.operator.start_query(
+        asked(MeanQuestion(), PrivacyMode.DISTRIBUTED, noise_multiplier=2.0, epsilon_limit=3.0)
+    )
+    table.run_until(lambda: table.operator.campaign(again.campaign_id).status == "failed")
+    assert "epsilon" in table.operator.campaign(again.campaign_id).note
+    assert not table.operator.rounds(again.campaign_id)
+
+
+def test_a_field_that_nobody_declares_aborts_before_any_key_is_shown(tmp_path: Path) -> None:
+    table = bench(tmp_path, [None] * 5)
+    _, view = run(table, asked(MeanQuestion()))
+    assert view.record.status == "aborted" and view.report.answer is None
+    assert "unknown-field" in view.record.detail
+    assert len(view.report.declined) == 5
+    with table.repository.read() as reader:
+        assert not reader.ledger()
+
+
+def test_devices_without_the_field_are_counted_and_never_answered_for(tmp_path: Path) -> None:
+    table = bench(tmp_path, [10.0, 20.0, 30.0, 40.0, None])
+    _, view = run(table, asked(MeanQuestion()))
+    assert number(view).estimate == pytest.approx(25.0, abs=1e-3)
+    assert view.report.answer is not None and view.report.answer.participants == 4
+    assert [why.partition(":")[0] for why in view.report.declined.values()] == ["unknown-field"]
+
+
+def test_a_query_survives_restarts(tmp_path: Path) -> None:
+    table = bench(tmp_path)
+    campaign = table.operator.start_query(asked(MeanQuestion()))
+    for number_ in itertools.count():
+        if table.operator.campaign(campaign.campaign_id).status == "finished":
+            break
+        table.step()
+        if number_ % 25 == 24:  # what is on its way is lost, and asked for again after two seconds
+            table.boot()
+    (view,) = table.operator.rounds(campaign.campaign_id)
+    assert number(view).estimate == pytest.approx(TRUE_MEAN, abs=1e-3)
+
+
+def test_queries_go_beside_the_training_of_a_model(tmp_path: Path) -> None:
+    table = bench(tmp_path)
+    training = table.start(REQUEST)
+    query = table.operator.start_query(asked(MeanQuestion()))
+    table.run_until(
+        lambda: {c.status for c in table.operator.campaigns()} == {"finished"},
+    )
+    assert table.operator.campaign(training.campaign_id).started == 1
+    (view,) = table.operator.rounds(query.campaign_id)
+    assert number(view).estimate == pytest.approx(TRUE_MEAN, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        asked(MeanQuestion(), minimum=6),
+        QueryRequest("battery", 80.0, 0.0, MeanQuestion()),
+        QueryRequest("battery", float("nan"), 80.0, MeanQuestion()),
+        asked(MeanQuestion(), PrivacyMode.DISTRIBUTED, noise_multiplier=1e9),
+    ],
+)
+def test_what_no_round_could_ask_is_refused_at_once(tmp_path: Path, request_: QueryRequest) -> None:
+    table = bench(tmp_path)
+    with pytest.raises(OperationRefused):
+        table.operator.start_query(request_)
+    assert not table.operator.campaigns()
