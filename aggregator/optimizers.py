@@ -41,6 +41,11 @@ class OptimizerState:
 class ServerOptimizer(Protocol):
     """An algorithm on the server's side of federated averaging; pure."""
 
+    @property
+    def learning_rate(self) -> float:
+        """eta, by which it scales its step."""
+        ...
+
     def init(self, parameters: Vector) -> OptimizerState:
         """Returns the state before the first round."""
         ...

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from json import dumps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import numpy as np
 import typer
@@ -22,11 +21,8 @@ from pydantic import TypeAdapter, ValidationError
 from models import inspection, template
 from models.examples import Examples, InvalidExamples
 from models.graph_file import InvalidGraph
-from models.manifest import InputSpec, InvalidManifest, LossName
+from models.manifest import InvalidManifest
 from protocol.fields import Slug
-
-if TYPE_CHECKING:
-    from models.architectures.architecture import Architecture
 
 REFUSED = 1
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -99,13 +95,14 @@ def export(
     """
     _need_tensorflow()
     with _readable_errors():
+        from models.architectures.source import load_architecture
         from models.export import ExportedModel
         from models.inference import PRECISIONS, convert, file_name, scaled_inputs
         from models.manifest import describe
         from models.network import Network
         from models.weights import encode_weights
 
-        architecture = _architecture(source)
+        architecture = load_architecture(source)
         model = architecture.build_seeded()
         exported = replace(architecture, build=lambda: model).export()
         if weights is not None:
@@ -189,58 +186,3 @@ def _need_tensorflow() -> None:
     if importlib.util.find_spec("tensorflow") is None:
         typer.echo("covey: this needs TensorFlow: pip install 'covey[models]' (Python 3.11)", err=True)
         raise typer.Exit(REFUSED)
-
-
-def _architecture(source: str) -> Architecture:
-    """The architecture that FILE.py:NAME or a bare name stands for."""
-    from models.architectures import ARCHITECTURES
-    from models.architectures.architecture import Architecture
-
-    file, colon, name = source.rpartition(":")
-    if not colon:
-        if source not in ARCHITECTURES:
-            raise Refused(
-                f"no model {source}: give FILE.py:NAME, or one of {', '.join(sorted(ARCHITECTURES))}"
-            )
-        return ARCHITECTURES[source]
-    module = _module(Path(file))
-    found = getattr(module, name, None)
-    if isinstance(found, Architecture):
-        return found
-    if not callable(found):
-        raise Refused(f"{file} has no Architecture and no function {name}")
-    model = found()
-    if isinstance(model, Architecture):
-        return model
-    outputs, shape = int(model.output_shape[-1]), tuple(model.input_shape[1:])
-    loss: LossName = getattr(module, "LOSS", "sparse_categorical_crossentropy")
-    count = 2 if loss == "binary_crossentropy" else outputs
-    plain = InputSpec(shape=shape, mean=(0.0,) * shape[-1], std=(1.0,) * shape[-1])
-    return Architecture(
-        name=Path(file).stem.lower().replace("_", "-"),
-        build=found,
-        labels=tuple(getattr(module, "LABELS", [f"class {index}" for index in range(count)])),
-        scaling=getattr(module, "SCALING", plain),
-        loss=loss,
-        target=getattr(module, "TARGET", None),
-        optimizer=getattr(module, "OPTIMIZER", "sgd"),
-        train_batch_size=getattr(module, "TRAIN_BATCH_SIZE", 32),
-        local_layers=tuple(getattr(module, "LOCAL_LAYERS", ())),
-    )
-
-
-def _module(path: Path) -> Any:
-    """Run a Python file of the caller's own, as a module."""
-    if not path.is_file():
-        raise Refused(f"there is no file {path}")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    if spec is None or spec.loader is None:
-        raise Refused(f"{path} is no Python file")
-    module = importlib.util.module_from_spec(spec)
-    # Its neighbours can be imported, as when Python runs it.
-    sys.path.insert(0, str(path.resolve().parent))
-    try:
-        spec.loader.exec_module(module)
-    finally:
-        sys.path.pop(0)
-    return module

@@ -71,13 +71,13 @@ class Examples:
 
     @classmethod
     def load(cls, path: Path) -> Self:
-        """Read what `save` wrote.
+        """Read what `save` wrote; a file without a name in it is called after the file.
 
         Raises:
             InvalidExamples: the file is no such file, or its content is not valid.
         """
         try:
             with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
-                return cls(str(file["name"]), file["x"], file["y"])
+                return cls(str(file["name"]) if "name" in file else path.stem, file["x"], file["y"])
         except (ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile) as error:
             raise InvalidExamples(f"{path.name} holds no examples: {error}") from error

@@ -55,10 +55,19 @@ class Plot:
 
 def accuracy_plot(result: DemoResult) -> Plot:
     """Accuracy on the held-out people after each round, with the two baselines as lines."""
+    baselines = {
+        role: (value, name)
+        for role, value, name in (
+            ("local", result.local_accuracy, "one device alone"),
+            ("central", result.central_accuracy, "all data pooled"),
+        )
+        if value is not None
+    }
     description = (
         f"Accuracy on held-out people over {result.rounds} rounds: federated from "
-        f"{result.accuracy_per_round[0]:.0%} to {result.accuracy_per_round[-1]:.0%}; one device alone "
-        f"{result.local_accuracy:.0%}; all data pooled {result.central_accuracy:.0%}."
+        f"{result.accuracy_per_round[0]:.0%} to {result.accuracy_per_round[-1]:.0%}"
+        + "".join(f"; {name} {value:.0%}" for value, name in baselines.values())
+        + "."
     )
 
     def draw(width: Width) -> Figure:
@@ -66,15 +75,9 @@ def accuracy_plot(result: DemoResult) -> Plot:
         # Labels stand right of the last round, so the lines need that room inside the axes.
         room = 0.2 if width == "wide" else 0.42
         rounds = range(result.rounds + 1)
-        ends = {
-            "local": (result.local_accuracy, "one device alone"),
-            "central": (result.central_accuracy, "all data pooled"),
-            "federated": (result.accuracy_per_round[-1], "federated"),
-        }
-        for role in ("local", "central"):
-            axes.hlines(
-                ends[role][0], 0, result.rounds, color=_COLOURS[role], linewidth=1.6, linestyle=(0, (5, 3))
-            )
+        ends = baselines | {"federated": (result.accuracy_per_round[-1], "federated")}
+        for role, (value, _) in baselines.items():
+            axes.hlines(value, 0, result.rounds, color=_COLOURS[role], linewidth=1.6, linestyle=(0, (5, 3)))
         axes.plot(
             rounds,
             result.accuracy_per_round,
@@ -84,10 +87,8 @@ def accuracy_plot(result: DemoResult) -> Plot:
             markersize=4 if result.rounds <= 40 else 0,
             solid_capstyle="round",
         )
-        low = min(*result.accuracy_per_round, result.local_accuracy)
-        axes.set_ylim(
-            max(0.0, low - 0.08), min(1.02, max(*result.accuracy_per_round, ends["central"][0]) + 0.08)
-        )
+        seen = (*result.accuracy_per_round, *(value for value, _ in baselines.values()))
+        axes.set_ylim(max(0.0, min(seen) - 0.08), min(1.02, max(seen) + 0.08))
         axes.set_xlim(-0.02 * result.rounds, result.rounds * (1 + room))
         positions = _spread(
             [value for value, _ in ends.values()], 0.065 * (axes.get_ylim()[1] - axes.get_ylim()[0])

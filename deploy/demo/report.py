@@ -1,4 +1,4 @@
-"""The report of a demo: one self-contained HTML page, the same figures as JSON, a table for the terminal."""
+"""The report of a demo or a simulation: one self-contained page, the same figures as JSON, and a table."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ _TRUST = {
     "none": "No noise was added: secure aggregation alone hides single updates, the model itself may tell.",
     "central": "Devices clip, the aggregator adds the noise to the unmasked sum: it is trusted to do so.",
     "distributed": "Every device adds its share of the noise before masking: no party ever holds a bare sum.",
+    "local": "Every device adds all of the noise to its own update: nobody has to be trusted.",
 }
+_WHO = {"watch": "people", "digits": "writing forms"}
+_ENGINES = {"local": "Covey's own training and encoding, in one process", "tff": "TensorFlow Federated"}
 
 
 def write_report(result: DemoResult, directory: Path) -> Path:
@@ -58,41 +61,60 @@ def render_page(result: DemoResult) -> str:
         trust=_TRUST[result.privacy],
         epsilon=format_epsilon(result.epsilon),
         slowest_phase=max(result.seconds_per_phase.values(), default=0.0) or 1.0,
-        who="people" if result.dataset == "watch" else "writing forms",
+        who=_who(result),
+        engine=_ENGINES[result.simulation.engine] if result.simulation else "",
     )
 
 
 def summary_table(result: DemoResult) -> Table:
-    """The main figures as a table for the terminal."""
-    who = "people" if result.dataset == "watch" else "writing forms"
-    table = Table(title=f"Covey demo: {result.devices} devices, {result.rounds} rounds", show_header=False)
+    """The main figures as a table for the terminal; those that a simulation does not have are left out."""
+    who, simulation = _who(result), result.simulation
+    name = "Covey demo" if simulation is None else "SIMULATED, no device took part"
+    table = Table(title=f"{name}: {result.devices} devices, {result.rounds} rounds", show_header=False)
     table.add_column(style="dim")
     table.add_column(justify="right")
-    table.add_row(
-        f"accuracy on held-out {who}: each device alone, mean", format_percent(result.local_accuracy)
-    )
-    table.add_row("federated", f"[bold green]{format_percent(result.federated_accuracy)}[/]")
-    table.add_row("all data pooled centrally", format_percent(result.central_accuracy))
-    table.add_row(
-        "answered right by the held-out devices themselves",
-        format_percent(result.device_predictions_right),
-        end_section=True,
-    )
+    federated = f"[bold green]{format_percent(result.federated_accuracy)}[/]"
+    if simulation is not None:
+        table.add_row("engine", _ENGINES[simulation.engine])
+        table.add_row(f"accuracy on held-out {who}", federated)
+        table.add_row("loss on them", f"{simulation.loss_per_round[-1]:.4f}", end_section=True)
+    if result.local_accuracy is not None:
+        table.add_row(
+            f"accuracy on held-out {who}: each device alone, mean", format_percent(result.local_accuracy)
+        )
+    if simulation is None:
+        table.add_row("federated", federated)
+    if result.central_accuracy is not None:
+        table.add_row("all data pooled centrally", format_percent(result.central_accuracy))
+    if result.device_predictions_right is not None:
+        table.add_row(
+            "answered right by the held-out devices themselves",
+            format_percent(result.device_predictions_right),
+            end_section=True,
+        )
     table.add_row(
         f"privacy ({result.privacy}), epsilon for each {result.privacy_unit}",
         f"{format_epsilon(result.epsilon)} at delta {format_delta(result.delta)}",
     )
-    table.add_row("dropouts survived", str(result.dropouts_survived), end_section=True)
-    table.add_row("sent by a device in a round", format_bytes(result.upload_bytes_per_round))
-    table.add_row("received by a device in a round", format_bytes(result.download_bytes_per_round))
-    table.add_row(
-        "peak memory of a device process", format_memory(result.device_peak_rss_bytes), end_section=True
-    )
+    if simulation is None:
+        table.add_row("dropouts survived", str(result.dropouts_survived), end_section=True)
+    about = "" if simulation is None else ", estimated"
+    table.add_row(f"sent by a device in a round{about}", format_bytes(result.upload_bytes_per_round))
+    table.add_row(f"received by a device in a round{about}", format_bytes(result.download_bytes_per_round))
+    if result.device_peak_rss_bytes is not None:
+        table.add_row(
+            "peak memory of a device process", format_memory(result.device_peak_rss_bytes), end_section=True
+        )
     for phase, seconds in result.seconds_per_phase.items():
         table.add_row(f"{phase}, mean of a round", format_seconds(seconds))
     table.add_row("all rounds", format_seconds(result.round_seconds))
     table.add_row("everything", format_seconds(result.wall_seconds))
     return table
+
+
+def _who(result: DemoResult) -> str:
+    """What the accuracy was measured on."""
+    return _WHO.get(result.dataset, "devices")
 
 
 def format_percent(share: float) -> str:

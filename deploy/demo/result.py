@@ -1,4 +1,4 @@
-"""What one demo measured: the contents of `result.json`, and all that the report shows."""
+"""What a demo or a simulation measured: the contents of `result.json`, and all that the report shows."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ Accuracy = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=0)]
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 PrivacyMode = Literal["none", "central", "distributed"]
+ReportedMode = Literal["none", "central", "distributed", "local"]
 Dataset = Literal["watch", "digits"]
 
 
@@ -24,9 +25,9 @@ class PersonAccuracy(_Record):
     person: str
     fold: Count
     examples: Count
-    local: Accuracy  # mean over the devices, each trained alone
+    local: Accuracy | None  # mean over the devices, each trained alone
     federated: Accuracy
-    central: Accuracy
+    central: Accuracy | None
 
 
 class ConfusionMatrix(_Record):
@@ -76,14 +77,26 @@ class ModelVersion(_Record):
     note: str = ""
 
 
+class Simulation(_Record):
+    """What stood in for a fleet. Where a result has one, no device took part, and bytes are estimates."""
+
+    engine: Literal["local", "tff"]
+    cohort: int = Field(ge=2)
+    # Mean over the held-out people, the model before the first round first.
+    loss_per_round: tuple[Annotated[float, Field(allow_inf_nan=False)], ...]
+    server_optimizer: str
+    refused_updates: Count
+
+
 class DemoResult(_Record):
-    """The figures of one demo.
+    """The figures of one demo, or of one simulation, which knows fewer.
 
     With several folds, accuracies are means over them, the traffic is a mean over all rounds and devices,
     and timeline and dropouts are those of the first fold.
     """
 
-    dataset: Dataset
+    dataset: str = Field(min_length=1, max_length=100)
+    simulation: Simulation | None = None
     devices: int = Field(ge=2)
     folds: int = Field(ge=1)
     rounds: int = Field(ge=1)
@@ -91,17 +104,18 @@ class DemoResult(_Record):
     broker: str
     runtime: str
 
-    local_accuracy: Accuracy
+    # None where nothing was trained to compare with.
+    local_accuracy: Accuracy | None
     federated_accuracy: Accuracy
-    central_accuracy: Accuracy
+    central_accuracy: Accuracy | None
     # The model before the first round comes first, so this is one longer than `rounds`.
     accuracy_per_round: tuple[Accuracy, ...]
     people: tuple[PersonAccuracy, ...] = Field(min_length=1)
     # What the held-out people's own devices answered, by `covey-edge predict` with the last version.
-    device_predictions_right: Accuracy
+    device_predictions_right: Accuracy | None
     confusion: ConfusionMatrix
 
-    privacy: PrivacyMode
+    privacy: ReportedMode
     # None where nothing is promised: JSON has no infinity.
     epsilon: float | None
     delta: float = Field(ge=0, lt=1)
@@ -116,7 +130,7 @@ class DemoResult(_Record):
 
     upload_bytes_per_round: Count
     download_bytes_per_round: Count
-    device_peak_rss_bytes: Count
+    device_peak_rss_bytes: Count | None
     wall_seconds: Seconds
     round_seconds: Seconds
 
@@ -133,6 +147,8 @@ class DemoResult(_Record):
     def _consistent(self) -> Self:
         if len(self.accuracy_per_round) != self.rounds + 1:
             raise ValueError(f"{self.rounds} rounds need {self.rounds + 1} accuracies")
+        if self.simulation is not None and len(self.simulation.loss_per_round) != self.rounds + 1:
+            raise ValueError(f"{self.rounds} rounds need {self.rounds + 1} losses")
         if self.privacy == "none" and self.epsilon is not None:
             raise ValueError("without noise there is no epsilon")
         if self.epsilon is not None and self.epsilon < 0:

@@ -1,0 +1,1 @@
+"""`covey simulate`: a campaign on simulated devices, before any real one spends its battery."""
