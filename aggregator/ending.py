@@ -194,6 +194,7 @@ class Finisher:
             metric_noise={} if outcome is None else outcome.released.metric_noise,
             traffic=traffic,
             misbehaved=misbehaved,
+            excluded=_excluded(work, running),
             declined=state.declined,
             answer=None if outcome is None else outcome.answer,
             epsilon=epsilon_of(events, delta),
@@ -220,6 +221,16 @@ class Finisher:
         end = RoundEnd(round_id=running.round_id, completed=outcome is not None, reason=code)
         for device_id in sorted(state.invited):
             work.send(device_id, end)
+
+
+def _excluded(work: Work, running: RunningRound) -> tuple[str, ...]:
+    """Keeps the devices that broke the rules out of later rounds, until an operator lets them in again."""
+    liars = sorted(running.state.liars)
+    for device_id in liars:
+        logger.warning("round %s: %s lied and is excluded", running.round_id[:8], device_id)
+        reason = f"its shares in round {running.round_id} contradict those of the others"
+        work.writer.set_exclusion(device_id, reason)
+    return tuple(liars)
 
 
 def _spent(running: RunningRound) -> DPEvent | None:

@@ -87,6 +87,12 @@ class RoundState:
         )
 
     @property
+    def liars(self) -> frozenset[str]:
+        """The devices that broke the rules for sure."""
+        ends = (part.secagg for part in self.subcohorts)
+        return frozenset().union(*(end.liars for end in ends if isinstance(end, Recovered | Failed)))
+
+    @property
     def declined(self) -> Mapping[str, str]:
         """Device id -> why it refused the plan or left the round, in its own words."""
         return {device_id: why for part in self.subcohorts for device_id, why in part.declined.items()}

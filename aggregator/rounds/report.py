@@ -82,7 +82,8 @@ class RoundReport(Schema):
         metrics: means over the survivors, by name, with the noise of the privacy mode.
         metric_noise: standard deviation of the noise in each metric; 0 where the mode adds none.
         misbehaved: devices whose shares did not fit the secret they belong to. Whoever dealt a wrong share
-            can frame its holder, so nobody is excluded for this automatically.
+            can frame its holder, so nobody is excluded for this alone.
+        excluded: devices that broke the rules for sure, and are not selected until an operator includes them.
         declined: device id -> why it refused the plan or left the round, in its own words.
         answer: of a query that has completed.
         epsilon: spent by the model's population so far, at `delta`; None without noise.
@@ -95,6 +96,7 @@ class RoundReport(Schema):
     metric_noise: Mapping[str, float] = Field(default_factory=dict)
     traffic: Mapping[str, Traffic] = Field(default_factory=dict)
     misbehaved: tuple[str, ...] = ()
+    excluded: tuple[str, ...] = ()
     declined: Mapping[str, str] = Field(default_factory=dict)
     answer: Answer | None = None
     epsilon: float | None = None

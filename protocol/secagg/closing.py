@@ -7,6 +7,7 @@ from collections.abc import Callable
 from protocol.errors import IllegalEvent
 from protocol.messages import RosterEntry
 from protocol.secagg import roster as rosters
+from protocol.secagg.blame import dealt_wrongly, liars
 from protocol.secagg.graph import all_neighbours
 from protocol.secagg.growing import GrowingMap
 from protocol.secagg.key_agreement import load_private, public_key
@@ -126,7 +127,7 @@ def _close_unmasking(state: Unmasking) -> ServerState:
         for owner, share in answer.items():
             shares[owner][holder + 1] = share
     masks: list[Mask] = []
-    wrong: set[int] = set()
+    wrong: dict[int, frozenset[int]] = {}
     try:
         for index in state.sharers:
             secret, bad = recover(shares[index], cohort.graph.threshold, _secret_check(state, index))
@@ -140,11 +141,14 @@ def _close_unmasking(state: Unmasking) -> ServerState:
                     for peer in cohort.neighbours[index]
                     if peer in state.survivors
                 )
-            wrong |= {holder - 1 for holder in bad}
+            wrong[index] = frozenset(holder - 1 for holder in bad)
     except UnrecoverableSecret as error:
-        # By its name, for an operator to exclude it: an owner that dealt garbage does so in every round.
-        return Failed(state.context, "unmasking-failed", f"{cohort.members[index].device_id}: {error}")
-    return Recovered(state.context, cohort, state.survivors, tuple(masks), frozenset(wrong))
+        device_id = cohort.members[index].device_id
+        blamed = frozenset({device_id} if dealt_wrongly(cohort.graph, shares, index) else ())
+        return Failed(state.context, "unmasking-failed", f"{device_id}: {error}", blamed)
+    named = frozenset(holder for holders in wrong.values() for holder in holders)
+    lied = frozenset(cohort.members[index].device_id for index in liars(cohort.graph, wrong))
+    return Recovered(state.context, cohort, state.survivors, tuple(masks), named, lied)
 
 
 def _secret_check(state: Unmasking, index: int) -> Callable[[bytes], bool]:

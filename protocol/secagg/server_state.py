@@ -170,7 +170,9 @@ class Recovered:
     Attributes:
         survivors: whose inputs are in the sum.
         masks: what to add to the sum of masked inputs to get the sum of inputs.
-        misbehaved: clients that sent shares which are not of the secret they belong to.
+        misbehaved: clients that sent shares which are not of the secret they belong to; whoever dealt them
+            may be to blame.
+        liars: device ids of clients that broke the rules for sure (`protocol.secagg.blame`).
     """
 
     context: ServerContext
@@ -178,15 +180,21 @@ class Recovered:
     survivors: frozenset[int]
     masks: tuple[Mask, ...]
     misbehaved: frozenset[int]
+    liars: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
 class Failed:
-    """The round ended without a sum, for a stated reason."""
+    """The round ended without a sum, for a stated reason.
+
+    Attributes:
+        liars: as in `Recovered`.
+    """
 
     context: ServerContext
     code: str
     detail: str
+    liars: frozenset[str] = frozenset()
 
 
 ServerState = Advertising | Sharing | Collecting | Checking | Unmasking | Recovered | Failed

@@ -215,6 +215,16 @@ def recover(
     raise failure
 
 
+def is_decodable(shares: Mapping[int, bytes], threshold: int) -> bool:
+    """Whether the shares lie on one polynomial but for those that can be located; no subsets are tried."""
+    valid = {x: int.from_bytes(share, "big") for x, share in shares.items() if _is_element(share)}
+    if len(valid) < threshold:
+        return False
+    holders, weighted = _weighted(valid)
+    syndromes = _syndromes(holders, weighted, threshold)
+    return not any(syndromes) or bool(_wrong_holders(holders, syndromes))
+
+
 def _candidates(valid: Mapping[int, int], wrong: frozenset[int], threshold: int) -> Iterator[dict[int, int]]:
     """Sets of exactly `threshold` shares: first one without those located as wrong, then any."""
     if wrong:

@@ -23,7 +23,7 @@ from aggregator.settings import CampaignRequest
 from aggregator.work import Work
 from models.weights import decode_weights
 from protocol import ring, topics, transcript
-from protocol.codec import decode_to_device, encode
+from protocol.codec import decode_from_device, decode_to_device, encode
 from protocol.dp.events import event_for
 from protocol.dp.mechanism import decode
 from protocol.dp.parameters import PrivacyMode
@@ -36,6 +36,7 @@ from protocol.messages import (
     ModelAnnouncement,
     Refusal,
     RoundEnd,
+    UnmaskingShares,
     UploadOffer,
     UploadReceipt,
 )
@@ -287,6 +288,37 @@ def test_excluded_devices_are_not_selected(bench: Bench) -> None:
     bench.operator.exclude("device-3", None)
     (view,) = bench.finish(bench.start(REQUEST))
     assert "device-3" in view.record.invited
+
+
+def test_a_device_that_lies_is_excluded_until_an_operator_lets_it_in_again(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, devices=10)
+    liar = bench.devices["device-3"]
+
+    def lie(message: Outgoing) -> list[Outgoing]:
+        topic, frame = message
+        if topic != topics.up(liar.device_id, "msg"):
+            return [message]
+        said, _ = decode_from_device(frame)
+        if not isinstance(said, UnmaskingShares):
+            return [message]
+        forged = tuple(item.model_copy(update={"share": bytes(33)}) for item in said.seed_shares)
+        return [(topic, encode(said.model_copy(update={"seed_shares": forged})))]
+
+    bench.filter = lie
+    (first,) = bench.finish(bench.start(request(cohort=10, minimum=7)))
+    check_completed(bench, first)
+    assert first.report.misbehaved == first.report.excluded == ("device-3",)
+    reason = next(d.excluded for d in bench.operator.devices() if d.device_id == "device-3")
+    assert reason is not None
+    assert first.record.round_id in reason
+    bench.filter = lambda message: [message]
+    (second,) = bench.finish(bench.start(request(cohort=10, minimum=7)))
+    assert "device-3" not in second.record.invited
+    bench.operator.exclude("device-3", None)
+    (third,) = bench.finish(bench.start(request(cohort=10, minimum=7)))
+    assert "device-3" in third.report.survivors
+    assert third.report.excluded == ()
+    bench.close()
 
 
 def test_campaigns_of_one_model_take_turns(bench: Bench) -> None:

@@ -221,3 +221,108 @@ def test_after_the_end_nothing_is_accepted_or_asked() -> None:
     with pytest.raises(IllegalEvent):
         server.handle(end, server.ClosePhase())
     assert NOW > 0
+
+
+# --- who is to blame
+
+
+def answered(cohort: Cohort, lies: dict[str, set[int]]) -> None:
+    """Everyone answers; some lie about the secrets of others."""
+    for device in sorted(cohort.alive):
+        answer = cohort.give(device, cohort.event_for(device))
+        assert isinstance(answer, UnmaskingShares)
+        forged = tuple(
+            PeerShare(peer=s.peer, share=b"\x00" + entropy(device, s.peer))
+            if s.peer in lies.get(device, set())
+            else s
+            for s in answer.seed_shares
+        )
+        cohort.receive(device, answer.model_copy(update={"seed_shares": forged}))
+    cohort.close()
+
+
+def test_a_client_that_contradicts_more_than_may_be_corrupt_lied() -> None:
+    cohort = unmasking(size=10)
+    answered(cohort, {"device-002": {0, 1, 3, 4}})
+    assert isinstance(cohort.server, Recovered)
+    assert cohort.server.liars == {"device-002"}
+
+
+def test_clients_that_may_be_corrupt_frame_nobody() -> None:
+    """Three of ten dealt the same holder wrong shares: it is named, and neither it nor they are excluded."""
+    cohort = unmasking(size=10)
+    answered(cohort, {"device-002": {0, 1, 3}})
+    assert isinstance(cohort.server, Recovered)
+    assert cohort.server.misbehaved == {2}
+    assert cohort.server.liars == set()
+
+
+def test_a_client_that_dealt_wrong_shares_to_many_lied() -> None:
+    cohort = unmasking(size=13)
+    # What holders get from it is garbage for four of them, which is what its wrong dealing looks like.
+    answered(cohort, {f"device-{i:03d}": {0} for i in (1, 2, 3, 4)})
+    assert isinstance(cohort.server, Recovered)
+    assert cohort.server.liars == set()  # four of thirteen may be corrupt
+    cohort = unmasking(size=13)
+    answered(cohort, {f"device-{i:03d}": {0} for i in (1, 2, 3, 4, 5)})
+    assert isinstance(cohort.server, Failed)
+    assert cohort.server.liars == {"device-000"}
+    assert cohort.server.detail.startswith("device-000: ")
+
+
+def test_a_liar_blames_nobody_when_no_share_is_to_spare() -> None:
+    """Just the threshold answers, and one of them lies: every secret is lost, and no owner is to blame."""
+    cohort = unmasking(size=10)
+    cohort.drop("device-007", "device-008", "device-009")
+    answered(cohort, {"device-001": {0}})
+    assert isinstance(cohort.server, Failed)
+    assert cohort.server.liars == set()
+
+
+def test_liars_that_spoil_every_secret_blame_no_owner() -> None:
+    cohort = unmasking(size=10)
+    everything = set(range(10))
+    answered(cohort, {f"device-{i:03d}": everything for i in (6, 7, 8, 9)})
+    assert isinstance(cohort.server, Failed)
+    assert cohort.server.liars == set()
+
+
+def test_wrong_key_shares_of_a_dropout_are_told_by_its_public_key() -> None:
+    cohort = unmasking(size=7, drop=frozenset({"device-006"}))
+    for device in sorted(cohort.alive):
+        answer = cohort.give(device, cohort.event_for(device))
+        assert isinstance(answer, UnmaskingShares)
+        if device == "device-002":
+            forged = tuple(item.model_copy(update={"share": bytes(33)}) for item in answer.key_shares)
+            answer = answer.model_copy(update={"key_shares": forged})
+        cohort.receive(device, answer)
+    cohort.close()
+    assert isinstance(cohort.server, Recovered)
+    assert cohort.server.misbehaved == {2}
+    assert (cohort.unmasked(cohort.server) == cohort.sum_of(cohort.names(cohort.server.survivors))).all()
+
+
+@pytest.mark.parametrize("phase", ["share", "check", "unmask"])
+def test_an_answer_after_its_phase_changes_nothing(phase: str) -> None:
+    """One client answers everything in time but one request, and that one after the others' phase is over."""
+    cohort, late = Cohort(5), "device-004"
+    answers: list[client.Answer] = []
+
+    def exchange(current: str) -> None:
+        if current == phase:
+            answers.append(cohort.give(late, cohort.event_for(late)))
+            cohort.drop(late)
+        cohort.exchange()
+
+    cohort.advertise()
+    exchange("share")
+    cohort.deliver()
+    cohort.upload()
+    exchange("check")
+    exchange("unmask")
+    assert isinstance(cohort.server, Recovered)
+    (answer,) = answers
+    assert answer is not None
+    unchanged(cohort, late, answer, IllegalEvent)  # type: ignore[arg-type]
+    assert (cohort.unmasked(cohort.server) == cohort.sum_of(cohort.names(cohort.server.survivors))).all()
+    assert (late in cohort.names(cohort.server.survivors)) == (phase != "share")
