@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import time
 import zlib
@@ -226,3 +227,14 @@ def test_a_damaged_message_parses_or_is_refused(message: object, data: st.DataOb
     for decode in (decode_from_device, decode_to_device):
         with contextlib.suppress(MalformedMessage):
             decode(bytes(frame))
+
+
+@pytest.mark.parametrize("length", [0, 32, 34, 81, 83])
+def test_a_share_of_a_wrong_length_is_no_message(length: int) -> None:
+    text = base64.urlsafe_b64encode(bytes(length)).decode()
+    shares = FROM_DEVICE[6].model_dump_json().replace(base64.urlsafe_b64encode(bytes(33)).decode(), text)
+    sealed = FROM_DEVICE[3].model_dump_json().replace(base64.urlsafe_b64encode(bytes(82)).decode(), text)
+    for header in (shares.encode(), sealed.encode()):
+        assert text in header.decode()
+        with pytest.raises(MalformedMessage, match="shares"):
+            decode_from_device(len(header).to_bytes(4, "little") + header)

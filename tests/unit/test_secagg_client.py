@@ -23,6 +23,7 @@ from protocol.messages import (
 from protocol.secagg import client, server
 from protocol.secagg import roster as rosters
 from protocol.secagg.client_state import Aborted, Ended, Masking, SetSigned, Unmasked, dump_state
+from protocol.secagg.parameters import GraphAssumptions
 from protocol.secagg.server_state import Advertising, Checking, Sharing, Unmasking
 from protocol.transfer import describe
 from tests.secagg_round import (
@@ -487,3 +488,19 @@ def test_server_and_clients_agree_on_the_phases() -> None:
     cohort.advertise()
     assert isinstance(cohort.server, Sharing)
     assert cohort.server.context.plan_hash == PLAN_HASH
+
+
+def test_a_graph_that_the_server_picks_is_refused() -> None:
+    """Real members with true paths to the root, and not those that the roster's hash makes neighbours."""
+    graph = GraphAssumptions(corrupt_fraction=0.05, adversary="semi-honest")
+    cohort = Cohort(70, reboot=False, graph=graph)
+    cohort.advertise()
+    roster = roster_for(cohort)
+    shown = {entry.index for entry in roster.entries}
+    assert isinstance(cohort.server, Sharing)
+    stranger = next(m.entry for m in cohort.server.cohort.members if m.entry.index not in shown)
+    own = cohort.server.cohort.index[VICTIM]
+    dropped = next(entry for entry in roster.entries if entry.index != own)
+    entries = tuple(stranger if entry is dropped else entry for entry in roster.entries)
+    picked = roster.model_copy(update={"entries": entries})
+    assert code(give_roster(cohort, picked)) == "wrong-graph"
