@@ -45,6 +45,14 @@ def privacy_plan(
     colluders: Annotated[int, typer.Option(help="Survivors that may reveal their noise.")] = 0,
     parameters: Annotated[int, typer.Option(help="Parameters of the model.")] = 50_000,
     noise: Annotated[NoiseDistribution, typer.Option(help="The integer noise.")] = NoiseDistribution.SKELLAM,
+    restart_every: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Central mode: noise of a tree over so many rounds (DP-FTRL); no device is in two of them.",
+            show_default="every round has noise of its own",
+        ),
+    ] = None,
     sampling: Annotated[
         float, typer.Option(help="Mode example: chance of an example to be in one step.")
     ] = 0.1,
@@ -67,9 +75,9 @@ def privacy_plan(
     if mode is PrivacyMode.EXAMPLE:
         from aggregator.privacy.example_forecast import ExampleIntention
 
-        if plot is not None or colluders:
+        if plot is not None or colluders or restart_every is not None:
             raise OperationRefused(
-                "mode example has no plot and no colluders: every device's noise is its own"
+                "mode example has no plot, colluders or noise tree: every device's noise is its own"
             )
         _plan_examples(
             ExampleIntention(
@@ -103,6 +111,7 @@ def privacy_plan(
             colluders=colluders,
             dimension=parameters,
             noise=noise,
+            restart_every=restart_every,
         )
     )
     content = plan_json(result)
@@ -251,6 +260,8 @@ def plan_json(result: Forecast) -> dict[str, object]:
         "gaussian_epsilon_total_if_poisson_sampled": gaussian(
             tight=False, sampling=intention.cohort / intention.population
         ),
+        "composition": "rounds" if intention.restart_every is None else "tree",
+        "restart_every": intention.restart_every,
         "tree": _tree(result, tree_noise_multiplier),
         "tff": asdict(tff_parameters(encoding)) if z else None,
     }
@@ -259,7 +270,7 @@ def plan_json(result: Forecast) -> dict[str, object]:
 def _tree(result: Forecast, noise_multiplier: Callable[..., float]) -> dict[str, object] | None:
     """What DP-FTRL would need for the same epsilon, were its tree restarted when everybody has had a turn."""
     intention = result.intention
-    if not 0 < result.epsilon_total < math.inf:
+    if not 0 < result.epsilon_total < math.inf or intention.restart_every is not None:
         return None
     epoch = max(1, intention.population // intention.cohort)
     figures = {"rounds": intention.rounds, "restart_every": epoch, "delta": intention.delta}
@@ -287,17 +298,19 @@ def _plan_lines(result: Forecast, content: dict[str, object]) -> list[str]:
     from aggregator.privacy.forecast import rounding_factor, wider_ring
 
     intention, encoding = result.intention, result.encoding
-    privacy = encoding.privacy
+    privacy, tree = encoding.privacy, encoding.privacy.tree
     wider = wider_ring(encoding)
     lines = [
         f"mode               {privacy.mode} ({privacy.noise}); unit of privacy: the device, zeroed out",
         f"noise multiplier   {privacy.noise_multiplier:g}",
         f"epsilon            {_epsilon(result.epsilon_per_round)} a round, {_epsilon(result.epsilon_total)} "
-        f"after {intention.rounds}, at delta {intention.delta:g}, for a device in every round",
+        f"after {intention.rounds}, at delta {intention.delta:g}, for a device in every round"
+        + ("" if tree is None else " that it may join: one of each tree"),
         f"                   {_epsilon(result.epsilon_participations)} for one in {result.participations}, "
         f"the average of a population of {intention.population}",
-        f"noise              norm {result.noise_norm:.4g} in the mean update, "
-        f"{result.noise_norm / privacy.clip_norm:.3g} times the clip norm {privacy.clip_norm:g}",
+        f"noise              norm {result.noise_norm:.4g} in the "
+        + ("mean update, " if tree is None else "sum of all mean updates since the last restart, at most, ")
+        + f"{result.noise_norm / privacy.clip_norm:.3g} times the clip norm {privacy.clip_norm:g}",
         f"ring               {encoding.bits} bits, scale {encoding.scale:.6g}, rounded norm "
         f"{math.sqrt(encoding.norm_bound_squared):.6g} ({rounding_factor(encoding):.4f} of the unrounded), "
         f"overflow below {encoding.overflow_probability:.2g} a round",
@@ -320,7 +333,13 @@ def _plan_lines(result: Forecast, content: dict[str, object]) -> list[str]:
             f"--bits {wider} it would be at most 1.05 times"
         )
     sampled = content["gaussian_epsilon_total_if_poisson_sampled"]
-    if isinstance(sampled, float):
+    if tree is not None:
+        lines.insert(
+            1,
+            f"noise tree         restarts every {tree.restart_every} rounds; a device is in one of "
+            f"them, and in at most {tree.height} noisy sums",
+        )
+    elif isinstance(sampled, float):
         lines.append(
             f"not claimed        epsilon {sampled:.4g} by amplification, if hidden coins chose every cohort"
         )

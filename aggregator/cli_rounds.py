@@ -75,6 +75,14 @@ def round_start(
         float | None,
         typer.Option(help="Start no round that would take the fleet beyond it.", show_default="no limit"),
     ] = None,
+    restart_every: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Central mode: noise of a tree over so many rounds (DP-FTRL); no device is in two of them.",
+            show_default="every round has noise of its own",
+        ),
+    ] = None,
     example_clip: Annotated[
         float | None, typer.Option(help="Mode example: L2 bound of one example's gradient.", show_default="1")
     ] = None,
@@ -144,6 +152,7 @@ def round_start(
         ),
         gather_seconds=gather,
         epsilon_limit=max_epsilon,
+        restart_every=restart_every,
         example_clip_norm=example_clip,
         sampling_probability=sampling,
         seed=seed,

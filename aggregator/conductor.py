@@ -11,12 +11,13 @@ from aggregator.ending import Finisher
 from aggregator.fleet.authority import Authority
 from aggregator.fleet.presence import Change, Presence
 from aggregator.lost_rounds import give_up
-from aggregator.records import Campaign, Round
+from aggregator.records import Campaign, NoiseTree, Round
 from aggregator.registry.publishing import manifest_of
 from aggregator.repository import Reader, Repository, RepositoryError
 from aggregator.rounds import machine
 from aggregator.rounds.clipping import adapted
 from aggregator.rounds.events import DeviceOffline, DeviceOnline, MessageReceived, Reconnected, Tick
+from aggregator.rounds.noise_tree import had_turn, placed
 from aggregator.rounds.planning import CampaignSettings, assign, make_plan
 from aggregator.rounds.report import RoundReport
 from aggregator.rounds.selection import ready, select
@@ -247,6 +248,7 @@ class Conductor:
             busy.add(campaign.model)
             if campaign.started >= campaign.rounds:
                 work.writer.update_campaign(campaign.campaign_id, "finished")
+                work.writer.fell_noise_tree(campaign.campaign_id)
                 self._patience.pop(campaign.campaign_id, None)
                 logger.info("campaign %s finished", campaign.campaign_id[:8])
                 continue
@@ -254,10 +256,14 @@ class Conductor:
                 self._serve(work, campaign)
             except (BudgetRefused, ProtocolError, LostBase, ValueError) as error:
                 work.writer.update_campaign(campaign.campaign_id, "failed", str(error)[:300])
+                work.writer.fell_noise_tree(campaign.campaign_id)
                 logger.error("campaign %s failed: %s", campaign.campaign_id[:8], error)
 
     def _serve(self, work: Work, campaign: Campaign) -> None:
-        settings = CampaignSettings.from_bytes(campaign.settings)
+        settings = placed(
+            CampaignSettings.from_bytes(campaign.settings), campaign.campaign_id, campaign.started + 1
+        )
+        tree = settings.privacy.tree
         engaged = {
             device_id
             for running in self._running.values()
@@ -265,6 +271,9 @@ class Conductor:
             if machine.expects(running.state, device_id)
         }
         online = self._presence.online() - engaged
+        if tree is not None and tree.leaf > 1:
+            earlier = work.writer.rounds(campaign_id=campaign.campaign_id, last=tree.leaf - 1)
+            online -= had_turn(tree, earlier)
         size, minimum = settings.cohort.size, settings.cohort.minimum * settings.cohort.split.count
         available: list[str] = []
         if len(online) >= minimum:
@@ -273,6 +282,8 @@ class Conductor:
         if len(available) < minimum:
             self._patience.pop(campaign.campaign_id, None)
             note = f"waiting for devices: {len(available) or len(online)} of at least {minimum} online"
+            if tree is not None and tree.leaf > 1:
+                note += f" that have had no turn in the last {tree.leaf - 1} rounds"
             if campaign.note != note:
                 work.writer.update_campaign(campaign.campaign_id, campaign.status, note)
             return
@@ -319,6 +330,10 @@ class Conductor:
             invited=select(available, settings.cohort.size, seed),
             started_at=work.at.unix,
         )
+        tree = settings.privacy.tree
+        known = work.writer.noise_tree(campaign.campaign_id)
+        if tree is not None and (known is None or known.tree != tree.tree):
+            work.writer.plant_noise_tree(NoiseTree(campaign.campaign_id, tree.tree, self._entropy()))
         self._running[round_id] = RunningRound.begin(work, record, assignment, self._trust)
         logger.info(
             "round %s (%d of %d) started: %s, %d devices",

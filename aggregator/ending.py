@@ -35,6 +35,10 @@ from protocol.secagg.server_state import Failed, Recovered
 logger = logging.getLogger(__name__)
 
 
+class LostTree(Exception):
+    """A round whose noise tree is another by now, so that its sum cannot be released."""
+
+
 @dataclass(frozen=True)
 class _Outcome:
     """What came of a round that completed: a version of its training, or the answer to its query."""
@@ -151,6 +155,14 @@ class Finisher:
         if not isinstance(part.secagg, Recovered):
             raise ValueError(f"sub-cohort {part.number} of round {running.round_id} has no sum")
         total = load_sum(work.writer, running.round_id, encoding, part.number)
+        if encoding.privacy.tree is not None:
+            tree = work.writer.noise_tree(running.record.campaign_id)
+            if tree is None or tree.tree != encoding.privacy.tree.tree:
+                raise LostTree(f"the key of the noise tree of round {running.round_id} is not there")
+            # In the transaction that ends the round: whatever is killed when, a leaf is released once, and a
+            # release that is repeated has the same noise.
+            work.writer.note_leaf_released(tree.campaign_id, encoding.privacy.tree.leaf)
+            return release(part.secagg, total, encoding, tree.key, self.unmask, after_leaf=tree.released)
         central = encoding.privacy.mode is PrivacyMode.CENTRAL
         noise_key = self.entropy() if central else None
         return release(part.secagg, total, encoding, noise_key, self.unmask)

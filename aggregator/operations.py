@@ -22,6 +22,7 @@ from aggregator.records import AuditEntry, Campaign, Device, DeviceFilter, Round
 from aggregator.registry.artefacts import ArtefactStore
 from aggregator.registry.publishing import manifest_of, publish
 from aggregator.repository import NotFound, Repository, Writer
+from aggregator.rounds.noise_tree import devices_needed
 from aggregator.rounds.planning import CampaignSettings, check_settings
 from aggregator.rounds.report import RoundReport
 from aggregator.settings import CampaignRequest, InvalidSettings
@@ -252,6 +253,12 @@ class Operator:
             check_settings(settings, base)
         except ValueError as error:
             raise OperationRefused(str(error)) from error
+        enrolled = sum(device.excluded is None for device in writer.devices())
+        if (needed := devices_needed(settings)) > enrolled:
+            raise OperationRefused(
+                f"no device is in two rounds of a noise tree: until it restarts, {needed} devices are needed "
+                f"and {enrolled} enrolled: use a smaller --restart-every or --cohort"
+            )
         campaign = Campaign(
             campaign_id=secrets.token_hex(16),
             model=None if base is None else base.name,

@@ -77,6 +77,22 @@ class Campaign:
 
 
 @dataclass(frozen=True)
+class NoiseTree:
+    """The noise of a campaign's present tree (`protocol.dp.tree`).
+
+    Attributes:
+        tree: its id, as in the plans.
+        key: 32 secret bytes; every node's noise follows from it.
+        released: the last leaf whose sum was released; 0 for none.
+    """
+
+    campaign_id: str
+    tree: str
+    key: bytes = field(repr=False)
+    released: int = 0
+
+
+@dataclass(frozen=True)
 class Round:
     """One round of a campaign.
 

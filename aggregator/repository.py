@@ -28,6 +28,7 @@ from aggregator.records import (
     DeviceFilter,
     LedgerEntry,
     LogEntry,
+    NoiseTree,
     Round,
     RoundEnding,
     RoundStatus,
@@ -137,6 +138,10 @@ class Reader(Protocol):
         Args:
             before: id of a round: only those that began before it.
         """
+        ...
+
+    def noise_tree(self, campaign_id: str) -> NoiseTree | None:
+        """The tree that a campaign's central noise is of at present."""
         ...
 
     # --- the round that is running
@@ -260,6 +265,22 @@ class Writer(Reader, Protocol):
             Conflict: the round id was used before, by any campaign.
             NotFound: no such campaign.
         """
+        ...
+
+    def plant_noise_tree(self, tree: NoiseTree) -> None:
+        """Keeps a campaign's new tree, and erases the key of the one before."""
+        ...
+
+    def note_leaf_released(self, campaign_id: str, leaf: int) -> None:
+        """Records which leaf's sum was released last.
+
+        Raises:
+            NotFound: the campaign has no tree that this leaf could follow in.
+        """
+        ...
+
+    def fell_noise_tree(self, campaign_id: str) -> None:
+        """Erases the key of a campaign's tree; nothing happens when there is none."""
         ...
 
     def append_log(self, round_id: str, entry: LogEntry) -> None:

@@ -24,6 +24,7 @@ from protocol.dp.parameters import (
     MetricSlot,
     PrivacyMode,
     PrivacyParameters,
+    TreeNoise,
 )
 from protocol.plan import SUBCOHORT_LIMIT, CohortParameters, Deadlines, TrainingParameters
 from protocol.ring import MAX_BITS
@@ -62,6 +63,8 @@ class CampaignRequest:
         gather_seconds: how long to wait for a full cohort when the minimum is there.
         epsilon_limit: no round starts that would take the fleet beyond it; not in mode example, which has no
             epsilon of a device: there every device has its own limit.
+        restart_every: central mode: the noise is that of a tree over so many rounds (DP-FTRL); None gives
+            every round noise of its own.
         example_clip_norm: mode example: L2 bound of one example's gradient; by default 1.
         sampling_probability: mode example: chance of an example to be in one step; by default 0.1.
         seed: draws the cohorts; random by default.
@@ -87,6 +90,7 @@ class CampaignRequest:
     deadlines: Deadlines = field(default_factory=Deadlines)
     gather_seconds: float = GATHER_SECONDS
     epsilon_limit: float | None = None
+    restart_every: int | None = None
     example_clip_norm: float | None = None
     sampling_probability: float | None = None
     seed: int | None = None
@@ -156,6 +160,7 @@ class CampaignRequest:
             else AdaptiveClipping(quantile=self.adaptive_quantile),
             metric_slots=slots,
             example=example,
+            tree=None if self.restart_every is None else TreeNoise(restart_every=self.restart_every),
         )
 
 

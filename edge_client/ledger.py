@@ -98,6 +98,10 @@ class History:
                 found[spent.event] += spent.count
         return found
 
+    def contributed_to(self, tree: str) -> bool:
+        """Whether any contribution was to a round of this noise tree."""
+        return any(spent.event.tree == tree for spent in self.days)
+
     def hiding_examples(self) -> int:
         """Contributions that hide the device's examples and not the device: mode `example`."""
         return sum(spent.count for spent in self.days if spent.event.unit == "example")

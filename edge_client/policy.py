@@ -132,6 +132,7 @@ def check(
         or _check_time(policy, plan, now)
         or _check_cohort(policy, plan)
         or _check_privacy(policy, plan)
+        or _check_tree(plan, history)
         or _check_effort(policy, plan, history, now)
     )
 
@@ -254,6 +255,18 @@ def _check_privacy(policy: DevicePolicy, plan: Plan) -> PolicyRefusal | None:
             f"the plan's clip norm is {privacy.clip_norm:g}, maximum_clip_norm is {limit:g}",
         )
     return None
+
+
+def _check_tree(plan: Plan, history: History) -> PolicyRefusal | None:
+    """A noise tree counts a device once: a second contribution before its restart would cost more."""
+    tree = plan.privacy.tree
+    if tree is None or not history.contributed_to(tree.tree):
+        return None
+    return PolicyRefusal(
+        "noise-tree",
+        f"this device has contributed to the noise tree {tree.tree[:8]}, which restarts every "
+        f"{tree.restart_every} rounds and counts a device once",
+    )
 
 
 def _check_effort(policy: DevicePolicy, plan: Plan, history: History, now: int) -> PolicyRefusal | None:

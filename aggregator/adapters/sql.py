@@ -31,6 +31,7 @@ from aggregator.adapters.sql_access import AccessReader, AccessWriter
 from aggregator.adapters.sql_claim import Claim
 from aggregator.adapters.sql_engine import MODE, Mode, contended, open_engine, reason
 from aggregator.adapters.sql_migration import check_schema
+from aggregator.adapters.sql_noise import NoiseReader, NoiseWriter
 from aggregator.records import (
     Campaign,
     CampaignStatus,
@@ -140,7 +141,7 @@ class SqlRepository:
             raise StorageUnavailable(reason(error)) from error
 
 
-class _Reader(AccessReader):
+class _Reader(AccessReader, NoiseReader):
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
 
@@ -286,7 +287,7 @@ class _Reader(AccessReader):
         return self._connection.scalars(query).one_or_none()
 
 
-class _Writer(_Reader, AccessWriter):
+class _Writer(_Reader, AccessWriter, NoiseWriter):
     def _insert(self, table: Table, **values: object) -> None:
         try:
             self._connection.execute(insert(table).values(**values))

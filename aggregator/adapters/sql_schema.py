@@ -21,7 +21,7 @@ from sqlalchemy import (
     UniqueConstraint,
 )
 
-REVISION = "0003"
+REVISION = "0004"
 """The newest migration: what a database must have to be used."""
 
 NAME = String(63).with_variant(String(63, collation="C"), "postgresql")
@@ -73,6 +73,15 @@ campaigns = Table(
     Column("status", String(16), nullable=False),
     Column("started", Integer, nullable=False),
     Column("note", Text, nullable=False),
+)
+
+noise_trees = Table(
+    "noise_trees",
+    metadata,
+    Column("campaign_id", ForeignKey("campaigns.campaign_id"), primary_key=True),
+    Column("tree", String(64), nullable=False),
+    Column("key", LargeBinary, nullable=False),
+    Column("released", Integer, nullable=False),
 )
 
 rounds = Table(

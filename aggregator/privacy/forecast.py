@@ -12,7 +12,7 @@ from aggregator.privacy.solving import solve_noise_multiplier
 from protocol.dp.accounting import spend
 from protocol.dp.errors import CohortTooSmall, InvalidParameters
 from protocol.dp.events import event_for
-from protocol.dp.parameters import NoiseDistribution, PrivacyMode, PrivacyParameters
+from protocol.dp.parameters import NoiseDistribution, PrivacyMode, PrivacyParameters, TreeNoise
 from protocol.dp.scaling import EncodingParameters, derive_encoding
 from protocol.ring import MAX_BITS, packed_size
 
@@ -33,6 +33,7 @@ class Intention:
         noise_multiplier: z; None when it is to be solved for.
         minimum_survivors: fewest updates in a sum; by default the smallest number above two thirds.
         dimension: parameters of the model.
+        restart_every: rounds of one noise tree in central mode; None for noise of each round's own.
     """
 
     population: int
@@ -48,6 +49,7 @@ class Intention:
     colluders: int = 0
     dimension: int = 50_000
     noise: NoiseDistribution = NoiseDistribution.SKELLAM
+    restart_every: int | None = None
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,9 @@ def forecast(intention: Intention) -> Forecast:
             bits=intention.bits,
             noise=intention.noise,
             colluders=intention.colluders,
+            tree=None
+            if intention.restart_every is None
+            else TreeNoise(restart_every=intention.restart_every),
         )
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
@@ -140,20 +145,21 @@ def forecast(intention: Intention) -> Forecast:
         rotation_seed=bytes(32),
     )
     participations = math.ceil(intention.rounds * intention.cohort / intention.population)
+    most = most_contributions(encoding, intention.rounds)
     return Forecast(
         intention,
         encoding,
-        epsilon_per_round=epsilon_after(encoding, 1),
-        epsilon_total=epsilon_after(encoding, intention.rounds),
+        epsilon_per_round=epsilon_of(encoding, 1),
+        epsilon_total=epsilon_of(encoding, most),
         participations=participations,
-        epsilon_participations=epsilon_after(encoding, participations),
+        epsilon_participations=epsilon_of(encoding, min(participations, most)),
         bytes_up=packed_size(encoding.length, encoding.bits),
         colluding=tuple(
-            _outcome(encoding, intention.rounds, survivors, colluders)
+            _outcome(encoding, most, survivors, colluders)
             for colluders in sorted({math.floor(fraction * survivors) for fraction in COLLUDING_FRACTIONS})
         ),
         dropping=tuple(
-            _outcome(encoding, intention.rounds, count, intention.colluders)
+            _outcome(encoding, most, count, intention.colluders)
             for count in sorted(
                 {intention.cohort, (intention.cohort + survivors) // 2, survivors}, reverse=True
             )
@@ -161,15 +167,22 @@ def forecast(intention: Intention) -> Forecast:
     )
 
 
-def epsilon_after(encoding: EncodingParameters, rounds: int) -> float:
-    """Epsilon of a device that was in `rounds` rounds at the fewest accepted survivors."""
-    return spend({event_for(encoding, encoding.minimum_survivors): rounds}, encoding.privacy.delta).epsilon
+def most_contributions(encoding: EncodingParameters, rounds: int) -> int:
+    """In how many of `rounds` rounds one device can be: in all, or in one of each noise tree."""
+    tree = encoding.privacy.tree
+    return rounds if tree is None else math.ceil(rounds / tree.restart_every)
+
+
+def epsilon_of(encoding: EncodingParameters, contributions: int) -> float:
+    """Epsilon of a device that was in so many rounds at the fewest accepted survivors."""
+    event = event_for(encoding, encoding.minimum_survivors)
+    return spend({event: contributions}, encoding.privacy.delta).epsilon
 
 
 def epsilon_curve(encoding: EncodingParameters, rounds: int) -> list[tuple[int, float]]:
     """Epsilon after 1, ..., `rounds` rounds at up to 60 points, for a plot."""
     points = sorted({max(1, round(rounds * (index / 60) ** 2)) for index in range(1, 61)})
-    return [(count, epsilon_after(encoding, count)) for count in points]
+    return [(count, epsilon_of(encoding, most_contributions(encoding, count))) for count in points]
 
 
 def rounding_factor(encoding: EncodingParameters) -> float:
@@ -195,7 +208,15 @@ def wider_ring(encoding: EncodingParameters) -> int | None:
 
 
 def noise_norm(encoding: EncodingParameters, survivors: int) -> float:
-    """Expected L2 norm of the noise in the mean update: sqrt(d) standard deviations of one coordinate."""
+    """Expected L2 norm of the noise in the mean update: sqrt(d) standard deviations of one coordinate.
+
+    With a noise tree it is that in the sum of all mean updates since the restart, where it is largest.
+    """
+    tree = encoding.privacy.tree
+    if tree is not None:
+        # The most binary digits that are 1, of any leaf of the tree.
+        sum_variance = ((tree.restart_every + 1).bit_length() - 1) * encoding.central_variance
+        return math.sqrt(encoding.dimension * sum_variance) / (encoding.scale * encoding.maximum_clients)
     variance = survivors * encoding.local_variance + encoding.central_variance
     return math.sqrt(encoding.dimension * variance) / (encoding.scale * survivors)
 
@@ -216,16 +237,21 @@ def _check(intention: Intention) -> int:
         survivors = max(2, min(cohort, 2 * cohort // 3 + 1))
     if not 2 <= survivors <= cohort:
         raise CohortTooSmall(f"a cohort of {cohort} cannot give the {survivors} updates that a sum needs")
+    if intention.restart_every is not None and intention.restart_every * cohort > population:
+        raise CohortTooSmall(
+            f"no device is in two rounds of a noise tree: {intention.restart_every} cohorts of {cohort} are "
+            f"{intention.restart_every * cohort} devices, and the population has {population}"
+        )
     if cohort > population:
         raise CohortTooSmall(f"a population of {population} cannot give a cohort of {cohort}")
     return survivors
 
 
-def _outcome(encoding: EncodingParameters, rounds: int, survivors: int, colluders: int) -> Outcome:
+def _outcome(encoding: EncodingParameters, contributions: int, survivors: int, colluders: int) -> Outcome:
     event = event_for(encoding, survivors).model_copy(update={"colluders": colluders})
     return Outcome(
         survivors,
         colluders,
-        spend({event: rounds}, encoding.privacy.delta).epsilon,
+        spend({event: contributions}, encoding.privacy.delta).epsilon,
         noise_norm(encoding, survivors),
     )

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 from aggregator.privacy.accountant import account
 from aggregator.privacy.budget import Budget
+from protocol.dp.accounting import spend
 from protocol.dp.errors import InvalidParameters, RingTooNarrow
 from protocol.dp.events import event_for
 from protocol.dp.parameters import PrivacyParameters
@@ -26,7 +29,7 @@ def solve_noise_multiplier(
     minimum_survivors: int,
     maximum_clients: int,
 ) -> PrivacyParameters:
-    """Finds the least noise that keeps `rounds` rounds within the budget, each device taking part in all.
+    """Finds the least noise that keeps `rounds` rounds within the budget for a device in all it may join.
 
     Args:
         privacy: everything but the noise multiplier, whose value is replaced.
@@ -51,7 +54,12 @@ def solve_noise_multiplier(
             maximum_clients=maximum_clients,
             rotation_seed=bytes(32),
         )
-        return changed, account([event_for(encoding, minimum_survivors)] * rounds, budget.delta).epsilon
+        event = event_for(encoding, minimum_survivors)
+        if changed.tree is not None:
+            return changed, spend(
+                {event: math.ceil(rounds / changed.tree.restart_every)}, budget.delta
+            ).epsilon
+        return changed, account([event] * rounds, budget.delta).epsilon
 
     def too_little(steps: int) -> bool:
         try:

@@ -74,6 +74,8 @@ def release(
     encoding: EncodingParameters,
     noise_key: bytes | None,
     unmask: Unmask = apply_masks,
+    *,
+    after_leaf: int = 0,
 ) -> Release:
     """Takes the masks off the sum, adds the central noise if the mode has one, and decodes.
 
@@ -83,19 +85,20 @@ def release(
         recovered: the masks that stand in the sum.
         total: sum of the masked inputs, uint32, shape (encoding.length,); it is overwritten.
         encoding: of the round.
-        noise_key: 32 fresh secret bytes in central mode, else None.
+        noise_key: 32 fresh secret bytes in central mode, or the key of its noise tree; else None.
         unmask: how the masks are taken off.
+        after_leaf: with a noise tree, its last leaf that was released.
     """
     unmask(total, recovered.masks)
     np.bitwise_and(total, np.uint32(ring.modulus_mask(encoding.bits)), out=total)
     survivors = len(recovered.survivors)
-    mean_update, metrics = decode(total, survivors, encoding, noise_key=noise_key)
+    mean_update, metrics = decode(total, survivors, encoding, noise_key=noise_key, after_leaf=after_leaf)
     total.fill(0)
     return Release(mean_update, metrics, metric_noise(encoding, survivors))
 
 
 def metric_noise(encoding: EncodingParameters, survivors: int) -> dict[str, float]:
-    """Standard deviation of the noise in the mean of each metric; a rotation does not change it."""
-    variance = survivors * encoding.local_variance + encoding.central_variance
+    """Standard deviation of the noise in the mean of each metric, at most; a rotation does not change it."""
+    variance = survivors * encoding.local_variance + encoding.central_draws * encoding.central_variance
     one = math.sqrt(variance) / (encoding.scale * survivors * encoding.privacy.clip_norm)
     return {slot.name: one * slot.bound / slot.share for slot in encoding.privacy.slots}

@@ -18,6 +18,7 @@ from aggregator.records import (
     DeviceFilter,
     LedgerEntry,
     LogEntry,
+    NoiseTree,
     Round,
     RoundEnding,
     Upload,
@@ -488,3 +489,25 @@ def test_a_query_has_no_model(repository: Repository) -> None:
         )
         assert reader.ledger() == (ledger,)
         assert reader.ledger("watch") == ()
+
+
+def test_a_campaign_has_one_noise_tree_that_moves_forward(running: Repository) -> None:
+    tree = NoiseTree(CAMPAIGN.campaign_id, "a" * 64, bytes(range(32)))
+    with running.write() as writer:
+        assert writer.noise_tree(tree.campaign_id) is None
+        writer.plant_noise_tree(tree)
+        writer.note_leaf_released(tree.campaign_id, 2)
+    with running.read() as reader:
+        assert reader.noise_tree(tree.campaign_id) == replace(tree, released=2)
+    for leaf in (1, 2):
+        with pytest.raises(NotFound), running.write() as writer:
+            writer.note_leaf_released(tree.campaign_id, leaf)
+    later = replace(tree, tree="b" * 64, key=bytes(32))
+    with running.write() as writer:
+        writer.plant_noise_tree(later)
+        assert writer.noise_tree(tree.campaign_id) == later
+        writer.fell_noise_tree(tree.campaign_id)
+        writer.fell_noise_tree(tree.campaign_id)
+        assert writer.noise_tree(tree.campaign_id) is None
+    with pytest.raises(NotFound), running.write() as writer:
+        writer.note_leaf_released(tree.campaign_id, 3)

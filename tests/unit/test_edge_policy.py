@@ -15,7 +15,7 @@ from edge_client.ledger import DAY, DaySpent, History, LedgerEntry
 from edge_client.main import enrol, initialise, set_policy
 from edge_client.policy import DevicePolicy, InvalidPolicy, Proposal, check, check_epsilon
 from protocol.dp.events import DPEvent, event_for
-from protocol.dp.parameters import MetricSlot, PrivacyMode, PrivacyParameters
+from protocol.dp.parameters import MetricSlot, PrivacyMode, PrivacyParameters, TreeNoise
 from protocol.dp.scaling import derive_encoding
 from protocol.identity import SignedDocument, key_id
 from protocol.messages import AdvertiseKeys, Invitation, Refusal
@@ -213,6 +213,27 @@ def test_contributions_without_noise_are_counted_apart() -> None:
     assert check_epsilon(DevicePolicy(), event(), history, NOW) is None
     assert history.without_noise() == 1
     assert history.days == (DaySpent(NOW // DAY, silent, 1), DaySpent(NOW // DAY, event(), 1))
+
+
+def test_a_device_is_in_one_round_of_a_noise_tree_whatever_the_aggregator_says() -> None:
+    """What a tree costs counts a device once; a second contribution is refused, until the tree restarts."""
+
+    def tree_plan(name: str, leaf: int) -> dict[str, Any]:
+        tree = TreeNoise(restart_every=8, tree=name * 32, leaf=leaf)
+        return {"privacy": CENTRAL.model_copy(update={"tree": tree})}
+
+    encoding = derive_encoding(
+        tree_plan("ab", 1)["privacy"],
+        dimension=100,
+        minimum_survivors=5,
+        maximum_clients=10,
+        rotation_seed=bytes(32),
+    )
+    contributed = History().with_contribution(NOW - 40 * DAY, event_for(encoding, 5))
+    assert refused(DevicePolicy(), **tree_plan("ab", 1)) == ("", "")
+    code, detail = refused(DevicePolicy(), contributed, **tree_plan("ab", 7))
+    assert code == "noise-tree" and "abababab" in detail and "every 8 rounds" in detail
+    assert refused(DevicePolicy(), contributed, **tree_plan("cd", 1)) == ("", "")
 
 
 NOISY = CENTRAL.model_copy(update={"mode": PrivacyMode.DISTRIBUTED})

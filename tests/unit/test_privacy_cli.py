@@ -16,6 +16,7 @@ pytest.importorskip("dp_accounting")
 from aggregator import cli
 from aggregator import main as covey
 from aggregator.privacy.forecast import Intention, forecast
+from aggregator.privacy.references import tree_noise_multiplier
 from protocol.dp.errors import CohortTooSmall, InvalidParameters, PrivacyError, RingTooNarrow
 from protocol.dp.parameters import PrivacyMode
 from tests.aggregator_bench import Bench
@@ -277,11 +278,38 @@ def test_mode_example_is_planned_for_one_example_and_never_for_the_device(run: A
         ("--epsilon 4 --delta 0", "delta"),
         ("--epsilon 1e-9", "no noise multiplier"),
         ("", "either an epsilon"),
-        ("--epsilon 4 --colluders 2", "no colluders"),
+        ("--epsilon 4 --colluders 2", "no plot, colluders"),
         ("--epsilon 4 --local-epochs 0", "at least one round and epoch"),
     ],
 )
 def test_figures_that_make_no_plan_in_mode_example(run: Any, arguments: str, told: str) -> None:
     common = "--population 50 --cohort 10 --rounds 20 --mode example"
+    code, out, err = run("plan", *common.split(), *arguments.split())
+    assert code == 1 and told in out + err
+
+
+def test_a_noise_tree_is_planned_with_restarts(run: Any) -> None:
+    """z as dp_accounting has it for twenty trees of 25 rounds, and the noise that is left in the model."""
+    arguments = (
+        "--population 5000 --cohort 200 --rounds 500 --epsilon 4 --delta 1e-6 --mode central --bits 24"
+    )
+    own, tree = plan(run, arguments), plan(run, f"{arguments} --restart-every 25")
+    assert own["composition"] == "rounds" and tree["composition"] == "tree" and tree["restart_every"] == 25
+    z = tree_noise_multiplier(epsilon=4.0, rounds=500, restart_every=25, delta=1e-6)
+    assert tree["noise_multiplier"] == pytest.approx(z, rel=5e-3)
+    assert own["tree"]["noise_multiplier"] == pytest.approx(z, rel=5e-3)
+    assert 3.99 < tree["epsilon_total"] <= 4
+    # In the sum of 25 updates, independent noise adds up to five times that of one.
+    assert tree["noise_norm"] < 0.2 * 5 * own["noise_norm"]
+    _, out, _ = run("plan", *arguments.split(), "--restart-every", 25)
+    assert "restarts every 25 rounds" in out and "not claimed" not in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [("--restart-every 26", "5200 devices"), ("--restart-every 5 --mode distributed", "mode central")],
+)
+def test_trees_that_cannot_be(run: Any, arguments: str, told: str) -> None:
+    common = "--population 5000 --cohort 200 --rounds 500 --epsilon 4 --mode central"
     code, out, err = run("plan", *common.split(), *arguments.split())
     assert code == 1 and told in out + err
