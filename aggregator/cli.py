@@ -162,6 +162,16 @@ def aggregator_init(
     insecure: Annotated[
         bool, typer.Option("--insecure", help="Allow an unencrypted broker on another machine.")
     ] = False,
+    objects: Annotated[
+        str | None,
+        typer.Option(
+            help="Where models go: s3://BUCKET/PREFIX. Keys come from where AWS tools look for them.",
+            show_default="the state directory",
+        ),
+    ] = None,
+    objects_endpoint: Annotated[
+        str | None, typer.Option(help="URL of that server.", show_default="Amazon's")
+    ] = None,
 ) -> None:
     """Makes the fleet's keys, its CA, the database and an empty registry.
 
@@ -172,7 +182,14 @@ def aggregator_init(
     Example: covey aggregator init --fleet orchard --broker mqtts://broker.local:8883
     """
     try:
-        covey.init(state, fleet=fleet, broker=broker, insecure=insecure)
+        covey.init(
+            state,
+            fleet=fleet,
+            broker=broker,
+            insecure=insecure,
+            objects=objects,
+            objects_endpoint=objects_endpoint,
+        )
     except ValueError as error:
         raise OperationRefused(str(error)) from error
     output.line(f"made the fleet {fleet} in {state}; keep a copy of {state}/keys in a safe place")

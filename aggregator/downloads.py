@@ -50,8 +50,9 @@ class Downloads:
             length = chunk_length(need.blob.size, index)
             try:
                 body = self._store.read_range(need.blob, index * CHUNK_BYTES, length)
-            except MissingArtefact as error:
-                logger.error("%s", error)
+            except (MissingArtefact, OSError) as error:
+                # Of downloads alone: rounds go on, and the device asks again.
+                logger.error("%s cannot have %s: %s", device_id, need.blob.sha256[:12], error)
                 return
             work.send(device_id, BlobChunk(blob=need.blob, index=index, crc32=zlib.crc32(body)), body)
 

@@ -20,7 +20,7 @@ from aggregator.access.roles import Role
 from aggregator.adapters import keyfiles, sql_migration
 from aggregator.adapters.cores import Cores
 from aggregator.adapters.mqtt import MqttTransport
-from aggregator.adapters.objects import DirectoryStore
+from aggregator.adapters.objects_s3 import check_address
 from aggregator.adapters.sql import SqlRepository
 from aggregator.adapters.sql_engine import url_of_file, without_password
 from aggregator.adapters.tls import TlsFiles
@@ -41,6 +41,7 @@ from aggregator.state import (
     StateDirectory,
     default_state,
     lock,
+    open_store,
     private_files,
 )
 from aggregator.web.listen import ListenAddress
@@ -80,7 +81,15 @@ _SLUG: TypeAdapter[str] = TypeAdapter(Slug)
 logger = logging.getLogger(__name__)
 
 
-def init(state: Path, *, fleet: str = "covey", broker: str = DEFAULT_BROKER, insecure: bool = False) -> None:
+def init(
+    state: Path,
+    *,
+    fleet: str = "covey",
+    broker: str = DEFAULT_BROKER,
+    insecure: bool = False,
+    objects: str | None = None,
+    objects_endpoint: str | None = None,
+) -> None:
     """Makes a state directory: keys, CA, database and registry, readable by their owner only.
 
     With COVEY_DATABASE_URL, the database is that one; the settings remember its URL without the password.
@@ -90,6 +99,8 @@ def init(state: Path, *, fleet: str = "covey", broker: str = DEFAULT_BROKER, ins
         fleet: name of the fleet.
         broker: address of the broker.
         insecure: allow an unencrypted broker on another machine.
+        objects: where artefacts go, such as `s3://bucket/prefix`; by default into the state directory.
+        objects_endpoint: URL of that server, unless it is Amazon's.
 
     Raises:
         FileExistsError: it holds an aggregator already; nothing was changed.
@@ -100,6 +111,8 @@ def init(state: Path, *, fleet: str = "covey", broker: str = DEFAULT_BROKER, ins
     except ValidationError as error:
         raise ValueError("a fleet's name has lower-case letters, digits and hyphens, at most 63") from error
     BrokerAddress.parse(broker, insecure=insecure)
+    if objects is not None:
+        check_address(objects)
     place = StateDirectory(state)
     if place.settings_file.exists() or place.keys.exists():
         raise FileExistsError(f"{state} holds an aggregator already")
@@ -110,11 +123,14 @@ def init(state: Path, *, fleet: str = "covey", broker: str = DEFAULT_BROKER, ins
     moment = SystemClock().moment()
     authority = Authority.create(fleet, now=int(moment.unix), serial=secrets.randbits(120) | 1)
     keyfiles.save(authority, place.keys)
+    settings = Settings(
+        fleet=fleet, broker=broker, database=remembered, objects=objects, objects_endpoint=objects_endpoint
+    )
     with private_files():
         url = database or url_of_file(place.database)
         sql_migration.migrate(url)
         with contextlib.closing(SqlRepository(url)) as repository:
-            operator = Operator(repository, DirectoryStore(place.registry), authority, SystemClock())
+            operator = Operator(repository, open_store(place, settings), authority, SystemClock())
             token, _ = operator.create_token(
                 role=Role.ADMIN,
                 label="first",
@@ -124,7 +140,6 @@ def init(state: Path, *, fleet: str = "covey", broker: str = DEFAULT_BROKER, ins
         (state / "admin-token").write_text(token + "\n")
         (state / "ca.pem").write_text(ssl.DER_cert_to_PEM_cert(authority.ca))
         # Last: a directory with settings is a complete one.
-        settings = Settings(fleet=fleet, broker=broker, database=remembered)
         content = settings.model_dump(mode="json", exclude_none=True)
         place.settings_file.write_text(json.dumps(content, indent=2) + "\n")
 
@@ -160,12 +175,13 @@ def _open_repository(place: StateDirectory) -> Iterator[SqlRepository]:
 
 
 def _operator(place: StateDirectory, repository: Repository) -> Operator:
+    settings = place.settings()
     return Operator(
         repository,
-        DirectoryStore(place.registry),
+        open_store(place, settings),
         keyfiles.load(place.keys),
         SystemClock(),
-        _publishers(place.settings()),
+        _publishers(settings),
     )
 
 
@@ -304,7 +320,7 @@ def run(
 
         def vitals() -> Vitals:
             age = operator.clock.moment().clock - service.turned
-            return Vitals(broker=service.connected, loop=age < LOOP_SECONDS)
+            return Vitals(broker=service.connected, loop=age < LOOP_SECONDS, trouble=service.trouble)
 
         stack.enter_context(
             serving(

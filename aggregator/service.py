@@ -20,7 +20,7 @@ from aggregator.fleet.authority import Authority
 from aggregator.fleet.presence import Change, Presence
 from aggregator.optimizers import FedAvg
 from aggregator.records import Campaign
-from aggregator.registry.artefacts import ArtefactStore
+from aggregator.registry.artefacts import ArtefactStore, StoreUnavailable
 from aggregator.repository import Repository, RepositoryError, StorageUnavailable, Superseded
 from aggregator.rounds.release import Unmask
 from aggregator.transport import Connected, Delivery, Disconnected, Inbound, Transport
@@ -36,6 +36,7 @@ logger = logging.getLogger(__name__)
 BATCH = 256
 TICK_SECONDS = 0.2
 PAUSE_SECONDS = 1.0
+STORE_PAUSE_SECONDS = 5.0
 
 
 def _entropy() -> bytes:
@@ -43,7 +44,11 @@ def _entropy() -> bytes:
 
 
 class Service:
-    """One aggregator: repository, artefacts and keys on one side, the broker on the other."""
+    """One aggregator: repository, artefacts and keys on one side, the broker on the other.
+
+    Attributes:
+        trouble: why it cannot do all of its work at the moment; empty when it can. Other threads may read it.
+    """
 
     def __init__(
         self,
@@ -61,6 +66,7 @@ class Service:
             entropy: returns 32 fresh random bytes.
             unmask: takes masks off a sum.
         """
+        self.trouble = ""
         self._repository = repository
         self._transport = transport
         self._clock = clock
@@ -74,6 +80,7 @@ class Service:
         self._announced: dict[str, int] = {}
         self._polled = -TICK_SECONDS
         self._turned = float("-inf")
+        self._store_again = 0.0
 
     @property
     def connected(self) -> bool:
@@ -98,10 +105,12 @@ class Service:
                 raise
             except (RepositoryError, OSError) as error:
                 logger.error("storage fails, trying again: %s", error)
+                self.trouble = str(error)
                 self._recover(stop)
             except Exception:
                 # Rounds must outlive a defect: what is durable is right, so it is loaded and tried again.
                 logger.exception("the service stumbled, trying again")
+                self.trouble = "a defect: see the log"
                 self._recover(stop)
 
     def _recover(self, stop: threading.Event) -> None:
@@ -243,11 +252,19 @@ class Service:
             self._conductor.serve_campaigns(work, campaigns)
 
     def _end_rounds(self, at: Moment) -> None:
+        if at.clock < self._store_again:
+            return
         for round_id in self._conductor.over():
             work = Work(self._repository, at)
             try:
                 with work:
                     self._conductor.finish(work, round_id)
+            except StoreUnavailable as error:
+                # Of this round alone, which waits: nothing of it is lost, and the others go on.
+                logger.error("round %s waits for the artefact store: %s", round_id[:8], error)
+                self.trouble = str(error)
+                self._store_again = at.clock + STORE_PAUSE_SECONDS
+                return
             except (StorageUnavailable, Superseded, OSError):
                 self._loaded = False
                 raise
@@ -259,6 +276,7 @@ class Service:
             with self._repository.read() as reader:
                 self._conductor.forget(reader, round_id)
             self._flush(work)
+        self.trouble = ""
 
 
 def _channel(message: FromDevice) -> topics.UpChannel:

@@ -3,7 +3,7 @@
 STATE/aggregator.json    name of the fleet, addresses of the broker and of the database
 STATE/keys/              the fleet's CA and the operator's key
 STATE/aggregator.db      the repository, unless it is in PostgreSQL
-STATE/registry/          artefacts and signed manifests
+STATE/registry/          artefacts and signed manifests; copies of them, when they are in an object store
 STATE/aggregator.lock    held by the service while it runs
 STATE/api/               certificate of the API, and how to reach it while it runs
 STATE/ca.pem             the fleet's CA, for who connects to the API from elsewhere
@@ -23,7 +23,10 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from aggregator.adapters.objects import DirectoryStore
+from aggregator.adapters.objects_s3 import S3Store
 from aggregator.adapters.sql_engine import parse_url, url_of_file
+from aggregator.registry.artefacts import ArtefactStore
 from aggregator.web.listen import DEFAULT_LISTEN
 from aggregator.web.oidc_settings import OidcSettings
 
@@ -44,6 +47,8 @@ class Settings(BaseModel):
 
     Attributes:
         database: URL of a PostgreSQL database; None for SQLite in the state directory.
+        objects: address of an object store, such as `s3://bucket/prefix`; None for the registry directory.
+        objects_endpoint: URL of its server; Amazon's when None.
         listen: where the API is; see `aggregator.web.listen.ListenAddress`.
         names: host names and addresses that its certificate is to hold.
         api_certificate: PEM of a certificate from elsewhere, as browsers want; the CA's by default.
@@ -57,6 +62,8 @@ class Settings(BaseModel):
     fleet: str
     broker: str = DEFAULT_BROKER
     database: str | None = None
+    objects: str | None = None
+    objects_endpoint: str | None = None
     tls_ca: Path | None = None
     tls_certificate: Path | None = None
     tls_key: Path | None = None
@@ -107,7 +114,7 @@ class StateDirectory:
 
     @property
     def registry(self) -> Path:
-        """Artefacts and signed manifests."""
+        """Artefacts and signed manifests, or copies of them."""
         return self.path / "registry"
 
     @property
@@ -132,6 +139,20 @@ class StateDirectory:
             raise NotInitialised(f"{self.path} holds no aggregator: run `covey aggregator init`") from error
         except (OSError, ValidationError) as error:
             raise NotInitialised(f"{self.settings_file} cannot be used: {error}") from error
+
+
+def open_store(place: StateDirectory, settings: Settings) -> ArtefactStore:
+    """Opens the artefact store that `settings` name.
+
+    Raises:
+        NotInitialised, StoreUnavailable: it says what to do.
+    """
+    if settings.objects is None:
+        return DirectoryStore(place.registry)
+    try:
+        return S3Store(settings.objects, place.registry, endpoint=settings.objects_endpoint)
+    except ValueError as error:
+        raise NotInitialised(f"{place.settings_file}: {error}") from error
 
 
 def default_state() -> Path:

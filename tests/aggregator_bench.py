@@ -13,6 +13,7 @@ from aggregator.clock import Moment
 from aggregator.fleet.authority import Authority
 from aggregator.operations import Operator, RoundView
 from aggregator.records import Campaign
+from aggregator.registry.artefacts import ArtefactStore
 from aggregator.service import Service
 from aggregator.settings import CampaignRequest
 from aggregator.transport import Connected, Delivery, Disconnected, Inbound
@@ -77,12 +78,14 @@ class Bench:
         bench.run_until(lambda: bench.status(campaign) == "finished")
     """
 
-    def __init__(self, path: Path, *, devices: int = 5, parameters: int = 1000) -> None:
+    def __init__(
+        self, path: Path, *, devices: int = 5, parameters: int = 1000, store: ArtefactStore | None = None
+    ) -> None:
         self.path = path
         self.clock = ManualClock()
         self.authority = Authority.create("orchard", now=int(START), serial=1)
         self.repository = sqlite_repository(path / "aggregator.db")
-        self.store = DirectoryStore(path / "registry")
+        self.store = store or DirectoryStore(path / "registry")
         self.operator = Operator(self.repository, self.store, self.authority, self.clock)
         self.parameters = parameters
         self.operator.publish(*model_files(parameters))

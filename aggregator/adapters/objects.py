@@ -53,14 +53,24 @@ class DirectoryStore:
                     raise MissingArtefact(f"the artefact {blob.sha256[:12]} has another size here")
                 file.seek(start)
                 return file.read(length)
-        except OSError as error:
-            raise MissingArtefact(f"the artefact {blob.sha256[:12]} cannot be read") from error
+        except FileNotFoundError as error:
+            raise MissingArtefact(f"the artefact {blob.sha256[:12]} is not there") from error
 
     def put_manifest(self, manifest: ModelManifest, document: SignedDocument) -> None:
         """Stores the signed manifest of a version durably."""
         directory = self._models / manifest.name
         directory.mkdir(mode=0o700, exist_ok=True)
         _write_durably(directory / f"{manifest.version}.json", document.model_dump_json().encode())
+
+    def shrink(self, limit: int) -> None:
+        """Removes the oldest artefacts until at most `limit` bytes are left: for a store of copies."""
+        files = sorted((path.stat().st_mtime_ns, path) for path in self._blobs.iterdir())
+        total = sum(path.stat().st_size for _, path in files)
+        for _, path in files[:-1]:  # the newest is in use, however large
+            if total <= limit:
+                break
+            total -= path.stat().st_size
+            path.unlink()
 
     def _path(self, blob: BlobRef) -> Path:
         # Safe as a file name: the schema of BlobRef lets only a hexadecimal digest through.

@@ -169,4 +169,5 @@ def reason(error: SQLAlchemyError) -> str:
         return f"database: {type(error).__name__}"
     # PostgreSQL quotes whole rows in the details below its message.
     primary = getattr(getattr(error.orig, "diag", None), "message_primary", None)
-    return f"database: {primary or error.orig}".strip().replace("\n", " ")
+    # A failed connection has no message of the server's; what is before "failed" is the server's address.
+    return f"database: {primary or str(error.orig).rpartition(' failed: ')[2].partition(chr(10))[0]}"

@@ -13,8 +13,16 @@ class MissingArtefact(Exception):
     """The registry does not hold this artefact, or holds something else in its place."""
 
 
+class StoreUnavailable(OSError):
+    """The store cannot be reached or used now; the message says why. The same request may succeed later."""
+
+
 class ArtefactStore(Protocol):
-    """Where artefacts lie; a directory here, an object store later."""
+    """Where artefacts lie: a directory of this machine, or an object store.
+
+    Every method raises StoreUnavailable, or another OSError, when the store cannot be used at the moment:
+    whoever asked asks again later, and nothing is given up for it.
+    """
 
     def put(self, data: bytes) -> BlobRef:
         """Stores an artefact durably; storing it again changes nothing."""

@@ -24,10 +24,12 @@ class Vitals:
     Attributes:
         broker: it is connected.
         loop: its main loop turns.
+        trouble: why it cannot do all of its work, such as a full disk; empty when it can.
     """
 
     broker: bool
     loop: bool
+    trouble: str = ""
 
 
 @dataclass(frozen=True)

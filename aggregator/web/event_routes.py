@@ -56,9 +56,12 @@ def show_health(request: Request) -> schemas.Health:
 
 @anybody.get("/ready", name="show-readiness", responses={503: {"model": schemas.Health}})
 def show_readiness(request: Request, response: Response) -> schemas.Health:
-    """Whether the service can work: storage answers, the broker is connected, the main loop turns."""
+    """Whether the service can work: storage answers, the broker is connected, the main loop turns.
+
+    `trouble` says why it cannot: the disk is full or read-only, the database or the object store is away.
+    """
     health = _health(request, "ready")
-    if health.storage and health.broker and health.loop:
+    if health.storage and health.broker and health.loop and not health.trouble:
         return health
     response.status_code = 503
     return health.model_copy(update={"status": "not-ready"})
@@ -79,5 +82,6 @@ def _health(request: Request, status: str) -> schemas.Health:
             "storage": storage,
             "broker": vitals is not None and vitals.broker,
             "loop": vitals is not None and vitals.loop,
+            "trouble": "" if vitals is None else vitals.trouble,
         }
     )

@@ -329,3 +329,4 @@ class Health(ApiModel):
     storage: bool
     broker: bool
     loop: bool
+    trouble: str = ""
