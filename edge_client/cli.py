@@ -102,15 +102,15 @@ def _add_personalise(commands: Any) -> None:
         commands,
         "personalise",
         "fine-tune the last good version on this device's own data, and keep it if it is better",
-        "covey-edge personalise --state /var/lib/covey --data /srv/recordings --epochs 5",
+        "covey-edge personalise --state /var/lib/covey --data /srv/recordings --epochs 20",
     )
     personalise.add_argument(
         "--data", type=Path, required=True, metavar="DIR", help="NPZ files in the order of time, as for run"
     )
     personalise.add_argument("--model", help="which model, when this device has several")
-    personalise.add_argument("--epochs", type=int, default=5, help="passes (default: %(default)s)")
+    personalise.add_argument("--epochs", type=int, default=20, help="passes (default: %(default)s)")
     personalise.add_argument(
-        "--learning-rate", type=float, default=0.05, help="of the model's optimizer (default: %(default)s)"
+        "--learning-rate", type=float, default=0.1, help="of the model's optimizer (default: %(default)s)"
     )
     personalise.add_argument(
         "--gap",

@@ -63,7 +63,7 @@ class DevicePolicy(BaseModel):
     personal_epochs: Annotated[int, Field(ge=0, le=1000)] = 0
     """Epochs of fine-tuning every new version on this device's own data while no round runs; 0 for never. It
     is what `covey-edge personalise` does, and nothing of it is sent."""
-    personal_learning_rate: Annotated[float, Field(gt=0, le=100)] = 0.05
+    personal_learning_rate: Annotated[float, Field(gt=0, le=100)] = 0.1
 
     @field_validator("privacy_modes", "allowed_signers", mode="before")
     @classmethod
