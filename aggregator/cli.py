@@ -23,6 +23,7 @@ from aggregator.cli_access import login, logout, token_app, whoami
 from aggregator.cli_fleet import device_app, model_app
 from aggregator.cli_options import State
 from aggregator.cli_privacy import privacy_app
+from aggregator.cli_queries import query_app
 from aggregator.cli_rounds import rounds_app
 from aggregator.cli_secagg import secagg_app
 from aggregator.client import ApiError, Unreachable
@@ -83,6 +84,7 @@ app.add_typer(aggregator_app, name="aggregator")
 app.add_typer(device_app, name="device")
 app.add_typer(model_app, name="model")
 app.add_typer(rounds_app, name="round")
+app.add_typer(query_app, name="query")
 model_cli.register(model_app)
 app.add_typer(privacy_app, name="privacy")
 app.add_typer(secagg_app, name="secagg")

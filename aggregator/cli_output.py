@@ -17,6 +17,7 @@ from rich.table import Table
 
 from aggregator.rounds.report import RoundReport
 from aggregator.web.schemas import AuditEntry, Campaign, Device, Round, Token, Version
+from models.assignment import described
 
 _console = Console(highlight=False)
 _errors = Console(stderr=True, highlight=False)
@@ -119,7 +120,7 @@ def campaigns(items: Sequence[Campaign], *, json: bool) -> None:
         dump(items)
         return
     for c in items:
-        progress = f"{c.started} of {c.rounds} rounds of {c.model} begun"
+        progress = f"{c.started} of {c.rounds} rounds of {_asked(c)} begun"
         line(f"campaign {c.campaign}: {c.status}, {progress}{f' ({c.note})' if c.note else ''}")
 
 
@@ -137,7 +138,7 @@ def status(items: Sequence[Campaign], rounds: Sequence[Round], *, json: bool) ->
         _console.print(rounds_table(rounds))
         for each in rounds:
             if each.status == "aborted":
-                line(f"{each.model} {each.number} aborted: {each.detail}")
+                line(f"{each.model or 'query'} {each.number} aborted: {each.detail}")
 
 
 def rounds_table(rounds: Sequence[Round]) -> Table:
@@ -157,12 +158,12 @@ def rounds_table(rounds: Sequence[Round]) -> Table:
         phase = report.phases[-1] if report.phases else None
         outcome = {
             "running": "selected" if phase is None else f"{phase.phase} {phase.answered}/{phase.expected}",
-            "completed": f"[green]version {r.version}[/green]{_lost_parts(report)}",
+            "completed": f"[green]{_result(r)}[/green]{_lost_parts(report)}",
             "aborted": f"[red]{escape(r.code)}[/red]",
         }[r.status]
         table.add_row(
-            f"{r.model} {r.number}",
-            str(r.base_version),
+            f"{r.model or 'query'} {r.number}",
+            "" if r.base_version is None else str(r.base_version),
             outcome,
             " ".join(answers),
             _metric(report, "loss_after"),
@@ -171,6 +172,16 @@ def rounds_table(rounds: Sequence[Round]) -> Table:
             "" if r.ended_at is None else f"{r.ended_at - r.started_at:.1f}",
         )
     return table
+
+
+def _asked(campaign: Campaign) -> str:
+    if campaign.model is not None:
+        return campaign.model
+    return "a query" if campaign.query is None else described(campaign.query)
+
+
+def _result(r: Round) -> str:
+    return "an answer" if r.version is None else f"version {r.version}"
 
 
 def _lost_parts(report: RoundReport) -> str:
@@ -218,7 +229,7 @@ class Watcher:
         elif self._live is not None:
             table = rounds_table(rounds)
             table.title = (
-                f"{campaign.model}: {campaign.started} of {campaign.rounds} rounds, {campaign.status}"
+                f"{_asked(campaign)}: {campaign.started} of {campaign.rounds} rounds, {campaign.status}"
             )
             table.caption = campaign.note or None
             self._live.update(table)
@@ -239,7 +250,7 @@ class Watcher:
             phase = r.report.phases[-1].phase if r.report.phases else "selected"
             what = {
                 "running": phase,
-                "completed": f"completed with version {r.version}",
+                "completed": f"completed with {_result(r)}",
                 "aborted": f"aborted: {r.code}: {r.detail}",
             }[r.status]
             if self._lines.get(r.round) != what:

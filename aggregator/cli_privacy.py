@@ -155,7 +155,8 @@ def privacy_ledger(
         output.dump(ledger)
     else:
         output.line("what was released, for a device that was in every round; unit of privacy: the device")
-        for name, spent in (("all models", ledger.population), *ledger.models.items()):
+        queries = (("queries", ledger.queries),) if ledger.queries.releases else ()
+        for name, spent in (("everything", ledger.population), *ledger.models.items(), *queries):
             epsilon = _epsilon(math.inf if spent.epsilon is None else spent.epsilon)
             output.line(f"{name:16}  {spent.releases:4} releases  epsilon {epsilon}, delta {delta:g}")
         if ledger.matches:

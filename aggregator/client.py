@@ -24,6 +24,7 @@ from urllib.parse import quote
 import httpx
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
+from aggregator.queries import QueryRequest
 from aggregator.settings import CampaignRequest
 from aggregator.web import schemas
 from aggregator.web.schemas import PREFIX
@@ -32,6 +33,7 @@ from protocol.identity import SignedDocument
 
 TIMEOUT_SECONDS = 60.0
 _REQUEST: TypeAdapter[CampaignRequest] = TypeAdapter(CampaignRequest)
+_QUERY: TypeAdapter[QueryRequest] = TypeAdapter(QueryRequest)
 M = TypeVar("M", bound=BaseModel)
 
 
@@ -227,6 +229,11 @@ class Client:
         """Asks for rounds."""
         body = _REQUEST.dump_python(request, mode="json")
         return self._send("POST", "/campaigns", schemas.Campaign, json=body)
+
+    def start_query(self, request: QueryRequest) -> schemas.Campaign:
+        """Asks a query; the report of its round will have the answer."""
+        body = _QUERY.dump_python(request, mode="json")
+        return self._send("POST", "/queries", schemas.Campaign, json=body)
 
     def campaign(self, campaign_id: str) -> schemas.Campaign:
         """One campaign."""

@@ -147,7 +147,9 @@ class Finisher:
         if isinstance(assignment, Answering):
             survivors = [len(part.survivors) for part in running.state.recovered]
             found = answer(assignment.task, released.mean_update, survivors, running.encoding)
-            return _Outcome(released, None, found)
+            event = _spent(running)
+            cost = None if event is None else epsilon_of([event], running.encoding.privacy.delta)
+            return _Outcome(released, None, found.model_copy(update={"epsilon": cost}))
         assert_never(assignment)
 
     def _release(self, work: Work, running: RunningRound, part: SubcohortState) -> Release:

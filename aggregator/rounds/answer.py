@@ -90,10 +90,12 @@ class Answer(Schema):
     Attributes:
         task: what was asked.
         participants: devices whose values are in it.
+        epsilon: that this answer costs each of them, by itself, at the plan's delta; None without noise.
     """
 
     task: QueryTask
     participants: int
+    epsilon: float | None = None
     figures: Figures
 
     @property

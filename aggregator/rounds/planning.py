@@ -9,6 +9,7 @@ from typing import Annotated, assert_never
 from pydantic import Field, ValidationError
 
 from aggregator.clock import Moment
+from aggregator.records import Campaign
 from models.assignment import Answering, Assignment, Training
 from models.manifest import ModelManifest
 from protocol.dp.parameters import MetricSlot, PrivacyParameters
@@ -73,6 +74,17 @@ class CampaignSettings(Schema):
     def round_seed(self, number: int) -> bytes:
         """The seed that round `number` of the campaign draws its cohort with."""
         return hashlib.sha256(self.selection_seed + number.to_bytes(8, "big")).digest()
+
+
+def query_of(campaign: Campaign) -> QueryTask | None:
+    """What a campaign asks, if it is a query; one of another Covey's, which cannot be read, tells nothing."""
+    if campaign.model is not None:
+        return None
+    try:
+        asks = CampaignSettings.from_bytes(campaign.settings).asks
+    except MalformedMessage:
+        return None
+    return asks if isinstance(asks, QueryTask) else None
 
 
 def assign(settings: CampaignSettings, base: ModelManifest | None) -> Assignment:

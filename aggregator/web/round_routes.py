@@ -1,4 +1,4 @@
-"""`/campaigns`, `/rounds` and `/privacy`: training, and what it costs."""
+"""`/campaigns`, `/queries`, `/rounds` and `/privacy`: training and queries, and what they cost."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from fastapi import Path, Query
 
 from aggregator.access.roles import Role
 from aggregator.operations import OperationRefused
+from aggregator.queries import QueryRequest
 from aggregator.records import RoundStatus
 from aggregator.settings import CampaignRequest
 from aggregator.web import schemas
@@ -45,6 +46,12 @@ def list_campaigns(
 def start_campaign(by: By, body: CampaignRequest) -> schemas.Campaign:
     """Asks for rounds of training; the service runs them one after the other."""
     return schemas.Campaign.of(by.to(body.model).start_rounds(body))
+
+
+@acting.post("/queries", name="start-query", status_code=201, responses=documented("refused"))
+def start_query(by: By, body: QueryRequest) -> schemas.Campaign:
+    """Asks devices for a figure over a field that they declare; the round's report has the answer."""
+    return schemas.Campaign.of(by.to(body.field).start_query(body))
 
 
 @looking.get("/campaigns/{campaign}", name="show-campaign")
@@ -90,6 +97,7 @@ def show_ledger(
     return schemas.Ledger(
         population=_spent(audit.population),
         models={name: _spent(spent) for name, spent in audit.models.items()},
+        queries=_spent(audit.queries),
         rounds=audit.rounds,
         matches=not audit.differences,
         differences=audit.differences,

@@ -12,8 +12,10 @@ from aggregator.access.roles import Role
 from aggregator.access.tokens import TokenRecord
 from aggregator.operations import RoundView
 from aggregator.records import CampaignStatus, RoundStatus
+from aggregator.rounds.planning import query_of
 from aggregator.rounds.report import RoundReport
 from protocol.fields import Slug
+from protocol.plan import QueryTask
 
 PREFIX = "/api/v1"
 MAX_PAGE = 10_000
@@ -160,11 +162,13 @@ class Campaign(ApiModel):
 
     Attributes:
         model: which is trained; None for a query.
+        query: what is asked; None for training.
         note: why it failed, or what it waits for.
     """
 
     campaign: str
     model: str | None
+    query: QueryTask | None = None
     status: CampaignStatus
     rounds: int
     started: int
@@ -177,6 +181,7 @@ class Campaign(ApiModel):
         return cls(
             campaign=c.campaign_id,
             model=c.model,
+            query=query_of(c),
             status=c.status,
             rounds=c.rounds,
             started=c.started,
@@ -245,12 +250,14 @@ class Ledger(ApiModel):
     Attributes:
         population: by a device that was in every round of every model.
         models: the same for each model.
+        queries: the same for all queries.
         rounds: that were checked.
         differences: what does not agree; empty when `matches`.
     """
 
     population: Spent
     models: Mapping[str, Spent]
+    queries: Spent
     rounds: int
     matches: bool
     differences: tuple[str, ...]

@@ -14,11 +14,12 @@ pytest.importorskip("fastapi")
 
 from aggregator.access.roles import Role
 from aggregator.client import ApiError
+from aggregator.queries import QueryRequest
 from aggregator.settings import CampaignRequest
 from aggregator.web.limits import Limits
 from aggregator.web.schemas import MAX_PAGE, TokenRequest
 from protocol.identity import SignedDocument, key_id
-from protocol.plan import MODEL_KIND
+from protocol.plan import MODEL_KIND, MeanQuestion, QuantileQuestion
 from tests.aggregator_devices import model_files
 from tests.api_bench import Api, api, csr
 
@@ -76,6 +77,7 @@ def test_each_role_may_do_what_it_may_and_no_more(bench: Api) -> None:
         assert bench.call("GET", f"{V1}/whoami", role).json()["role"] == role
     for who, method, path, needed in [
         (Role.VIEWER, "POST", "/campaigns", Role.OPERATOR),
+        (Role.VIEWER, "POST", "/queries", Role.OPERATOR),
         (Role.VIEWER, "POST", "/versions", Role.OPERATOR),
         (Role.VIEWER, "PUT", "/devices/barn-1/exclusion", Role.OPERATOR),
         (Role.OPERATOR, "GET", "/tokens", Role.ADMIN),
@@ -224,6 +226,23 @@ def test_a_model_is_published_and_comes_back_byte_for_byte(bench: Api) -> None:
         with pytest.raises(ApiError) as missing:
             client.manifest("toy", 9)
         assert missing.value.code == "not-found"
+
+
+def test_a_query_is_asked_and_listed_like_rounds(bench: Api) -> None:
+    with bench.client(Role.OPERATOR) as client:
+        asked = client.start_query(QueryRequest("battery", 0.0, 80.0, QuantileQuestion(q=0.9, bins=32)))
+        assert asked.model is None and asked.query is not None
+        assert (asked.query.field, asked.query.question) == ("battery", QuantileQuestion(q=0.9, bins=32))
+        assert client.campaigns() == (asked,)
+        assert client.ledger(1e-5).queries.releases == 0
+        for wrong, why in (({"low": 80.0, "high": 0.0}, "not below"), ({"minimum": 20}, "minimum")):
+            values = {"field": "battery", "low": 0.0, "high": 80.0, "question": MeanQuestion(), **wrong}
+            with pytest.raises(ApiError, match=why) as refused:
+                client.start_query(QueryRequest(**values))  # type: ignore[arg-type]
+            assert refused.value.code == "refused"
+        assert client.campaigns() == (asked,)
+    body = {"field": "battery", "low": 0, "high": 80, "question": {"kind": "mode"}}
+    problem(bench.call("POST", f"{V1}/queries", json=body), 422, "invalid-request")
 
 
 @pytest.mark.parametrize("name", ["../../etc/passwd", "a/b", "..", "", "TOY", "toy\n"])
