@@ -9,6 +9,7 @@ MAKEFLAGS += --no-print-directory
 VENV ?= .venv
 VENV_313 ?= .venv313
 VENV_PEERS ?= .venv-peers
+VENV_TORCH ?= .venv-torch
 VENV_TFF ?= .venv-tff
 BENCH ?= secagg
 ARGS ?=
@@ -39,8 +40,8 @@ APT := DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recomm
 TEST_PACKAGES := mosquitto postgresql
 SLOW_PACKAGES := chromium mmdebstrap qemu-user-static binutils-aarch64-linux-gnu
 
-.PHONY: bundle lock-bundle help demo test test-slow test-313 test-all lint format bench bench-peers fuzz setup setup-dev \
-	debian debian-slow parity setup-parity clean
+.PHONY: bundle lock-bundle help demo test test-slow test-313 test-all lint format bench bench-peers bench-torch fuzz \
+	setup setup-dev debian debian-slow parity setup-parity clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -105,11 +106,13 @@ lock-bundle: $(STAMP)-venv  ## pin the bundles' packages anew, with hashes
 		sed -i "1i # Pinned by \`make lock-bundle\` from pyproject.toml: what the $${pair%:*}-arm64 bundle holds." $$file; \
 	done
 
+bench-torch: $(VENV_TORCH)/.covey-torch  ## only install PyTorch, which benchmarks/training.py is measured against
+
 setup: $(STAMP)-demo  ## only install what the demo needs
 setup-dev: $(STAMP)-dev  ## only install what developers need
 
 clean:  ## remove environments, caches and reports
-	rm -rf .venv $(VENV) .venv313 $(VENV_313) .venv-peers $(VENV_PEERS) .venv-tff $(VENV_TFF) demo-report build *.egg-info
+	rm -rf .venv $(VENV) .venv313 $(VENV_313) .venv-peers $(VENV_PEERS) .venv-torch $(VENV_TORCH) .venv-tff $(VENV_TFF) demo-report build *.egg-info
 	rm -rf .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find protocol models edge_client aggregator deploy tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
 
@@ -150,6 +153,12 @@ $(VENV_PEERS)/.covey-peers: benchmarks/requirements-peers.txt | $(STAMP)-venv
 	@echo "installing the peers of the benchmarks into $(VENV_PEERS)"
 	@"$(PYTHON)" -m venv --clear "$(VENV_PEERS)"
 	@$(VENV_PEERS)/bin/python $(PIP_INSTALL) -r benchmarks/requirements-peers.txt
+	@touch $@
+
+$(VENV_TORCH)/.covey-torch: benchmarks/requirements-torch.txt | $(STAMP)-venv
+	@echo "installing PyTorch into $(VENV_TORCH)"
+	@"$(PYTHON)" -m venv --clear "$(VENV_TORCH)"
+	@$(VENV_TORCH)/bin/python $(PIP_INSTALL) -r benchmarks/requirements-torch.txt
 	@touch $@
 
 # The locked file was resolved with overrides, which pip has not: so it is installed without resolving.

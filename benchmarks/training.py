@@ -1,10 +1,13 @@
 """How fast, in how little memory, and how well do Covey's models train?
 
-    python benchmarks/training.py [--json FILE]           one step of each model, beside TensorFlow
+    python benchmarks/training.py [--json FILE]           one step of each model, beside its peers
     python benchmarks/training.py --folds [--json FILE]   the watch recipe, leaving out every person in turn
 
-A step is measured in the device's runtime and, where TensorFlow is installed, as a compiled `tf.function` of
-the same Keras model with the same batch; each in a process of its own, with one thread and with all cores.
+A step is measured in the small runtime of this Python, in that of another one (`make test-313` makes it), as
+a compiled `tf.function` of the same Keras model, and in PyTorch (`make bench-torch`): the same batch and
+optimizer, each in a process of its own, with one thread and with all cores. Their repetitions take turns, so
+that what else the machine does burdens all alike. A step is as long as in the fastest, since a burden
+only ever adds. What is not installed is left out.
 
 The folds are simulated in one process without a network: every device's update is clipped and the plain mean
 is applied. Local and central training get the same number of epochs, rounds times local epochs.
@@ -17,11 +20,12 @@ import importlib.util
 import json
 import multiprocessing
 import os
+import subprocess
+import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,24 +36,22 @@ from models import zoo
 from models.datasets import watch
 from models.manifest import ModelManifest
 from models.recipes import WATCH, Recipe
-from models.weights import decode_weights
 from protocol.dp.clipping import clip
 
 Weights = NDArray[np.float32]
-STEPS = 50
-REPEATS = 5
+STEPS = Path(__file__).with_name("training_steps.py")
+REPEATS = 15
+NAMES = ("watch", "digits", "keywords", "pictures", "anomaly", "forecast", "gestures")
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """One model in one runtime: seconds a step (best of five runs) and peak resident bytes of the process."""
+    """One model in one runtime: seconds a step (fastest repetition), peak resident bytes of its process."""
 
     model: str
     runtime: str
     threads: int
     batch: int
-    parameters: int
-    graph_bytes: int
     step_s: float
     peak_rss_bytes: int
     step_over_tf: float | None = None
@@ -67,115 +69,103 @@ class FoldResult:
     federated_cpu_s: float
 
 
-def noise(manifest: ModelManifest, count: int) -> Examples:
-    """Random examples of the right form."""
-    random = np.random.default_rng(0)
-    x = random.standard_normal((count, *manifest.input.shape), dtype=np.float32)
-    if manifest.target.dtype == "int32":
-        return Examples("noise", x, random.integers(0, len(manifest.labels), count).astype(np.int32))
-    return Examples("noise", x, random.standard_normal((count, len(manifest.labels)), dtype=np.float32))
-
-
 def export_to(case: tuple[str, Path]) -> None:
-    """Export a model that is not bundled; in a process of its own, for TensorFlow's memory."""
+    """Export a model; in a process of its own, for TensorFlow's memory."""
     from models.architectures import ARCHITECTURES
 
     ARCHITECTURES[case[0]].export().write(case[1])
 
 
-def peak_rss() -> int:
-    status = Path("/proc/self/status").read_text().split()
-    return 1024 * int(status[status.index("VmHWM:") + 1])
+class Peer:
+    """One runtime's process for one model."""
+
+    def __init__(self, python: str, runtime: str, directory: Path, threads: int) -> None:
+        self._process = subprocess.Popen(
+            [python, str(STEPS), runtime, str(directory), str(threads)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"},
+        )
+        self.runtime = self._line()
+        self.times: list[float] = []
+
+    def repeat(self) -> None:
+        """Measure once more."""
+        assert self._process.stdin is not None
+        self._process.stdin.write("\n")
+        self._process.stdin.flush()
+        self.times.append(float(self._line()))
+
+    def finish(self) -> int:
+        """Let the process end: its peak memory in bytes."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        peak = int(self._line())
+        self._process.wait()
+        return peak
+
+    def _line(self) -> str:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline().strip()
+        if not line:
+            raise RuntimeError(f"a process of the benchmark ended: {self._process.args!r}")
+        return line
 
 
-def measure_step(case: tuple[Path, int]) -> StepResult:
-    """Time training in this process; call it in a fresh one for the memory to mean anything."""
-    directory, threads = case
-    manifest = ModelManifest.from_bytes((directory / "manifest.json").read_bytes())
-    graph = (directory / "model.tflite").read_bytes()
-    weights = decode_weights((directory / "weights.bin").read_bytes(), manifest)
-    trainer = TfliteTrainer(manifest, graph, threads=threads)
-    examples, random = noise(manifest, STEPS * manifest.train_batch_size), np.random.default_rng(0)
-    epochs = {}
-    for number in (1, 2):
-        config = TrainingConfig(local_epochs=number, learning_rate=1e-5)
-        times = []
-        for _ in range(REPEATS):
-            start = time.perf_counter()
-            trainer.train(weights, examples, config, random)
-            times.append(time.perf_counter() - start)
-        epochs[number] = min(times)
-    return StepResult(
-        model=manifest.name,
-        runtime=trainer.runtime,
-        threads=threads,
-        batch=manifest.train_batch_size,
-        parameters=manifest.parameter_count,
-        graph_bytes=len(graph),
-        # The difference leaves out the evaluations before and after.
-        step_s=(epochs[2] - epochs[1]) / STEPS,
-        peak_rss_bytes=peak_rss(),
-    )
-
-
-def measure_tensorflow(case: tuple[Path, int]) -> StepResult:
-    """The same step by TensorFlow: plain gradient descent on the Keras model, compiled into one graph."""
-    import tensorflow as tf
-
-    from models.architectures import ARCHITECTURES
-    from models.losses import stock_losses
-
-    directory, threads = case
-    tf.config.threading.set_intra_op_parallelism_threads(threads)
-    tf.config.threading.set_inter_op_parallelism_threads(1)
-    manifest = ModelManifest.from_bytes((directory / "manifest.json").read_bytes())
-    model = ARCHITECTURES[manifest.name].build_seeded()
-    examples = noise(manifest, manifest.train_batch_size)
-
-    @tf.function
-    def step(x: Any, y: Any) -> Any:
-        with tf.GradientTape() as tape:
-            loss = tf.reduce_mean(stock_losses(manifest.loss, model(x, training=True), y))
-        variables = model.trainable_variables
-        for variable, gradient in zip(variables, tape.gradient(loss, variables), strict=True):
-            variable.assign_sub(1e-5 * gradient)
-        return loss
-
-    x, y = tf.constant(examples.x), tf.constant(examples.y)
-    step(x, y)
-    times = []
-    for _ in range(REPEATS):
-        start = time.perf_counter()
-        for _ in range(STEPS):
-            step(x, y)
-        times.append((time.perf_counter() - start) / STEPS)
-    return StepResult(
-        manifest.name, "tensorflow", threads, len(y), manifest.parameter_count, 0, min(times), peak_rss()
-    )
-
-
-def measure_steps(names: list[str]) -> list[StepResult]:
-    """Every model in the device's runtime and, where it is installed, in TensorFlow."""
+def measure_steps(names: list[str], pythons: dict[str, list[str]]) -> list[StepResult]:
+    """Every model in every runtime, with one thread and with all cores."""
     results = []
-    known = importlib.util.find_spec("tensorflow") is not None
-    bundled = Path(str(zoo.__file__)).parent
-    # A process for each measurement, so that one's memory does not count for the next.
-    pool = multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1)
+    pool = multiprocessing.get_context("spawn").Pool(1)
     with pool, tempfile.TemporaryDirectory() as made:
         for name in names:
-            directory = bundled / name if name in zoo.NAMES else Path(made) / name
-            if name not in zoo.NAMES:
-                pool.apply(export_to, ((name, directory),))
+            pool.apply(export_to, ((name, Path(made) / name),))
+        pool.close()
+        for name in names:
             for threads in sorted({1, os.cpu_count() or 1}):
-                own = pool.apply(measure_step, ((directory, threads),))
-                if known:
-                    other = pool.apply(measure_tensorflow, ((directory, threads),))
-                    results += [replace(own, step_over_tf=own.step_s / other.step_s), other]
-                    print_step(results[-2])
-                else:
-                    results.append(own)
-                print_step(results[-1])
+                found = measure_model(Path(made) / name, threads, pythons)
+                for result in found:
+                    print_step(result)
+                results += found
     return results
+
+
+def measure_model(directory: Path, threads: int, pythons: dict[str, list[str]]) -> list[StepResult]:
+    """One model in every runtime, by turns."""
+    peers = [Peer(python, kind, directory, threads) for kind, all_ in pythons.items() for python in all_]
+    for _ in range(REPEATS):
+        for peer in peers:
+            peer.repeat()
+    manifest = ModelManifest.from_bytes((directory / "manifest.json").read_bytes())
+    steps = {peer.runtime: min(peer.times) for peer in peers}
+
+    def over(peer: Peer, other: str) -> float | None:
+        return steps[peer.runtime] / steps[other] if other in steps and peer.runtime != other else None
+
+    return [
+        StepResult(
+            model=manifest.name,
+            runtime=peer.runtime,
+            threads=threads,
+            batch=manifest.train_batch_size,
+            step_s=steps[peer.runtime],
+            peak_rss_bytes=peer.finish(),
+            step_over_tf=over(peer, "tensorflow"),
+            step_over_torch=over(peer, "torch"),
+        )
+        for peer in peers
+    ]
+
+
+def print_sizes(pythons: dict[str, list[str]]) -> None:
+    """What the packages of each environment take on disk."""
+    needs = {"small": "covey", "tensorflow": "tensorflow-cpu", "torch": "torch"}
+    for kind, all_ in pythons.items():
+        for python in all_:
+            command = [python, str(STEPS), "size", needs[kind]]
+            size = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+            print(f"{needs[kind]:15} {size / 1e6:8.0f} MB installed, with all that it needs ({python})")
 
 
 def measure_folds(recipe: Recipe) -> list[FoldResult]:
@@ -237,7 +227,8 @@ def print_fold(result: FoldResult) -> None:
 
 
 def print_step(result: StepResult) -> None:
-    over = f"  {result.step_over_tf:5.2f} x TensorFlow" if result.step_over_tf else ""
+    ratios = ((result.step_over_tf, "TensorFlow"), (result.step_over_torch, "PyTorch"))
+    over = "".join(f"  {ratio:5.2f} x {other}" for ratio, other in ratios if ratio is not None)
     print(
         f"{result.model:9} {result.runtime:15} {result.threads} threads  "
         f"{1e3 * result.step_s:8.3f} ms a step of {result.batch:2}  "
@@ -246,12 +237,24 @@ def print_step(result: StepResult) -> None:
     )
 
 
+def interpreters(litert: Path, torch: Path) -> dict[str, list[str]]:
+    """The Pythons of each kind of runtime that are there."""
+    found = {"small": [sys.executable, *([str(litert)] if litert.exists() else [])]}
+    if importlib.util.find_spec("tensorflow") is not None:
+        found["tensorflow"] = [sys.executable]
+    if torch.exists():
+        found["torch"] = [str(torch)]
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--folds", action="store_true", help="run the watch recipe instead of timing steps")
-    parser.add_argument("--models", nargs="+", help="which ones; by default those that are bundled")
+    parser.add_argument("--models", nargs="+", help="which ones; by default all of models/architectures")
+    parser.add_argument("--litert", type=Path, default=Path(".venv313/bin/python"), help="another Python")
+    parser.add_argument("--torch", type=Path, default=Path(".venv-torch/bin/python"), help="PyTorch's Python")
     parser.add_argument("--json", type=Path, help="write the results to this file")
     options = parser.parse_args()
     results: list[StepResult] | list[FoldResult]
@@ -263,7 +266,9 @@ def main() -> None:
         }
         print_fold(FoldResult("mean", **means))
     else:
-        results = measure_steps(options.models or list(zoo.NAMES))
+        pythons = interpreters(options.litert, options.torch)
+        print_sizes(pythons)
+        results = measure_steps(options.models or list(NAMES), pythons)
     if options.json:
         options.json.write_text(json.dumps([asdict(result) for result in results], indent=2) + "\n")
 
