@@ -17,6 +17,7 @@ from edge_client.adapters.tflite import TfliteTrainer
 from edge_client.training import Examples, ExamplesRejected, ModelRejected, TrainingConfig, WeightsRejected
 from models import zoo
 from models.export import ExportedModel, export
+from models.inference import convert
 from models.inspection import describe_manifest
 from models.manifest import InputSpec, InvalidManifest, ModelManifest, describe
 from models.network import Network, UnsupportedModel
@@ -78,11 +79,27 @@ def test_local_layers_have_a_vector_of_their_own(own_head: ExportedModel) -> Non
 
 
 def test_a_layer_before_a_shared_one_and_a_whole_model_can_be_local() -> None:
-    assert names(exported("first").manifest) == (
+    first = exported("first")
+    assert names(first.manifest) == (
         ["second/kernel", "second/bias", "head/kernel", "head/bias"],
         ["first/kernel", "first/bias"],
     )
-    assert names(exported("body").manifest)[0] == ["head/kernel", "head/bias"]
+    # A graph for prediction alone takes both vectors in the same order.
+    model = body_and_head()
+    network = Network(model, ("first",))
+    graph = convert(network, network.flat_weights(), "float32")
+    interpreter = tf.lite.Interpreter(model_content=graph)
+    interpreter.resize_tensor_input(interpreter.get_input_details()[0]["index"], (60, 6))
+    interpreter.allocate_tensors()
+    interpreter.set_tensor(interpreter.get_input_details()[0]["index"], blobs().x)
+    interpreter.invoke()
+    logits = interpreter.get_tensor(interpreter.get_output_details()[0]["index"])
+    assert np.abs(logits - model(blobs().x).numpy()).max() < 1e-5
+    predicted = TfliteTrainer(first.manifest, first.graph).predict(first.weights, blobs().x)
+    assert np.array_equal(predicted.argmax(axis=1), logits.argmax(axis=1))
+    whole = Network(body_and_head(), ("body",))
+    assert [part.name for part in whole.parameters[:2]] == ["head/kernel", "head/bias"]
+    assert whole.shared_count == 15
 
 
 @pytest.mark.parametrize(
@@ -103,9 +120,9 @@ def test_layers_that_cannot_be_local_are_refused(local: tuple[str, ...], reason:
         Network(model, local)
 
 
-def test_both_parts_train_as_one_model_does() -> None:
+def test_both_parts_train_as_one_model_does(own_head: ExportedModel) -> None:
     """The step is that of the undivided model; only the proximal term leaves local parameters alone."""
-    whole, split = exported(), exported("head")
+    whole, split = exported(), own_head
     assert np.array_equal(whole.weights[: len(split.weights)], split.weights)
     config = replace(CONFIG, proximal_mu=0.0)
     wanted = TfliteTrainer(whole.manifest, whole.graph).train(
@@ -205,4 +222,6 @@ def test_versions_share_local_parameters_as_long_as_their_shapes_stay(own_head: 
     later = manifest.next_version((own_head.weights + 1).astype("<f4").tobytes())
     assert later.local_layout == manifest.local_layout
     assert later.weights != describe(own_head.weights.tobytes())
-    assert exported("second").manifest.local_layout != manifest.local_layout
+    wider = manifest.local_parameters[0].model_copy(update={"shape": (2, 6)})
+    other = manifest.model_copy(update={"local_parameters": (wider, manifest.local_parameters[1])})
+    assert other.local_layout != manifest.local_layout
