@@ -36,6 +36,9 @@ def secagg_parameters(
     adversary: Annotated[
         Literal["semi-honest", "malicious"], typer.Option(help="What the aggregator may do.")
     ] = "malicious",
+    grinding_bits: Annotated[
+        int, typer.Option(min=0, max=128, help="A malicious one may try 2^this rosters; rounds stand 2^40.")
+    ] = 0,
     dimension: Annotated[int, typer.Option(min=1, help="Elements of the vector.")] = 1_000_000,
     bits: Annotated[int, typer.Option(min=MIN_BITS, max=MAX_BITS, help="Width of the ring.")] = 20,
     json: Json = False,
@@ -48,7 +51,10 @@ def secagg_parameters(
     """
     try:
         assumptions = GraphAssumptions(
-            corrupt_fraction=corrupt, dropout_fraction=dropout, adversary=adversary
+            corrupt_fraction=corrupt,
+            dropout_fraction=dropout,
+            adversary=adversary,
+            grinding_bits=grinding_bits,
         )
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]

@@ -28,6 +28,7 @@ from protocol.dp.parameters import (
 )
 from protocol.plan import SUBCOHORT_LIMIT, CohortParameters, Deadlines, TrainingParameters
 from protocol.ring import MAX_BITS
+from protocol.secagg.parameters import GRINDING_BITS, GraphAssumptions
 from protocol.secagg.subcohorts import Split
 
 GENERIC = Recipe(rounds=10, local_epochs=1, learning_rate=0.05, clip_norm=1.0)
@@ -179,6 +180,7 @@ def cohort_of(
         minimum=least,
         minimum_survivors=given(survivors, least),
         subcohort_limit=subcohort_limit,
+        graph=GraphAssumptions(grinding_bits=GRINDING_BITS),
     )
 
 

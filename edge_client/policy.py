@@ -16,6 +16,7 @@ from protocol.dp.events import DPEvent, Mechanism
 from protocol.dp.parameters import PrivacyMode
 from protocol.fields import MAX_COHORT, Sha256
 from protocol.plan import Plan, TrainTask
+from protocol.secagg.parameters import GRINDING_BITS
 
 
 class InvalidPolicy(ValueError):
@@ -36,6 +37,8 @@ class DevicePolicy(BaseModel):
     the cohort outgrows the complete graph, whose threshold is fixed."""
     allow_semi_honest: bool = False
     """Whether such a plan may assume that the aggregator follows the protocol."""
+    minimum_grinding_bits: Annotated[int, Field(ge=0, le=128)] = GRINDING_BITS
+    """Against how many tries (as a power of two) to choose such a plan's graph it must be safe."""
     privacy_modes: Annotated[frozenset[PrivacyMode], Field(min_length=1)] = frozenset(
         {PrivacyMode.CENTRAL, PrivacyMode.DISTRIBUTED, PrivacyMode.LOCAL}
     )
@@ -236,6 +239,12 @@ def _check_graph(policy: DevicePolicy, plan: Plan) -> PolicyRefusal | None:
     if graph.adversary == "semi-honest" and not policy.allow_semi_honest:
         return PolicyRefusal(
             "graph-too-trusting", "the plan assumes a semi-honest aggregator, allow_semi_honest is false"
+        )
+    if graph.adversary == "malicious" and graph.grinding_bits < policy.minimum_grinding_bits:
+        return PolicyRefusal(
+            "graph-too-trusting",
+            f"the plan's graph stands 2^{graph.grinding_bits} tries to choose it, "
+            f"minimum_grinding_bits is {policy.minimum_grinding_bits}",
         )
     return None
 

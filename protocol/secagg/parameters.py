@@ -14,6 +14,13 @@ E1 and E2 must fail with probability at most 2^-sigma (security), E3 with at mos
 client's neighbours are a uniform set of k others, so E1 and E3 are hypergeometric tails with a union bound
 over n. To cut a randomly relabelled Harary graph, two runs of k/2 consecutive clients must be removed: fewer
 than n^2 / 2 pairs of runs, each within the removed set with hypergeometric probability.
+
+Grinding. The graph follows from the roster, and an aggregator that has a corrupt client's keys, or leaves
+clients out, can try rosters until a graph suits it. With 2^g tries a union bound costs g bits, so a malicious
+aggregator that may try 2^g rosters while a cohort checks in is met by a graph for 2^-(sigma + g). No
+contribution of the clients would do instead: the graph must be known before shares are dealt, a client says
+one thing before that, and whatever the seed is made of, the aggregator sees it first and still chooses whom
+it leaves out.
 """
 
 from __future__ import annotations
@@ -30,6 +37,9 @@ from protocol.fields import Schema
 
 SIGMA = 40
 ETA = 20
+GRINDING_BITS = 40
+"""g of a plan, and what devices insist on: 2^40 rosters take hundreds of CPU days, and a check-in lasts a
+minute or so."""
 MAX_COMPLETE = 512
 """Clients of the largest complete graph: as many entries as a roster has room for."""
 MAX_DEGREE = 360
@@ -50,6 +60,8 @@ class GraphAssumptions(Schema):
     dropout_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1
     """delta: how many clients may drop out once the graph stands."""
     adversary: Literal["semi-honest", "malicious"] = "malicious"
+    grinding_bits: Annotated[int, Field(ge=0, le=128)] = 0
+    """g: a malicious aggregator may try 2^g rosters; 0 gives the published bounds."""
     complete_up_to: Annotated[int, Field(ge=2, le=MAX_COMPLETE)] = 64
     """Cohorts of up to this many clients take the complete graph."""
 
@@ -90,7 +102,11 @@ def parameters(size: int, assumptions: GraphAssumptions) -> GraphParameters:
         raise ValueError(f"a cohort has at least 2 clients, not {size}")
     if size > assumptions.complete_up_to:
         regular = _smallest_regular(
-            size, assumptions.corrupt_fraction, assumptions.dropout_fraction, assumptions.adversary
+            size,
+            assumptions.corrupt_fraction,
+            assumptions.dropout_fraction,
+            assumptions.adversary,
+            SIGMA + (assumptions.grinding_bits if assumptions.adversary == "malicious" else 0),
         )
         if regular is not None:
             return regular
@@ -103,12 +119,14 @@ def parameters(size: int, assumptions: GraphAssumptions) -> GraphParameters:
 
 
 @lru_cache(maxsize=256)
-def _smallest_regular(size: int, gamma: float, delta: float, adversary: str) -> GraphParameters | None:
+def _smallest_regular(
+    size: int, gamma: float, delta: float, adversary: str, sigma: int
+) -> GraphParameters | None:
     corrupt, dropped = floor(gamma * size), floor(delta * size)
     for degree in range(2, min(size - 2, MAX_DEGREE) + 1, 2):
-        if not _connected(size, corrupt + dropped, degree):
+        if not _connected(size, corrupt + dropped, degree, sigma):
             continue
-        limit = _least(size, corrupt, degree, SIGMA)  # corrupt neighbours stay below this
+        limit = _least(size, corrupt, degree, sigma)  # corrupt neighbours stay below this
         threshold = limit if adversary == "semi-honest" else -(-(limit + degree) // 2)
         lost = _least(size, dropped, degree, ETA)  # dropped neighbours stay below this
         if max(1, threshold) <= degree - (lost - 1):
@@ -128,12 +146,12 @@ def _least(size: int, marked: int, degree: int, bits: int) -> int:
     return 0
 
 
-def _connected(size: int, removed: int, degree: int) -> bool:
+def _connected(size: int, removed: int, degree: int, sigma: int) -> bool:
     """Whether E2 holds: log of n^2/2 times the chance that `degree` given clients are all removed."""
     if removed < degree:
         return True
     chance = _log_choose(removed, degree) - _log_choose(size, degree)
-    return 2 * log(size) - _LN2 + chance <= -SIGMA * _LN2
+    return 2 * log(size) - _LN2 + chance <= -sigma * _LN2
 
 
 def log_hypergeometric(population: int, marked: int, drawn: int, count: int) -> float:

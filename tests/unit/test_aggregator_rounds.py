@@ -43,6 +43,7 @@ from protocol.errors import IllegalEvent, ProtocolError
 from protocol.fields import BlobRef
 from protocol.messages import AdvertiseKeys, ClientAbort, Invitation, Refusal, UploadOffer
 from protocol.plan import TrainingParameters
+from protocol.secagg.parameters import parameters
 from protocol.secagg.server_state import Failed, Recovered
 from protocol.transfer import describe
 from tests.aggregator_bench import Bench
@@ -429,3 +430,8 @@ def test_settings_survive_storage_and_a_seed_makes_them_repeatable() -> None:
 def test_figures_that_make_no_campaign_are_refused(changes: dict[str, Any]) -> None:
     with pytest.raises(InvalidSettings):
         CampaignRequest("watch", **changes).resolve()
+
+
+def test_rounds_are_planned_for_an_aggregator_that_grinds_rosters() -> None:
+    _, settings = CampaignRequest("watch", cohort=1_000).resolve()
+    assert parameters(1_000, settings.cohort.graph).degree == 120

@@ -122,6 +122,16 @@ def test_the_defaults_agree_to_an_ordinary_plan() -> None:
             "graph-too-trusting",
             ["allow_semi_honest"],
         ),
+        (
+            {},
+            {
+                "cohort": CohortParameters(
+                    size=500, minimum=400, minimum_survivors=300, graph=GraphAssumptions(grinding_bits=39)
+                )
+            },
+            "graph-too-trusting",
+            ["2^39 tries", "minimum_grinding_bits is 40"],
+        ),
     ],
 )
 def test_each_rule_refuses(
@@ -372,7 +382,9 @@ def test_hostile_plans_are_refused_with_a_code() -> None:
         (
             {
                 "privacy": none.model_copy(update={"bits": 8}),
-                "cohort": CohortParameters(size=200, minimum=3, minimum_survivors=2),
+                "cohort": CohortParameters(
+                    size=200, minimum=3, minimum_survivors=2, graph=GraphAssumptions(grinding_bits=40)
+                ),
             },
             "bad-plan",
         ),

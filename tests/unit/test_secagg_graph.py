@@ -163,3 +163,13 @@ def test_a_set_of_a_wrong_size_is_refused() -> None:
     for wrong in (b"", b"\x00\x00", b"\xe0"):
         with pytest.raises(MalformedMessage):
             members_from_bytes(wrong, 5)
+
+
+def test_a_graph_that_stands_grinding_has_more_neighbours_and_the_published_one_has_not() -> None:
+    published = parameters(1_000, GraphAssumptions())
+    assert (published.degree, published.threshold) == (96, 67)
+    ground = parameters(1_000, GraphAssumptions(grinding_bits=40))
+    assert (ground.degree, ground.threshold) == (120, 87)
+    semi_honest = GraphAssumptions(adversary="semi-honest")
+    tried = semi_honest.model_copy(update={"grinding_bits": 40})
+    assert parameters(1_000, tried) == parameters(1_000, semi_honest)
