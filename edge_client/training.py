@@ -23,8 +23,8 @@ __all__ = [
     "LocalTrainer",
     "LocalUpdate",
     "ModelRejected",
-    "NonFiniteUpdate",
     "TrainingConfig",
+    "TrainingDiverged",
     "TrainingError",
     "WeightsRejected",
 ]
@@ -51,7 +51,7 @@ class ExamplesRejected(TrainingError):
     """Examples that the model cannot be given: none, another shape, or a target that it does not have."""
 
 
-class NonFiniteUpdate(TrainingError):
+class TrainingDiverged(TrainingError):
     """Training diverged: a loss or weight is not finite, or a weight is beyond `MAX_WEIGHT`: no update."""
 
 
@@ -184,7 +184,7 @@ class LocalTrainer(Protocol):
         Raises:
             WeightsRejected: the weights do not fit the model.
             ExamplesRejected: the examples do not fit the model.
-            NonFiniteUpdate: training diverged.
+            TrainingDiverged: training diverged.
         """
         ...
 

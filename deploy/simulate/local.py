@@ -17,7 +17,7 @@ from deploy.simulate.options import SimulationError
 from deploy.simulate.task import RoundOutcome, Task, order_seed
 from edge_client.adapters.tflite import TfliteTrainer
 from edge_client.masked_input import contribution_of
-from edge_client.training import NonFiniteUpdate, TrainingConfig
+from edge_client.training import TrainingConfig, TrainingDiverged
 from protocol import ring
 from protocol.dp.adaptive import CLIP_VOTE, next_clip_norm
 from protocol.dp.events import event_for
@@ -87,7 +87,7 @@ def _sum(
         generator = np.random.default_rng(order_seed(task.seed, number, index))
         try:
             update = trainer.train(weights, task.devices[index], config, generator, kept.get(index))
-        except NonFiniteUpdate:
+        except TrainingDiverged:
             continue
         given = contribution_of(update)
         if update.local is not None:

@@ -22,8 +22,8 @@ from edge_client.training import (
     HiddenExamples,
     LocalUpdate,
     ModelRejected,
-    NonFiniteUpdate,
     TrainingConfig,
+    TrainingDiverged,
     WeightsRejected,
 )
 from models.manifest import LOCAL_SIGNATURE, ModelManifest
@@ -106,7 +106,7 @@ class TfliteTrainer:
             largest = float(np.abs(vector).max())
             # Written so that NaN is refused.
             if not largest <= MAX_WEIGHT:
-                raise NonFiniteUpdate(f"a weight became {largest}, beyond {MAX_WEIGHT:g}")
+                raise TrainingDiverged(f"a weight became {largest}, beyond {MAX_WEIGHT:g}")
         after = self._evaluate(found["weights"], examples.x, y, found.get("local"))
         return LocalUpdate(
             delta=found["weights"] - weights,
@@ -127,7 +127,7 @@ class TfliteTrainer:
             for chosen, more in _calls(self._manifest, order, generator):
                 loss = self._call("train", x=self._scale(x[chosen]), y=y[chosen], **fixed, **more)["loss"]
                 if not np.isfinite(loss):
-                    raise NonFiniteUpdate(f"the loss became {float(loss)}")
+                    raise TrainingDiverged(f"the loss became {float(loss)}")
 
     def _run_hidden(
         self,

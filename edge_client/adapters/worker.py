@@ -41,14 +41,13 @@ from edge_client.training import (
     ExamplesRejected,
     LocalTrainer,
     ModelRejected,
-    NonFiniteUpdate,
+    TrainingDiverged,
     WeightsRejected,
 )
 from models.examples import InvalidExamples
 from models.manifest import ModelManifest
 from models.weights import InvalidWeights, decode_local, decode_weights, encode_weights
-from protocol.dp.errors import NonFiniteUpdate as NonFiniteVector
-from protocol.dp.errors import PrivacyError
+from protocol.dp.errors import NonFiniteUpdate, PrivacyError
 from protocol.dp.sampling import discrete_gaussian_sampler, skellam_sampler
 from protocol.fields import BlobRef
 
@@ -61,8 +60,8 @@ _LOG = logging.getLogger("covey.edge.worker")
 _CODES: tuple[tuple[type[Exception], str, bool], ...] = (
     (StorageFull, "disk-full", True),
     (StorageError, "storage", True),
+    (TrainingDiverged, "non-finite-update", False),
     (NonFiniteUpdate, "non-finite-update", False),
-    (NonFiniteVector, "non-finite-update", False),
     (ExamplesRejected, "data-unusable", False),
     (InvalidExamples, "data-unusable", False),
     (ModelRejected, "model-unusable", False),

@@ -12,8 +12,8 @@ from edge_client.training import (
     Examples,
     HiddenExamples,
     ModelRejected,
-    NonFiniteUpdate,
     TrainingConfig,
+    TrainingDiverged,
 )
 from models import zoo
 from models.weights import encode_weights
@@ -96,7 +96,7 @@ def test_one_example_moves_a_step_by_no_more_than_its_clip_norm(
 
 def test_a_diverged_training_is_refused(trainer: TfliteTrainer, watch: zoo.BundledModel) -> None:
     wild = config(watch, z=64.0, q=1.0, clip=1e6, steps=3, lr=100.0)
-    with pytest.raises(NonFiniteUpdate):
+    with pytest.raises(TrainingDiverged):
         trainer.train(watch.weights, waves(5), wild, generator())
 
 

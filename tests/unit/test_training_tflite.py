@@ -16,8 +16,8 @@ from edge_client.training import (
     ExamplesRejected,
     LocalTrainer,
     ModelRejected,
-    NonFiniteUpdate,
     TrainingConfig,
+    TrainingDiverged,
     WeightsRejected,
 )
 from models import zoo
@@ -155,7 +155,7 @@ def test_a_diverged_training_is_refused_and_the_trainer_lives_on(
     trainer: LocalTrainer, watch: zoo.BundledModel, learning_rate: float
 ) -> None:
     """Also where the runtime hides infinities behind the largest finite number."""
-    with pytest.raises(NonFiniteUpdate):
+    with pytest.raises(TrainingDiverged):
         trainer.train(watch.weights, waves(64), TrainingConfig(5, learning_rate), generator())
     assert np.isfinite(trainer.train(watch.weights, waves(64), CONFIG, generator()).delta).all()
 
