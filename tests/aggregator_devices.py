@@ -93,6 +93,8 @@ class SimulatedDevice:
         offers: blobs that it has offered.
         ends: the ends of rounds that it was told, by round.
         refused: upload receipts that refused.
+        stored: rounds that acknowledged its upload.
+        asked: rounds that asked it to unmask.
     """
 
     bundle: EnrolmentBundle
@@ -110,6 +112,8 @@ class SimulatedDevice:
     accepted: bool = False
     ends: dict[str, RoundEnd] = field(default_factory=dict)
     refused: list[UploadReceipt] = field(default_factory=list)
+    stored: set[str] = field(default_factory=set)
+    asked: set[str] = field(default_factory=set)
     received: list[str] = field(default_factory=list)
 
     @classmethod
@@ -160,11 +164,15 @@ class SimulatedDevice:
             return self._upload(message.blob, message.indices)
         if isinstance(message, UploadReceipt):
             self.accepted = self.accepted or message.accepted
-            if not message.accepted:
+            if message.accepted:
+                self.stored.add(message.round_id)
+            else:
                 self.refused.append(message)
             return []
         if not isinstance(message, Roster | ShareDelivery | SurvivorSet | UnmaskRequest):
             return []
+        if isinstance(message, UnmaskRequest):
+            self.asked.add(message.round_id)
         if self.plan is None or self.state is None or message.round_id != self.plan.round_id:
             return []
         return self._step(message)

@@ -24,17 +24,25 @@ from tests.aggregator_devices import SimulatedDevice, model_files
 DOWNLINKS = f"{topics.ROOT}/dev/+/down/+"
 
 
+COMMAND = ("-c", "from aggregator.cli import main; main()")
+
+
 class ServiceProcess:
-    """`covey aggregator run`, to be killed and started again."""
+    """`covey aggregator run`, to be killed and started again.
+
+    Attributes:
+        program: what the interpreter runs, before the arguments of the command.
+    """
 
     def __init__(self, state: Path, broker: str) -> None:
+        self.program: tuple[str, ...] = COMMAND
         self._state = state
         self._broker = broker
         self._process: subprocess.Popen[bytes] | None = None
         self._log = state.parent / "service.log"
 
     def start(self) -> None:
-        command = [sys.executable, "-c", "from aggregator.cli import main; main()", "aggregator", "run"]
+        command = [sys.executable, *self.program, "aggregator", "run"]
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
                 [*command, "--state", str(self._state), "--broker", self._broker, "--listen", "127.0.0.1:0"],
@@ -48,7 +56,8 @@ class ServiceProcess:
         process = self._process
         if process is None:
             return 0
-        process.send_signal(number)
+        if process.poll() is None:
+            process.send_signal(number)
         code = process.wait(timeout=20)
         self._process = None
         return code

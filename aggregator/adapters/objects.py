@@ -12,9 +12,11 @@ from __future__ import annotations
 import hashlib
 import os
 import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from aggregator.registry.artefacts import MissingArtefact
+from aggregator.registry.artefacts import MissingArtefact, StoreUnavailable
 from models.manifest import ModelManifest
 from protocol.fields import BlobRef
 from protocol.identity import SignedDocument
@@ -34,8 +36,9 @@ class DirectoryStore:
         """Stores an artefact durably."""
         blob = BlobRef.of(data)
         path = self._path(blob)
-        if not path.exists():
-            _write_durably(path, data)
+        with _usable():
+            if not path.exists():
+                _write_durably(path, data)
         return blob
 
     def read(self, blob: BlobRef) -> bytes:
@@ -48,7 +51,7 @@ class DirectoryStore:
     def read_range(self, blob: BlobRef, start: int, length: int) -> bytes:
         """Reads a part of an artefact."""
         try:
-            with self._path(blob).open("rb") as file:
+            with _usable(), self._path(blob).open("rb") as file:
                 if os.fstat(file.fileno()).st_size != blob.size:
                     raise MissingArtefact(f"the artefact {blob.sha256[:12]} has another size here")
                 file.seek(start)
@@ -59,8 +62,9 @@ class DirectoryStore:
     def put_manifest(self, manifest: ModelManifest, document: SignedDocument) -> None:
         """Stores the signed manifest of a version durably."""
         directory = self._models / manifest.name
-        directory.mkdir(mode=0o700, exist_ok=True)
-        _write_durably(directory / f"{manifest.version}.json", document.model_dump_json().encode())
+        with _usable():
+            directory.mkdir(mode=0o700, exist_ok=True)
+            _write_durably(directory / f"{manifest.version}.json", document.model_dump_json().encode())
 
     def shrink(self, limit: int) -> None:
         """Removes the oldest artefacts until at most `limit` bytes are left: for a store of copies."""
@@ -75,6 +79,17 @@ class DirectoryStore:
     def _path(self, blob: BlobRef) -> Path:
         # Safe as a file name: the schema of BlobRef lets only a hexadecimal digest through.
         return self._blobs / blob.sha256
+
+
+@contextmanager
+def _usable() -> Iterator[None]:
+    """Says so when the disk cannot be used now; a file that is not there is for the caller to judge."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise StoreUnavailable(f"the registry cannot be used: {error.strerror}") from error
 
 
 def _write_durably(path: Path, data: bytes) -> None:

@@ -10,20 +10,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 
 from aggregator import main as covey
-from aggregator.operations import Operator, RoundView
+from aggregator.operations import RoundView
 from aggregator.settings import CampaignRequest
 from deploy.broker import BrokerProcess
 from models.weights import decode_weights
-from protocol import ring, transcript
-from protocol.dp.mechanism import decode
-from protocol.identity import SignedDocument
-from protocol.plan import Deadlines, Plan, TrainTask
-from protocol.round_encoding import round_encoding
-from tests.aggregator_devices import toy_input
+from protocol import transcript
+from protocol.plan import Deadlines
 from tests.aggregator_process import ServiceProcess, SimulatedFleet
+from tests.round_losses import exact_weights
 
 PARAMETERS = 60_000
 PHASES = ["AdvertiseKeys", "ShareKeys", "MaskedInput", "ConsistencyCheck", "Unmasking"]
@@ -53,19 +49,6 @@ def fleet(state: Path, mosquitto: BrokerProcess) -> Iterator[SimulatedFleet]:
         yield fleet
 
 
-def exact_sum(operator: Operator, view: RoundView) -> NDArray[np.float32]:
-    document = SignedDocument.model_validate_json(view.record.plan)
-    plan = Plan.from_bytes(document.payload)
-    encoding = round_encoding(plan, document.digest, PARAMETERS)
-    total = np.zeros(encoding.length, np.uint32)
-    for device_id in view.report.survivors:
-        ring.add(total, toy_input(device_id, encoding), encoding.bits, out=total)
-    assert isinstance(plan.task, TrainTask)
-    base = operator.model("toy", plan.task.base_version)
-    mean = decode(total, len(view.report.survivors), encoding)[0]
-    return decode_weights(base.weights, base.manifest) + mean
-
-
 def check(state: Path, campaign_id: str) -> tuple[RoundView, ...]:
     """Completed rounds have the exact sum; every version is there once; the transcripts chain."""
     with covey.open_operator(state) as operator:
@@ -78,7 +61,7 @@ def check(state: Path, campaign_id: str) -> tuple[RoundView, ...]:
             if view.record.status == "completed":
                 model = operator.model("toy", view.record.version)
                 weights = decode_weights(model.weights, model.manifest)
-                np.testing.assert_array_equal(weights, exact_sum(operator, view))
+                np.testing.assert_array_equal(weights, exact_weights(operator, view))
             with operator.repository.read() as reader:
                 records = reader.transcript(view.record.round_id)
                 assert reader.log(view.record.round_id) == ()
