@@ -191,6 +191,15 @@ def previous(record: bytes) -> bytes:
     return _parse(record).previous
 
 
+def round_of(record: bytes) -> str:
+    """Returns the round that a record says it is of, which is not verified yet.
+
+    Raises:
+        BrokenTranscript: it is no record.
+    """
+    return _parse(record).round_id
+
+
 def _parse(data: bytes) -> Record:
     if len(data) > MAX_RECORD_BYTES:
         raise BrokenTranscript(f"a record of {len(data)} bytes is over {MAX_RECORD_BYTES}")

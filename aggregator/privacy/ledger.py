@@ -6,8 +6,9 @@ made cheaper without breaking the chain; the stored ledger is what the budget ga
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pydantic import TypeAdapter
 
@@ -64,37 +65,82 @@ def audit_ledger(reader: Reader, delta: float) -> LedgerAudit:
     Raises:
         BrokenTranscript: the chain is broken, or rounds are missing from it.
     """
-    ended = [entry.round_id for entry in reader.rounds() if entry.status != "running"]
-    records = {round_id: reader.transcript(round_id) for round_id in ended}
-    chained = _chain(records, reader.transcript_head())
-    releases = [release for round_ in chained if (release := _release(round_)) is not None]
+    lines = whole_transcript(reader)
+    releases = _releases(_rounds(lines))
+    return replace(audit_transcript(lines, delta), differences=_differences(releases, reader.ledger()))
+
+
+def audit_transcript(lines: Sequence[bytes], delta: float) -> LedgerAudit:
+    """Re-computes the ledger from a whole transcript and nothing else, as anybody can who was given it.
+
+    Args:
+        lines: the records of all rounds in the order of their chain, from the first.
+        delta: at which epsilon is stated.
+
+    Raises:
+        BrokenTranscript: a record is malformed, changed, missing or out of order.
+    """
+    chained = _rounds(lines)
+    releases = _releases(chained)
     models = sorted({release.model for release in releases if release.model is not None})
     return LedgerAudit(
         account([release.event for release in releases], delta),
         {name: account([r.event for r in releases if r.model == name], delta) for name in models},
         account([r.event for r in releases if r.model is None], delta),
         len(chained),
-        _differences(releases, reader.ledger()),
+        (),
     )
 
 
-def _chain(records: Mapping[str, Sequence[bytes]], head: bytes | None) -> list[tuple[transcript.Record, ...]]:
+def whole_transcript(reader: Reader) -> list[bytes]:
+    """The records of every ended round in the order of their chain, verified against the newest one.
+
+    Raises:
+        BrokenTranscript: the chain is broken, or rounds are missing from it.
+    """
+    ended = [entry.round_id for entry in reader.rounds() if entry.status != "running"]
+    records = {round_id: reader.transcript(round_id) for round_id in ended}
+    return _chain(records, reader.transcript_head())
+
+
+def head_of(lines: Sequence[bytes]) -> str:
+    """The digest of a transcript's newest record in hexadecimal: who kept it can tell a rewritten one."""
+    return (transcript.digest(lines[-1]) if lines else transcript.GENESIS).hex()
+
+
+def _rounds(lines: Sequence[bytes]) -> list[tuple[transcript.Record, ...]]:
+    """Verifies records that follow on one another, round by round."""
+    rounds, digest = [], transcript.GENESIS
+    for _, group in itertools.groupby(lines, key=transcript.round_of):
+        records = list(group)
+        rounds.append(transcript.verify(records, digest))
+        digest = transcript.digest(records[-1])
+    return rounds
+
+
+def _chain(records: Mapping[str, Sequence[bytes]], head: bytes | None) -> list[bytes]:
     """Puts rounds into the order of their chain, which is that of their ends, and verifies it."""
     waiting = {}
     for round_id, lines in records.items():
         if not lines:
             raise transcript.BrokenTranscript(f"round {round_id} has ended and has no transcript")
         waiting[transcript.previous(lines[0])] = lines
-    chained, digest = [], transcript.GENESIS
+    chained: list[bytes] = []
+    digest = transcript.GENESIS
     while digest in waiting:
         lines = waiting.pop(digest)
-        chained.append(transcript.verify(lines, digest))
+        transcript.verify(lines, digest)
+        chained += lines
         digest = transcript.digest(lines[-1])
-    if len(chained) != len(records):
-        raise transcript.BrokenTranscript(f"{len(records) - len(chained)} rounds do not follow on the others")
+    if waiting or len({transcript.round_of(line) for line in chained}) != len(records):
+        raise transcript.BrokenTranscript("rounds are missing: not all follow on one another")
     if digest != (transcript.GENESIS if head is None else transcript.digest(head)):
         raise transcript.BrokenTranscript("the chain does not end in the newest record")
     return chained
+
+
+def _releases(rounds: Sequence[Sequence[transcript.Record]]) -> list[Release]:
+    return [release for records in rounds if (release := _release(records)) is not None]
 
 
 def _release(records: Sequence[transcript.Record]) -> Release | None:

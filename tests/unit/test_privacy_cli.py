@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 pytest.importorskip("dp_accounting")
 
 from aggregator import cli
 from aggregator import main as covey
 from aggregator.privacy.forecast import Intention, forecast
+from aggregator.privacy.ledger import audit_ledger
 from aggregator.privacy.references import tree_noise_multiplier
 from protocol.dp.errors import CohortTooSmall, InvalidParameters, PrivacyError, RingTooNarrow
 from protocol.dp.parameters import PrivacyMode
@@ -245,6 +247,35 @@ def test_a_round_left_out_of_the_transcript_breaks_it(run, state: Path) -> None:
     )
     code, _, err = run("ledger")
     assert code == 1 and "transcript cannot be trusted" in err
+
+
+def test_anybody_can_audit_a_transcript(state: Path, tmp_path: Path) -> None:
+    """Written by the aggregator, checked without it; each way of changing it is found out."""
+    file = tmp_path / "transcript.jsonl"
+    runner = CliRunner()
+    told = runner.invoke(cli.app, ["audit", "--state", str(state), "--out", str(file), "--json"])
+    content = json.loads(told.stdout)
+    assert content["rounds"] == 3
+    assert content["models"] == {"toy": content["population"]}
+    assert content["queries"] == {"epsilon": 0.0, "releases": 0}
+    with covey.open_operator(state) as operator, operator.repository.read() as reader:
+        audited = audit_ledger(reader, 1e-5).population
+        assert content["population"] == {"epsilon": audited.epsilon, "releases": 2}
+
+    def check(*arguments: str) -> Any:
+        return runner.invoke(
+            cli.app, ["audit", str(file), "--json", *arguments], env={"COVEY_STATE": "/nowhere"}
+        )
+
+    assert json.loads(check("--head", content["head"]).stdout) == content
+    assert "another one" in str(check("--head", "00" * 32).exception)
+    lines = file.read_bytes().splitlines(keepends=True)
+    cheaper = [line.replace(b'"survivors":', b'"survivors":9', 1) for line in lines]
+    for wrong in (lines[1:], lines[:-1], lines[:3] + lines[4:], cheaper, lines + lines[-1:], [b"{}\n"]):
+        file.write_bytes(b"".join(wrong))
+        assert "cannot be trusted" in str(check().exception)
+    file.write_bytes(b"".join(lines)[:-1])
+    assert "cut off" in str(check().exception)
 
 
 def test_an_untouched_aggregator_has_spent_nothing(run, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
