@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 
 tf = pytest.importorskip("tensorflow")
 
-from models.layers import nonlinear, primitives, windowed
+from models.layers import nonlinear, primitives, shape, windowed
+from models.losses import LOSSES, stock_losses
 from models.network import Network
 from models.parity import TOLERANCE
 
@@ -74,6 +75,8 @@ def check(build: Callable[[Any], Any], shape: tuple[int, ...], seed: int, count:
 
 @slow
 @given(st.tuples(sizes, sizes, small), pairs, pairs, st.integers(1, 3), st.booleans(), paddings, seeds)
+@example((4, 3, 2), (1, 1), (1, 1), 3, False, "valid", 0)  # a product of matrices
+@example((4, 3, 2), (1, 1), (2, 1), 3, False, "same", 0)
 def test_convolution(
     shape: tuple[int, ...],
     kernel: tuple[int, int],
@@ -89,6 +92,23 @@ def test_convolution(
     # TensorFlow's own dilated convolution does not take every kernel of one entry.
     options = {"strides": strides, "dilation_rate": dilation, "padding": padding}
     check(layers.Conv2D(filters, kernel, activation="relu", **options), shape, seed)
+
+
+@slow
+@given(st.tuples(sizes, sizes), pairs, pairs, st.integers(2, 4), small, small, paddings, seeds)
+def test_convolution_in_groups(
+    size: tuple[int, int],
+    kernel: tuple[int, int],
+    strides: tuple[int, int],
+    groups: int,
+    inputs: int,
+    filters: int,
+    padding: str,
+    seed: int,
+) -> None:
+    assume(padding == "same" or all(s >= k for s, k in zip(size, kernel, strict=True)))
+    layer = layers.Conv2D(groups * filters, kernel, strides, padding, groups=groups)
+    check(layer, (*size, groups * inputs), seed)
 
 
 @slow
@@ -179,6 +199,9 @@ def test_normalisation(size: tuple[int, int], groups: int, each: int, plain: boo
     # Of a group of one or two entries only signs and rounding errors are left, ours or theirs.
     assume(size[0] * size[1] * each > 3)
     check(layers.GroupNormalization(groups, **options), shape, seed)
+    check(layers.GroupNormalization(groups, **options), (size[0] * size[1], shape[-1]), seed)
+    if size[0] * size[1] > 3:
+        check(layers.GroupNormalization(-1, **options), shape, seed)
     check(layers.LayerNormalization(**options), (*size, 4), seed)
     check(layers.BatchNormalization(trainable=False, **options), shape, seed)
 
@@ -263,3 +286,47 @@ def test_tied_maxima_share_their_gradient_or_the_first_takes_it() -> None:
             tape.watch(x)
             y = windowed.max_pool(x, (1, 2), strides)
         assert tf.squeeze(tape.gradient(y, x)).numpy().tolist() == expected
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.sampled_from(sorted(LOSSES)), st.integers(1, 9), st.integers(2, 7), st.floats(0.1, 30.0), seeds)
+def test_every_loss_is_the_weighted_sum_of_tensorflows(
+    name: Any, count: int, labels: int, spread: float, seed: int
+) -> None:
+    """Also where outputs are large, and where an example is padding and has no share."""
+    random = np.random.default_rng(seed)
+    width = 1 if name == "binary_crossentropy" else labels
+    outputs, real = normal(seed, (count, width), (count, width))
+    outputs, real = outputs * spread, real * spread
+    whole = tf.constant(random.integers(0, max(width, 2), count).astype(np.int32))
+    some = tf.constant(random.integers(0, 2, (count, width)).astype(np.float32))
+    truth = {
+        "sparse_categorical_crossentropy": whole,
+        "binary_crossentropy": whole,
+        "multi_label_crossentropy": some,
+    }.get(name, real)
+    share = random.uniform(0.1, 1.0, count).astype(np.float32)
+    share[-1] *= count == 1
+    with tf.GradientTape(persistent=True) as tape:
+        tape.watch(outputs)
+        ours = LOSSES[name](outputs, truth, tf.constant(share))
+        stock = tf.reduce_sum(stock_losses(name, outputs, truth) * share)
+    assert_close(ours, stock)
+    assert_close(tape.gradient(ours, outputs), tape.gradient(stock, outputs))
+
+
+@slow
+@given(st.integers(1, 4), sizes, small, st.floats(0.1, 0.9), seeds)
+def test_dropout_multiplies_by_its_mask_alone(
+    count: int, length: int, width: int, rate: float, seed: int
+) -> None:
+    x, dy = normal(seed, (count, length, width), (count, length, width))
+    keep = (np.random.default_rng(seed).random((count, length * width)) >= rate) / np.float32(1 - rate)
+    mask = tf.constant(keep.astype(np.float32))
+    layer = shape.Dropout(layers.Dropout(rate))
+    with tf.GradientTape() as tape:
+        tape.watch(x)
+        y = layer.drop(x, mask)
+    expected = tf.reshape(mask, x.shape)
+    assert_close(y, x * expected)
+    assert_close(tape.gradient(y, x, output_gradients=dy), dy * expected)
