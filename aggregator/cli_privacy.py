@@ -16,6 +16,7 @@ from aggregator import cli_output as output
 from aggregator.cli_options import Form, Json, Output, Where, service
 from aggregator.operations import OperationRefused
 from protocol.dp.parameters import NoiseDistribution, PrivacyMode
+from protocol.plan import SUBCOHORT_LIMIT
 
 if TYPE_CHECKING:
     from aggregator.privacy.example_forecast import ExampleIntention
@@ -45,6 +46,9 @@ def privacy_plan(
     colluders: Annotated[int, typer.Option(help="Survivors that may reveal their noise.")] = 0,
     parameters: Annotated[int, typer.Option(help="Parameters of the model.")] = 50_000,
     noise: Annotated[NoiseDistribution, typer.Option(help="The integer noise.")] = NoiseDistribution.SKELLAM,
+    subcohort_limit: Annotated[
+        int, typer.Option(min=2, help="Split a larger cohort, with noise for the sum of each part.")
+    ] = SUBCOHORT_LIMIT,
     restart_every: Annotated[
         int | None,
         typer.Option(
@@ -112,6 +116,7 @@ def privacy_plan(
             dimension=parameters,
             noise=noise,
             restart_every=restart_every,
+            subcohort_limit=subcohort_limit,
         )
     )
     content = plan_json(result)
@@ -247,6 +252,7 @@ def plan_json(result: Forecast) -> dict[str, object]:
         "unit": "device",
         "population": intention.population,
         "cohort": intention.cohort,
+        "subcohorts": intention.split.count,
         "rounds": intention.rounds,
         "parameters": intention.dimension,
         "noise_norm": result.noise_norm,
@@ -319,7 +325,7 @@ def _plan_lines(result: Forecast, content: dict[str, object]) -> list[str]:
         f"a device sends     {result.bytes_up:,} bytes of masked input a round",
         "dropouts           "
         + "; ".join(
-            f"{o.survivors} of {intention.cohort} answer: epsilon {_epsilon(o.epsilon_total)}, "
+            f"{o.survivors} of {intention.split.average} answer: epsilon {_epsilon(o.epsilon_total)}, "
             f"noise {o.noise_norm:.4g}"
             for o in result.dropping
         ),
@@ -328,6 +334,9 @@ def _plan_lines(result: Forecast, content: dict[str, object]) -> list[str]:
             f"{o.colluders} of {o.survivors}: epsilon {_epsilon(o.epsilon_total)}" for o in result.colluding
         ),
     ]
+    if intention.split.count > 1:
+        parts = f"{intention.split.count} of {intention.split.average} devices on average"
+        lines.insert(1, f"sub-cohorts        {parts}, each with the noise that its own sum needs")
     if wider is not None:
         lines.append(
             f"a wider ring       rounding makes the noise {rounding_factor(encoding):.2f} times louder; with "

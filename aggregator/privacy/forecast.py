@@ -14,7 +14,9 @@ from protocol.dp.errors import CohortTooSmall, InvalidParameters
 from protocol.dp.events import event_for
 from protocol.dp.parameters import NoiseDistribution, PrivacyMode, PrivacyParameters, TreeNoise
 from protocol.dp.scaling import EncodingParameters, derive_encoding
+from protocol.plan import SUBCOHORT_LIMIT
 from protocol.ring import MAX_BITS, packed_size
+from protocol.secagg.subcohorts import Split
 
 COLLUDING_FRACTIONS = (0.0, 0.01, 0.05, 0.1, 1 / 3)
 """Shares of the fewest accepted survivors for which a forecast says what their noise was worth."""
@@ -34,6 +36,7 @@ class Intention:
         minimum_survivors: fewest updates in a sum; by default the smallest number above two thirds.
         dimension: parameters of the model.
         restart_every: rounds of one noise tree in central mode; None for noise of each round's own.
+        subcohort_limit: a larger cohort is split, and has noise for each sub-cohort's sum.
     """
 
     population: int
@@ -50,6 +53,12 @@ class Intention:
     dimension: int = 50_000
     noise: NoiseDistribution = NoiseDistribution.SKELLAM
     restart_every: int | None = None
+    subcohort_limit: int = SUBCOHORT_LIMIT
+
+    @property
+    def split(self) -> Split:
+        """The sub-cohorts of a full round; one, unless the cohort is too large."""
+        return Split.of(max(1, self.cohort), max(1, self.subcohort_limit))
 
 
 @dataclass(frozen=True)
@@ -96,7 +105,7 @@ class Forecast:
     @property
     def noise_norm(self) -> float:
         """Expected L2 norm of the noise in the mean update, at the fewest accepted survivors."""
-        return noise_norm(self.encoding, self.encoding.minimum_survivors)
+        return noise_norm(self.encoding, self.encoding.minimum_survivors, self.intention.split.count)
 
 
 def forecast(intention: Intention) -> Forecast:
@@ -135,15 +144,16 @@ def forecast(intention: Intention) -> Forecast:
             rounds=intention.rounds,
             dimension=intention.dimension,
             minimum_survivors=survivors,
-            maximum_clients=intention.cohort,
+            maximum_clients=intention.split.largest,
         )
     encoding = derive_encoding(
         privacy,
         dimension=intention.dimension,
         minimum_survivors=survivors,
-        maximum_clients=intention.cohort,
+        maximum_clients=intention.split.largest,
         rotation_seed=bytes(32),
     )
+    full = intention.split.average
     participations = math.ceil(intention.rounds * intention.cohort / intention.population)
     most = most_contributions(encoding, intention.rounds)
     return Forecast(
@@ -155,14 +165,12 @@ def forecast(intention: Intention) -> Forecast:
         epsilon_participations=epsilon_of(encoding, min(participations, most)),
         bytes_up=packed_size(encoding.length, encoding.bits),
         colluding=tuple(
-            _outcome(encoding, most, survivors, colluders)
+            _outcome(intention, encoding, most, survivors, colluders)
             for colluders in sorted({math.floor(fraction * survivors) for fraction in COLLUDING_FRACTIONS})
         ),
         dropping=tuple(
-            _outcome(encoding, most, count, intention.colluders)
-            for count in sorted(
-                {intention.cohort, (intention.cohort + survivors) // 2, survivors}, reverse=True
-            )
+            _outcome(intention, encoding, most, count, intention.colluders)
+            for count in sorted({full, (full + survivors) // 2, survivors}, reverse=True)
         ),
     )
 
@@ -207,9 +215,10 @@ def wider_ring(encoding: EncodingParameters) -> int | None:
     return None
 
 
-def noise_norm(encoding: EncodingParameters, survivors: int) -> float:
+def noise_norm(encoding: EncodingParameters, survivors: int, subcohorts: int = 1) -> float:
     """Expected L2 norm of the noise in the mean update: sqrt(d) standard deviations of one coordinate.
 
+    With sub-cohorts it is that in the mean of their means, at so many survivors in each.
     With a noise tree it is that in the sum of all mean updates since the restart, where it is largest.
     """
     tree = encoding.privacy.tree
@@ -218,7 +227,7 @@ def noise_norm(encoding: EncodingParameters, survivors: int) -> float:
         sum_variance = ((tree.restart_every + 1).bit_length() - 1) * encoding.central_variance
         return math.sqrt(encoding.dimension * sum_variance) / (encoding.scale * encoding.maximum_clients)
     variance = survivors * encoding.local_variance + encoding.central_variance
-    return math.sqrt(encoding.dimension * variance) / (encoding.scale * survivors)
+    return math.sqrt(encoding.dimension * variance / subcohorts) / (encoding.scale * survivors)
 
 
 def _check(intention: Intention) -> int:
@@ -232,11 +241,11 @@ def _check(intention: Intention) -> int:
         Budget(intention.epsilon, intention.delta)  # before anything is worked out
     if intention.rounds < 1:
         raise InvalidParameters(f"need at least one round, got {intention.rounds}")
-    survivors = intention.minimum_survivors
+    survivors, part = intention.minimum_survivors, intention.split.average
     if survivors is None:
-        survivors = max(2, min(cohort, 2 * cohort // 3 + 1))
-    if not 2 <= survivors <= cohort:
-        raise CohortTooSmall(f"a cohort of {cohort} cannot give the {survivors} updates that a sum needs")
+        survivors = max(2, min(part, 2 * part // 3 + 1))
+    if not 2 <= survivors <= part:
+        raise CohortTooSmall(f"a cohort of {part} cannot give the {survivors} updates that a sum needs")
     if intention.restart_every is not None and intention.restart_every * cohort > population:
         raise CohortTooSmall(
             f"no device is in two rounds of a noise tree: {intention.restart_every} cohorts of {cohort} are "
@@ -247,11 +256,13 @@ def _check(intention: Intention) -> int:
     return survivors
 
 
-def _outcome(encoding: EncodingParameters, contributions: int, survivors: int, colluders: int) -> Outcome:
+def _outcome(
+    intention: Intention, encoding: EncodingParameters, contributions: int, survivors: int, colluders: int
+) -> Outcome:
     event = event_for(encoding, survivors).model_copy(update={"colluders": colluders})
     return Outcome(
         survivors,
         colluders,
         spend({event: contributions}, encoding.privacy.delta).epsilon,
-        noise_norm(encoding, survivors),
+        noise_norm(encoding, survivors, intention.split.count),
     )

@@ -163,6 +163,18 @@ def test_impossible_campaigns_are_refused_by_type(changes: dict[str, Any], error
         forecast(Intention(**{**good, **changes}))
 
 
+def test_a_split_cohort_has_the_noise_of_each_sub_cohort(run: Any) -> None:
+    """Four sums with the noise of one each: twice the noise in the mean (a standard deviation)."""
+    arguments = "--population 20000 --cohort 8000 --rounds 10 --noise-multiplier 1 --bits 24"
+    whole = plan(run, f"{arguments} --subcohort-limit 8000")
+    split = plan(run, f"{arguments} --subcohort-limit 2000")
+    assert (whole["subcohorts"], split["subcohorts"]) == (1, 4)
+    assert split["noise_norm"] == pytest.approx(2 * whole["noise_norm"], rel=0.01)
+    assert split["epsilon_total"] == pytest.approx(whole["epsilon_total"], rel=0.01)
+    _, told, _ = run("plan", *arguments.split(), "--subcohort-limit", 2000)
+    assert "4 of 2000 devices on average" in told
+
+
 def test_a_refusal_is_a_sentence_and_exit_code_1(run) -> None:  # type: ignore[no-untyped-def]
     good = ["--population", "5000", "--cohort", "200", "--rounds", "50", "--epsilon", "4"]
     code, out, err = run("plan", *good, "--bits", "8", "--json")
