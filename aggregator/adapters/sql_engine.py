@@ -8,6 +8,8 @@ whoever holds the lock sees all that was committed before, and writers that lock
 
 from __future__ import annotations
 
+import sqlite3
+from contextlib import closing, suppress
 from enum import Enum
 from functools import partial
 from pathlib import Path
@@ -20,6 +22,7 @@ from aggregator.repository import StorageUnavailable
 
 WAIT_SECONDS = 15
 """How long a writer waits for another one."""
+LOG_PATIENCE_MILLISECONDS = 100
 MODE = "covey_mode"
 """Execution option of a connection: its `Mode`, READ when it is not given."""
 MIGRATION_LOCK = 0x636F766579_01
@@ -154,6 +157,22 @@ def _mode(connection: Connection) -> Mode:
     return mode
 
 
+def erase_log(engine: Engine) -> None:
+    """Empties SQLite's write-ahead log, which still holds what was overwritten in the database itself.
+
+    Nothing is waited for: while somebody reads an older state, the log stays until the next time.
+    """
+    if engine.dialect.name != "sqlite":
+        return
+    with suppress(DBAPIError, sqlite3.Error), closing(engine.raw_connection()) as pooled:
+        cursor = pooled.cursor()
+        cursor.execute(f"PRAGMA busy_timeout = {LOG_PATIENCE_MILLISECONDS}")
+        try:
+            cursor.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+        finally:
+            cursor.execute(f"PRAGMA busy_timeout = {WAIT_SECONDS * 1000}")
+
+
 def contended(error: SQLAlchemyError) -> bool:
     """Whether the database gave up because of somebody else: the same transaction may succeed later."""
     if not isinstance(error, DBAPIError):
@@ -169,5 +188,9 @@ def reason(error: SQLAlchemyError) -> str:
         return f"database: {type(error).__name__}"
     # PostgreSQL quotes whole rows in the details below its message.
     primary = getattr(getattr(error.orig, "diag", None), "message_primary", None)
-    # A failed connection has no message of the server's; what is before "failed" is the server's address.
-    return f"database: {primary or str(error.orig).rpartition(' failed: ')[2].partition(chr(10))[0]}"
+    if primary is None:
+        primary = str(error.orig).partition("\n")[0]
+        if primary.startswith("connection failed: "):
+            # Of a failed connection, without the server's address.
+            primary = f"no connection: {primary.rpartition(' failed: ')[2]}"
+    return f"database: {primary}"

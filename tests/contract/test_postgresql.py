@@ -183,6 +183,7 @@ def test_a_server_that_is_not_there_is_unavailable_and_its_password_is_kept() ->
     with pytest.raises(StorageUnavailable) as caught:
         SqlRepository("postgresql://covey:hunter2@127.0.0.1:1/covey")
     assert "hunter2" not in str(caught.value)
+    assert "127.0.0.1" not in str(caught.value)
     with pytest.raises(StorageUnavailable, match="cannot be read") as caught:
         SqlRepository("postgresql//covey:hunter2")
     assert "hunter2" not in str(caught.value)
