@@ -29,7 +29,7 @@ from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, SQLAlchemyErro
 from aggregator.adapters import sql_schema as s
 from aggregator.adapters.sql_access import AccessReader, AccessWriter
 from aggregator.adapters.sql_claim import Claim
-from aggregator.adapters.sql_engine import MODE, Mode, contended, open_engine, reason
+from aggregator.adapters.sql_engine import MODE, Mode, contended, erase_log, open_engine, reason
 from aggregator.adapters.sql_migration import check_schema
 from aggregator.adapters.sql_noise import NoiseReader, NoiseWriter
 from aggregator.records import (
@@ -90,7 +90,10 @@ class SqlRepository:
         with self._transaction(Mode.WRITE) as connection:
             if self._claim is not None:
                 self._claim.check(connection)
-            yield _Writer(connection)
+            writer = _Writer(connection)
+            yield writer
+        if writer.ended_round:
+            erase_log(self._engine)
 
     @contextmanager
     def claim(self) -> Iterator[None]:
@@ -288,6 +291,9 @@ class _Reader(AccessReader, NoiseReader):
 
 
 class _Writer(_Reader, AccessWriter, NoiseWriter):
+    ended_round = False
+    """Whether a round's secrets were erased in this transaction."""
+
     def _insert(self, table: Table, **values: object) -> None:
         try:
             self._connection.execute(insert(table).values(**values))
@@ -372,6 +378,7 @@ class _Writer(_Reader, AccessWriter, NoiseWriter):
                 version=None if ending.version is None else ending.version.version,
             )
         )
+        self.ended_round = True
         self.drop_uploads(round_id)
         for table in (s.log, s.sums, s.inputs):
             self._connection.execute(delete(table).where(table.c.round_id == round_id))
