@@ -61,9 +61,15 @@ def guarded(role: Role, *, tag: str) -> APIRouter:
     class Route(APIRoute):
         def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
             inner, action = super().get_route_handler(), self.name
+            known = {field.alias for field in self.dependant.query_params}
 
             async def handle(request: Request) -> Response:
                 request.state.admitted = await run_in_threadpool(_admit, request, role, action)
+                given = [name for name, _ in request.query_params.multi_items()]
+                if len(given) > len(known.intersection(given)):
+                    # A filter with a typing error would show too much.
+                    names = ", ".join(sorted(known)) or "none"
+                    raise ApiProblem("invalid-request", f"query: takes, each once: {names}")
                 return await inner(request)
 
             return handle

@@ -389,6 +389,8 @@ def test_what_is_not_there_and_what_cannot_be_done(bench: Api) -> None:
     problem(bench.call("GET", f"{V1}/nothing"), 404, "not-found")
     problem(bench.call("PATCH", f"{V1}/devices"), 405, "method-not-allowed")
     problem(bench.call("POST", f"{V1}/tokens", content=b"{"), 422, "invalid-request")
+    typo = problem(bench.call("GET", f"{V1}/devices", params={"onlin": True}), 422, "invalid-request")
+    assert "online" in typo
     problem(bench.call("GET", "/auth/login", None), 404, "not-found")
     huge = base64.b64encode(b"garbage").decode()
     problem(bench.call("POST", f"{V1}/devices", json={"csr": huge}), 422, "enrolment-refused")
