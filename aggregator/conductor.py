@@ -239,10 +239,11 @@ class Conductor:
     def serve_campaigns(self, work: Work, campaigns: Sequence[Campaign]) -> None:
         """Starts the next round of every campaign whose turn it is; one campaign at a time for each model.
 
-        Queries are one at a time, too: a device is in one round only.
+        Queries are one at a time, too: a device is in one round only. They go first, or the rounds of a long
+        campaign would leave them no devices until its end.
         """
         busy = {running.record.model for running in self._running.values()}
-        for campaign in campaigns:
+        for campaign in sorted(campaigns, key=lambda each: each.model is not None):
             if campaign.model in busy:
                 continue
             busy.add(campaign.model)

@@ -235,7 +235,7 @@ def _policy(options: argparse.Namespace) -> None:
 
 
 def _fields(options: argparse.Namespace) -> None:
-    from edge_client import report
+    from edge_client import fields_report
     from edge_client.adapters.readings import FieldReader, load_fields, save_fields
 
     if options.action != "list" and options.name is None:
@@ -247,8 +247,8 @@ def _fields(options: argparse.Namespace) -> None:
         fields = fields.withdraw(options.name)
     if options.action != "list":
         save_fields(options.state, fields)
-    answer = report.fields(fields, FieldReader(options.state, options.data).read)
-    cli.say(cli.as_json(answer) if options.json else report.fields_text(answer))
+    answer = fields_report.fields(fields, FieldReader(options.state, options.data).read)
+    cli.say(cli.as_json(answer) if options.json else fields_report.fields_text(answer))
 
 
 def _source(options: argparse.Namespace) -> FieldSource:

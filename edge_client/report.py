@@ -20,7 +20,6 @@ from edge_client.adapters.data import NpzDirectory
 from edge_client.adapters.files import StorageError
 from edge_client.adapters.store import DATABASE, DeviceStore
 from edge_client.events import VersionStatus
-from edge_client.fields import DeclaredFields, UnreadableField
 from edge_client.ledger import DAY, History, LedgerEntry
 from edge_client.models import Library
 from edge_client.personalisation import Personal, PersonalConfig
@@ -154,38 +153,6 @@ def privacy(state: Path, now: int) -> dict[str, Any]:
         },
         "entries": [entry.model_dump(mode="json") for entry in ledger],
     }
-
-
-def fields(declared: DeclaredFields, read: Callable[[str], float]) -> dict[str, Any]:
-    """What queries may ask for, and what this device would answer now, ready for JSON."""
-    answer = []
-    for name, source in sorted(declared.fields.items()):
-        value, problem = None, ""
-        try:
-            value = _finite(read(name))
-            problem = "" if value is not None else "not finite: a query would be refused"
-        except UnreadableField as error:
-            problem = f"unreadable: {error}"
-        answer.append({"field": name, "value": value, "problem": problem, "source": source.model_dump()})
-    return {"fields": answer}
-
-
-def fields_text(answer: dict[str, Any]) -> str:
-    """`fields` for a person."""
-    if not answer["fields"]:
-        return "no fields are declared: this device answers no queries; see `covey-edge fields --help`"
-    rows = [
-        (f["field"], f["problem"] or f"{f['value']:g}", _source_text(f["source"])) for f in answer["fields"]
-    ]
-    return cli.table(("field", "answer now", "from"), rows)
-
-
-def _source_text(source: dict[str, Any]) -> str:
-    if source["kind"] == "constant":
-        return "the owner"
-    origin = source["path"] if source["kind"] == "file" else "the recordings"
-    scale = "" if source["scale"] == 1 else f", times {source['scale']:g}"
-    return f"{source['summary']} of {origin}{scale}"
 
 
 def _finite(number: float) -> float | None:

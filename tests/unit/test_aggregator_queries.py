@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -144,6 +145,26 @@ def test_queries_go_beside_the_training_of_a_model(tmp_path: Path) -> None:
     assert table.operator.campaign(training.campaign_id).started == 1
     (view,) = table.operator.rounds(query.campaign_id)
     assert number(view).estimate == pytest.approx(TRUE_MEAN, abs=1e-3)
+
+
+def test_a_long_campaign_lets_a_query_in_between(tmp_path: Path) -> None:
+    table = bench(tmp_path)
+    training = table.start(replace(REQUEST, rounds=3))
+    table.run_until(lambda: table.operator.campaign(training.campaign_id).started == 1)
+    query = table.operator.start_query(asked(MeanQuestion()))
+    table.run_until(lambda: table.operator.campaign(query.campaign_id).status == "finished")
+    assert table.operator.campaign(training.campaign_id).started < 3
+
+
+def test_the_sums_of_sub_cohorts_are_one_answer(tmp_path: Path) -> None:
+    table = bench(tmp_path, [float(value) for value in range(10, 40)])
+    request = replace(asked(MeanQuestion()), cohort=30, minimum=10, min_survivors=5, subcohort_limit=15)
+    _, view = run(table, request)
+    assert len(view.report.subcohorts) == 2 and view.report.answer is not None
+    # Which devices are together is chance: a sub-cohort of fewer than 10 is left out, once in 25 runs.
+    answered = [table.devices[name].values["battery"] for name in view.report.survivors]
+    assert number(view).estimate == pytest.approx(sum(answered) / len(answered), abs=1e-4)
+    assert view.report.answer.participants == len(answered) >= 15
 
 
 @pytest.mark.parametrize(

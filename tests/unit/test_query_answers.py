@@ -141,6 +141,17 @@ def test_counts_add_up_to_the_participants() -> None:
     assert np.abs(off).max() < 4
 
 
+def test_every_sub_cohorts_sum_brings_its_own_central_noise() -> None:
+    task = QueryTask(field="x", low=0.0, high=1.0, question=MeanQuestion())
+    privacy = QueryRequest("x", 0.0, 1.0, task.question, privacy=PrivacyMode.CENTRAL).resolve().privacy
+    encoding = derive_encoding(
+        privacy, dimension=1, minimum_survivors=10, maximum_clients=100, rotation_seed=bytes(32)
+    )
+    mean = np.zeros(1, np.float32)
+    one, four = (number(answer(task, mean, sizes, encoding)) for sizes in ([80], [20, 20, 20, 20]))
+    assert four.standard_error == pytest.approx(2 * one.standard_error, rel=1e-4)
+
+
 @pytest.mark.parametrize("participants", [2, 3])
 def test_noise_far_above_the_counts_still_gives_an_answer(participants: int) -> None:
     task = QueryTask(field="x", low=0.0, high=1.0, question=QuantileQuestion(q=0.5, bins=4))
