@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import socket
 import subprocess
 import sys
@@ -9,6 +11,7 @@ import time
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 import httpx
@@ -171,19 +174,26 @@ def test_a_sign_in_that_somebody_else_began_is_refused(browser: httpx.Client) ->
     assert forged.status_code == 401
 
 
-def test_a_code_without_its_verifier_is_worth_nothing(issuer: str, browser: httpx.Client) -> None:
-    back = begin(browser, "bob")
-    code = parse_qs(urlsplit(back).query)["code"][0]
-    answer = httpx.post(
-        f"{issuer.rstrip('/')}/oauth2/token",
-        data={
-            "grant_type": "authorization_code",
-            "code": code,
-            "redirect_uri": back.partition("?")[0],
-        },
-        auth=("covey", SECRET),
-    )
-    assert answer.status_code == 400 and "code_verifier" in answer.text
+def test_the_code_goes_back_with_the_verifier_of_its_challenge(
+    browser: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """RFC 7636, section 4.6. The provider here takes codes without one, so both sides are looked at."""
+    bodies: list[str] = []
+    post = httpx.post
+
+    def recorded(url: str, **more: Any) -> httpx.Response:
+        bodies.append(more["content"])
+        return post(url, **more)
+
+    start = browser.get("/auth/login")
+    address = start.headers["location"]
+    back = post(address, data={"sub": "bob"}).headers["location"]
+    monkeypatch.setattr("aggregator.web.oidc.httpx.post", recorded)
+    assert browser.get(back).status_code == 303
+    (verifier,) = parse_qs(bodies[0])["code_verifier"]
+    digest = base64.urlsafe_b64encode(hashlib.sha256(verifier.encode()).digest()).rstrip(b"=").decode()
+    assert parse_qs(urlsplit(address).query)["code_challenge"] == [digest]
+    assert len(verifier) >= 43
 
 
 def test_the_issuers_tokens_are_bearers_and_nobody_elses(bench: Api, issuer: str) -> None:
