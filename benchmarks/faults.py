@@ -2,7 +2,7 @@
 
     python benchmarks/faults.py [--json FILE] [--victim NAME]...
 
-A round has seven transactions that move it on: it begins, its five phases close, it ends. Each is hit twice,
+A round has transactions that move it on: it begins, takes an input, closes its five phases, ends. Each is hit
 just before its commit and just after, when nothing that follows from it has been sent. The victim comes back
 half a second later, and two rounds must end. Lost is what devices were told and the aggregator has not:
 acknowledged uploads that are not in the exact sum, versions, and ledger entries of rounds that unmasked.

@@ -26,8 +26,8 @@ from aggregator.repository import Writer
 from aggregator.rounds.report import PHASES
 from tests.databases import PostgresProcess
 
-BOUNDARIES = ("begin", *(f"close {phase}" for phase in PHASES), "end")
-"""Transactions that move a round on: it begins, its phases close one after the other, it ends."""
+BOUNDARIES = ("begin", "store an input", *(f"close {phase}" for phase in PHASES), "end")
+"""Transactions that move a round on: it begins, takes its first input, closes its phases, and ends."""
 SIDES = ("before its commit", "after its commit")
 """Before: nothing of it is durable. After: all of it is, and nothing that follows from it has been sent."""
 
@@ -86,6 +86,10 @@ class _Watch:
         if entry.kind == "closed":
             closed = sum(known.kind == "closed" for known in self._writer.log(round_id))
             self.crossed.add(f"close {PHASES[closed - 1]}")
+
+    def note_input(self, round_id: str, device_id: str, sha256: str) -> None:
+        self._writer.note_input(round_id, device_id, sha256)
+        self.crossed.add("store an input")
 
     def end_round(self, ending: RoundEnding) -> None:
         self._writer.end_round(ending)
