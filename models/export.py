@@ -22,6 +22,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
+from tensorflow.lite.python.convert import ConverterError
 
 from models import flatbuffer
 from models.manifest import (
@@ -34,7 +35,7 @@ from models.manifest import (
     TargetSpec,
     describe,
 )
-from models.network import Network
+from models.network import Network, UnsupportedModel
 from models.parity import prove_parity
 from models.program import TrainingForm, build_program, signatures_of
 from models.weights import encode_weights
@@ -166,7 +167,12 @@ def _convert(module: Any, specs: Sequence[SignatureSpec]) -> bytes:
         converter = tf.lite.TFLiteConverter.from_saved_model(directory)
         converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS]
         converter.experimental_enable_resource_variables = True
-        return bytes(converter.convert())
+        try:
+            return bytes(converter.convert())
+        except ConverterError as error:
+            hint = "; it may without example_gradients" if "gradient" in signatures else ""
+            reason = str(error).strip().splitlines()[0][-200:]
+            raise UnsupportedModel(f"TensorFlow's converter gives up on the model{hint}: {reason}") from error
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

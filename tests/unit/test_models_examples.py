@@ -3,6 +3,7 @@
 # ruff: noqa: E402  the import of TensorFlow comes first: it may skip the file
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from models.architectures import ARCHITECTURES
 from models.export import ExportedModel, export
 from models.losses import stock_losses
 from models.manifest import InputSpec, LossName, OptimizerSpec
-from models.network import Network
+from models.network import Network, UnsupportedModel
 from models.parity import GradientParityError, prove_parity
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -101,3 +102,9 @@ def test_a_wrong_gradient_of_one_example_is_found() -> None:
 def test_local_layers_and_single_gradients_exclude_each_other() -> None:
     with pytest.raises(ValueError, match="none can be local"):
         exported([layers.Dense(4), layers.Dense(3, name="head")], (5,), local_layers=("head",))
+
+
+def test_a_model_that_the_converter_gives_up_on_is_refused_by_name() -> None:
+    """Its matrix products for a batch of one; without single gradients the same model is exported."""
+    with pytest.raises(UnsupportedModel, match="may without example_gradients"):
+        replace(ARCHITECTURES["anomaly"], example_gradients=True).export()
