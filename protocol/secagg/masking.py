@@ -141,22 +141,21 @@ def remove_masks(
     length = -(-len(vector) // (workers * SLICE_WORDS)) * SLICE_WORDS
     executor, starts = pool(), range(0, len(vector), length)
     tasks = [
-        executor.submit(_stretch, vector[start : start + length].tobytes(), keys, signs, start)
-        for start in starts
+        executor.submit(_stretch, vector[start : start + length], keys, signs, start) for start in starts
     ]
     for start, task in zip(starts, tasks, strict=True):
         part = vector[start : start + length]
         try:
-            part[:] = np.frombuffer(task.result(), np.uint32)
+            part[:] = task.result()
         except BrokenExecutor:
             apply_masks(part, masks, start)
 
 
-def _stretch(values: bytes, keys: bytes, signs: bytes, start: int) -> bytes:
-    """One worker's part of `remove_masks`; bytes, since they cross between processes cheaply."""
-    part = np.frombuffer(bytearray(values), np.uint32)
+def _stretch(part: NDArray[np.uint32], keys: bytes, signs: bytes, start: int) -> NDArray[np.uint32]:
+    """One worker's part of `remove_masks`, on its own copy: threads would share the caller's."""
+    part = part.copy()
     masks = (
         Mask(keys[KEY_BYTES * i : KEY_BYTES * (i + 1)], bool(negative)) for i, negative in enumerate(signs)
     )
     apply_masks(part, masks, start)
-    return part.tobytes()
+    return part

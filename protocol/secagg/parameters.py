@@ -113,7 +113,8 @@ def parameters(size: int, assumptions: GraphAssumptions) -> GraphParameters:
     if size > MAX_COMPLETE:
         raise NoGraph(
             f"{size} clients, {assumptions.corrupt_fraction:g} of them corrupt and "
-            f"{assumptions.dropout_fraction:g} dropping out, need more than {MAX_DEGREE} neighbours each"
+            f"{assumptions.dropout_fraction:g} dropping out, need more than {MAX_DEGREE} neighbours each: "
+            "split the cohort (subcohort_limit), or assume less"
         )
     return GraphParameters(size, size - 1, 2 * size // 3 + 1)
 

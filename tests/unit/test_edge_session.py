@@ -21,6 +21,7 @@ from protocol.messages import (
     UploadOffer,
     UploadReceipt,
 )
+from protocol.plan import CohortParameters
 from protocol.secagg import server
 from protocol.transfer import describe
 from tests.edge_fleet import (
@@ -406,6 +407,23 @@ def test_a_forged_roster_aborts_the_round_and_erases_its_secrets() -> None:
     (abort,) = device.take()
     assert isinstance(abort, ClientAbort)
     assert device.state.active is None and device.disk.memory().active is None
+
+
+def test_a_roster_across_sub_cohorts_of_the_plan_ends_the_round() -> None:
+    devices = fleet()
+    halves = plan(cohort=CohortParameters(size=8, minimum=3, minimum_survivors=2, subcohort_limit=4))
+    aggregator = Aggregator(devices, halves)
+    names = [device.device_id for device in devices]
+    assert all(halves.cohort.split.parts(names, aggregator.document.digest))
+    aggregator.step()
+    device = devices[0]
+    roster = server.request(aggregator.state, device.device_id)
+    assert isinstance(roster, Roster)
+    device.receive(roster)
+    (abort,) = device.take()
+    assert isinstance(abort, ClientAbort)
+    assert abort.code == "wrong-subcohort"
+    assert device.state.active is None
 
 
 def test_a_base_version_that_turns_out_bad_ends_the_round() -> None:
