@@ -135,24 +135,31 @@ def mean_update(
     return decode(total, CLIENTS, params)[0]
 
 
-@pytest.mark.parametrize(("encoded", "tolerance"), [(False, 2e-6), (True, 4e-6)])
+@pytest.mark.parametrize(("encoded", "tolerance"), [(False, 5e-7), (True, 4e-6)])
 def test_fedavg_gives_the_weights_of_tff(
     oracle: Oracle, people: list[Examples], encoded: bool, tolerance: float
 ) -> None:
-    """Four rounds in a row on plain means; through the ring, each round from where TFF stood.
+    """Four rounds, each from where TFF stood; a quantization step of the ring is 8 / 2^22 = 2 10^-6."""
+    algorithm = FedAvg()
+    start = zoo.load("digits").weights
+    for previous, expected in zip((start, *oracle["fedavg"]), oracle["fedavg"], strict=False):
+        state = algorithm.apply(algorithm.init(previous), mean_update(previous, people, encoded=encoded))
+        np.testing.assert_allclose(state.parameters, expected, atol=tolerance, rtol=0)
 
-    A quantization step is 8 / 2^22 = 2 10^-6. Such a difference grows two hundredfold in a round of this
-    network, whose rectifiers and maxima switch, so that a path through the ring cannot stay on TFF's.
-    """
+
+def test_four_rounds_of_fedavg_in_a_row_stay_near_those_of_tff(
+    oracle: Oracle, people: list[Examples]
+) -> None:
+    """Where an activation is all but 0, the last bit decides whether a rectifier or a maximum switches: one
+    such switch moved a weight by 3 10^-4 in the second round, and each round amplifies it."""
     algorithm = FedAvg()
     start = zoo.load("digits").weights
     state = algorithm.init(start)
-    for previous, expected in zip((start, *oracle["fedavg"]), oracle["fedavg"], strict=False):
-        if encoded:
-            state = replace(state, parameters=previous)
-        state = algorithm.apply(state, mean_update(state.parameters, people, encoded=encoded))
-        np.testing.assert_allclose(state.parameters, expected, atol=tolerance, rtol=0)
-    assert np.abs(state.parameters - start).max() > 0.05  # it did train
+    for _ in oracle["fedavg"]:
+        state = algorithm.apply(state, mean_update(state.parameters, people, encoded=False))
+    moved = np.linalg.norm(oracle["fedavg"][-1] - start)
+    assert np.linalg.norm(state.parameters - oracle["fedavg"][-1]) < 0.02 * moved
+    assert moved > 0.5, "it did train"
 
 
 @pytest.mark.parametrize(("encoded", "tolerance"), [(False, 5e-6), (True, 2e-5)])
