@@ -37,7 +37,7 @@ def healthy() -> Vitals:
 
 BOUNDED = settings(
     derandomize=True,
-    max_examples=10,
+    max_examples=5,
     deadline=None,
     phases=[Phase.explicit, Phase.generate],
     suppress_health_check=list(HealthCheck),

@@ -129,6 +129,14 @@ def test_a_wrong_command_line_exits_with_2(run, arguments: list[str]) -> None:  
         "device list",
         "device exclude",
         "device include",
+        "device label",
+        "login",
+        "logout",
+        "whoami",
+        "token create",
+        "token list",
+        "token revoke",
+        "audit-log",
         "model publish",
         "model list",
         "round start",
@@ -140,6 +148,48 @@ def test_every_command_explains_itself_with_an_example(run, command: str) -> Non
     code, out, _ = run(*command.split(), "--help")
     assert code == 0
     assert f"covey {command}" in out.replace("Usage: covey", "")
+
+
+def test_tokens_and_what_they_leave_behind(run) -> None:  # type: ignore[no-untyped-def]
+    run("aggregator", "init")
+    code, made, _ = run(
+        "token", "create", "--role", "viewer", "--expires", "90m", "--json", "--label", "[b]x"
+    )
+    content = json.loads(made)
+    assert (code, content["role"], content["expires_at"] - content["created_at"]) == (0, "viewer", 5400)
+    listed = run("token", "list")[1]
+    assert content["token"] in listed and "[b]x" in listed
+    assert content["secret"] not in listed and "first" in listed
+    assert run("token", "revoke", content["token"])[0] == 0
+    assert "revoked" in run("token", "list")[1]
+    code, _, err = run("token", "revoke", "0" * 12)
+    assert (code, "covey token list" in err) == (1, True)
+    log = json.loads(run("audit-log", "--output", "json")[1])
+    assert [(e["action"], e["target"], e["outcome"]) for e in log] == [
+        ("revoke-token", "0" * 12, "not-found"),
+        ("revoke-token", content["token"], "done"),
+        ("create-token", "viewer [b]x", "done"),
+    ]
+    assert "viewer [b]x" in run("audit-log")[1]
+
+
+@pytest.mark.parametrize("expires", ["0d", "367d", "30", "d", "-1d", "1w", "9999999m", "1d "])
+def test_a_time_that_is_none_makes_no_token(run, expires: str) -> None:  # type: ignore[no-untyped-def]
+    run("aggregator", "init")
+    code, out, err = run("token", "create", "--role", "admin", f"--expires={expires}")
+    assert (code, out, "30d, 12h or 90m" in err) == (1, "", True)
+
+
+def test_labels_by_the_command(run, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    run("aggregator", "init")
+    request = tmp_path / "barn-1.csr"
+    request.write_bytes(create_request(Ed25519PrivateKey.generate(), "barn-1"))
+    run("device", "enroll", "--csr", request, "--out", tmp_path / "barn-1.json")
+    assert "site=north" in run("device", "label", "barn-1", "site=north", "barn")[1]
+    assert "barn-1" in run("device", "list", "--label", "barn", "--offline")[1]
+    assert run("device", "list", "--label", "barn", "--online", "--json")[1] == "[]\n"
+    code, _, err = run("device", "label", "barn-1", "<script>")
+    assert (code, "body.labels.0" in err) == (1, True)
 
 
 def test_help_and_version(run) -> None:  # type: ignore[no-untyped-def]
