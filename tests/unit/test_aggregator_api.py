@@ -16,6 +16,7 @@ from aggregator.access.roles import Role
 from aggregator.client import ApiError
 from aggregator.queries import QueryRequest
 from aggregator.settings import CampaignRequest
+from aggregator.web.context import Vitals
 from aggregator.web.limits import Limits
 from aggregator.web.schemas import MAX_PAGE, TokenRequest
 from protocol.identity import SignedDocument, key_id
@@ -407,6 +408,16 @@ def test_a_broken_database_is_a_503_and_health_says_so(bench: Api, tmp_path: Pat
     problem(response, 503, "unavailable")
     assert response.headers["retry-after"] == "5"
     assert bench.call("GET", f"{V1}/health", None).json()["storage"] is False
+
+
+def test_readiness_says_why_the_service_cannot_work(tmp_path: Path) -> None:
+    trouble = ["database: database or disk is full"]
+    with api(tmp_path, vitals=lambda: Vitals(broker=True, loop=True, trouble=trouble[0])) as bench:
+        full = bench.call("GET", f"{V1}/ready", None)
+        assert (full.status_code, full.json()["trouble"]) == (503, trouble[0])
+        assert bench.call("GET", f"{V1}/health", None).status_code == 200  # a restart would not help
+        trouble[0] = ""
+        assert bench.call("GET", f"{V1}/ready", None).status_code == 200
 
 
 def test_a_defect_is_a_500_without_its_inside(bench: Api, caplog: pytest.LogCaptureFixture) -> None:

@@ -12,6 +12,7 @@ import pytest
 
 from aggregator.ending import Finisher
 from aggregator.operations import RoundView
+from aggregator.registry.artefacts import StoreUnavailable
 from aggregator.registry.publishing import document_of
 from aggregator.repository import Repository, StorageUnavailable
 from aggregator.settings import CampaignRequest
@@ -311,6 +312,28 @@ def test_the_next_round_is_refused_when_a_lost_one_has_spent_the_budget(bench: B
     (view,) = bench.finish(campaign)
     assert view.record.code == "not-restorable"
     assert bench.operator.campaign(campaign.campaign_id).status == "failed"
+
+
+def test_a_store_that_fails_costs_a_download_and_no_round(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A device asks for weights while the disk under the registry fails: a round goes on beside it."""
+    blob = bench.operator.model("toy").manifest.weights
+    campaign = bench.start(campaign_request())
+    bench.run_until(lambda: bench.phase() == "ShareKeys")
+
+    def fail(*_: Any) -> bytes:
+        raise StoreUnavailable("the registry cannot be used: Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(bench.store, "read_range", fail)
+        need = BlobNeed(blob=blob, indices=(0,))
+        bench.deliver((topics.up("device-0", "msg"), encode(need)))
+        bench.run_until(lambda: bench.phase() == "MaskedInput")
+    assert "cannot have" in caplog.text
+    assert bench.transport.resets == 0
+    (view,) = bench.finish(campaign)
+    check_completed(bench, view)
 
 
 def test_an_outage_of_the_broker_does_not_count_for_the_phase(bench: Bench) -> None:
