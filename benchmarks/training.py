@@ -100,9 +100,10 @@ class Peer:
 
     def finish(self) -> int:
         """Let the process end: its peak memory in bytes."""
-        assert self._process.stdin is not None
+        assert self._process.stdin is not None and self._process.stdout is not None
         self._process.stdin.close()
         peak = int(self._line())
+        self._process.stdout.close()
         self._process.wait()
         return peak
 

@@ -56,7 +56,8 @@ class TfliteTrainer:
         Args:
             manifest: the (verified) manifest of the model.
             graph: bytes of the `.tflite` file.
-            threads: of the interpreter; small models are fastest with one.
+            threads: of the interpreter. One: with more, those of tflite-runtime wait by spinning, and on a
+                busy machine a step takes over fifty times as long.
 
         Raises:
             ModelRejected: size, digest, format, signatures or parameters are not what the manifest says.
