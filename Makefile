@@ -38,9 +38,9 @@ STAMP := $(VENV)/.covey-$(PYTHON_VERSION)
 ROOT := $(filter 0,$(shell id -u))
 APT := DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends
 TEST_PACKAGES := mosquitto postgresql
-SLOW_PACKAGES := chromium mmdebstrap qemu-user-static binutils-aarch64-linux-gnu
+SLOW_PACKAGES := chromium mmdebstrap qemu-user-static binutils-aarch64-linux-gnu arch-test dosfstools fdisk mtools qemu-system-arm
 
-.PHONY: bundle lock-bundle help demo test test-slow test-313 test-all lint format bench bench-peers bench-torch fuzz \
+.PHONY: bundle image lock-bundle help demo test test-slow test-313 test-all lint format bench bench-peers bench-torch fuzz \
 	setup setup-dev debian debian-slow parity setup-parity clean
 
 help:  ## list the targets
@@ -94,6 +94,9 @@ bench-peers: $(VENV_PEERS)/.covey-peers  ## only install what we are measured ag
 
 bundle: $(STAMP)-venv  ## build the client as one file for Bookworm and for Trixie, arm64; print their sizes
 	@$(BIN)/python -m deploy.bundle --out dist $(ARGS)
+
+image: $(STAMP)-venv  ## build a minimal Debian arm64 image, as root; the first time takes a quarter of an hour
+	@$(BIN)/python -m deploy.image --out dist/covey-arm64.img $(ARGS)
 
 # uv resolves for another machine and Python; a backport that ended at Python 3.10 needs its last open release.
 lock-bundle: $(STAMP)-venv  ## pin the bundles' packages anew, with hashes
