@@ -68,6 +68,9 @@ def _times(x: Tensor, w: Tensor) -> Tensor:
     With a matrix of two axes it would become a fully connected operation, which takes four times as long with
     weights that are no constant.
     """
+    if x.shape.rank == 2 and x.shape[0] == 1:
+        # The converter simplifies a batch of one row to a product of wrong ranks, and stops.
+        return _product(x, w)
     y = _product(tf.reshape(x, [1, -1, x.shape[-1]]), tf.expand_dims(w, 0))
     return tf.reshape(y, [-1, *x.shape[1:-1], w.shape[-1]])
 
