@@ -21,6 +21,7 @@ from aggregator.adapters.keyfiles import UnusableKeys
 from aggregator.cli_access import audit_log as audit_log_command
 from aggregator.cli_access import login, logout, token_app, whoami
 from aggregator.cli_audit import audit
+from aggregator.cli_evaluation import evaluate
 from aggregator.cli_fleet import device_app, model_app
 from aggregator.cli_options import State
 from aggregator.cli_privacy import privacy_app
@@ -92,6 +93,7 @@ app.add_typer(secagg_app, name="secagg")
 app.add_typer(token_app, name="token")
 app.command("audit-log")(audit_log_command)
 app.command("audit")(audit)
+app.command("evaluate")(evaluate)
 app.command("login")(login)
 app.command("logout")(logout)
 app.command("whoami")(whoami)

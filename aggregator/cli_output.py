@@ -43,7 +43,7 @@ def _dump(value: object) -> None:
     sys.stdout.flush()
 
 
-def _time(unix: float | None) -> str:
+def moment(unix: float | None) -> str:
     return "never" if unix is None else dt.datetime.fromtimestamp(unix).strftime("%Y-%m-%d %H:%M:%S")
 
 
@@ -69,7 +69,7 @@ def devices(items: Sequence[Device], *, json: bool) -> None:
         if d.excluded is not None:
             status += f" [red]excluded: {escape(d.excluded)}[/red]"
         models = ", ".join(f"{name} {number}" for name, number in sorted(d.models.items()))
-        row = (d.device, status, _time(d.last_seen), escape(d.client_version), escape(d.runtime))
+        row = (d.device, status, moment(d.last_seen), escape(d.client_version), escape(d.runtime))
         table.add_row(*row, escape(models), escape(" ".join(d.labels)))
     _console.print(table)
 
@@ -85,7 +85,7 @@ def versions(items: Sequence[Version], *, json: bool) -> None:
     table = Table("model", "version", "manifest", "published", "by", box=None)
     for v in items:
         origin = "operator" if v.round is None else f"round {v.round[:8]}"
-        table.add_row(v.model, str(v.version), v.manifest_sha256[:16], _time(v.created_at), origin)
+        table.add_row(v.model, str(v.version), v.manifest_sha256[:16], moment(v.created_at), origin)
     _console.print(table)
 
 
@@ -96,8 +96,8 @@ def tokens(items: Sequence[Token], *, json: bool) -> None:
         return
     table = Table("token", "role", "label", "made", "by", "expires", box=None)
     for t in items:
-        expires = "[red]revoked[/red]" if t.revoked_at is not None else _time(t.expires_at)
-        table.add_row(t.token, t.role, escape(t.label), _time(t.created_at), escape(t.created_by), expires)
+        expires = "[red]revoked[/red]" if t.revoked_at is not None else moment(t.expires_at)
+        table.add_row(t.token, t.role, escape(t.label), moment(t.created_at), escape(t.created_by), expires)
     _console.print(table)
 
 
@@ -110,7 +110,7 @@ def audit_log(items: Sequence[AuditEntry], *, json: bool) -> None:
     for e in items:
         outcome = "[green]done[/green]" if e.outcome == "done" else f"[red]{escape(e.outcome)}[/red]"
         row = (e.who, e.role, e.address, e.action, e.target)
-        table.add_row(_time(e.at), *(escape(text) for text in row), outcome)
+        table.add_row(moment(e.at), *(escape(text) for text in row), outcome)
     _console.print(table)
 
 
@@ -175,13 +175,17 @@ def rounds_table(rounds: Sequence[Round]) -> Table:
 
 
 def _asked(campaign: Campaign) -> str:
+    if campaign.evaluates is not None:
+        return f"evaluation of {campaign.model} v{campaign.evaluates}"
     if campaign.model is not None:
         return campaign.model
     return "a query" if campaign.query is None else described(campaign.query)
 
 
 def _result(r: Round) -> str:
-    return "an answer" if r.version is None else f"version {r.version}"
+    if r.version is not None:
+        return f"version {r.version}"
+    return "an answer" if r.report.evaluation is None else "an evaluation"
 
 
 def _lost_parts(report: RoundReport) -> str:

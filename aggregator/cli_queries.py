@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import time
 from collections.abc import Callable
 from typing import Annotated, Any
 
@@ -14,11 +13,11 @@ from pydantic import ValidationError
 from aggregator import cli_answers
 from aggregator import cli_output as output
 from aggregator.cli_options import Form, Json, Output, Where, idle, service
+from aggregator.cli_waiting import nothing_yet, wait
 from aggregator.client import Client
 from aggregator.operations import OperationRefused
 from aggregator.queries import DEFAULT_BINS, DEFAULT_QUANTILE_BINS, QueryRequest
 from aggregator.settings import InvalidSettings, invalid
-from aggregator.web.schemas import Campaign, Round
 from protocol.dp.parameters import PrivacyMode
 from protocol.plan import (
     MAX_BINS,
@@ -28,10 +27,6 @@ from protocol.plan import (
     Question,
     SumQuestion,
 )
-
-ABORTED = 3
-"""Exit code: the round aborted, or the budget refused it."""
-POLL_SECONDS = 0.25
 
 Ask = Callable[..., Question]
 
@@ -123,7 +118,7 @@ def _ask(
                 f"see its answer with `covey query show {campaign.campaign[:8]}`"
             )
             return
-        _wait(client, campaign.campaign)
+        wait(client, campaign.campaign, f"query {campaign.campaign[:8]}")
         _show(client, campaign.campaign, json=json or form is Form.JSON)
 
 
@@ -210,44 +205,13 @@ def query_show(
         _show(client, found[0].campaign, json=json or form is Form.JSON)
 
 
-def _wait(client: Client, campaign_id: str) -> None:
-    """Waits for the end of a query; says what happens meanwhile, away from the answer."""
-    said = ""
-    while True:
-        campaign, rounds = client.campaign(campaign_id), client.rounds(campaign_id)
-        now = _progress(campaign, rounds[-1] if rounds else None)
-        if now != said:
-            output.hint(now)
-            said = now
-        if campaign.status not in ("waiting", "running"):
-            return
-        time.sleep(POLL_SECONDS)
-
-
-def _progress(campaign: Campaign, round_: Round | None) -> str:
-    if round_ is None:
-        return campaign.note or f"query {campaign.campaign[:8]} waits for the service"
-    if round_.status != "running":
-        return f"query {campaign.campaign[:8]} {round_.status}"
-    if not round_.report.phases:
-        return f"{len(round_.invited)} devices are asked"
-    phase = round_.report.phases[-1]
-    return f"{phase.phase}: {phase.answered} of {phase.expected}"
-
-
 def _show(client: Client, campaign_id: str, *, json: bool) -> None:
     campaign, rounds = client.campaign(campaign_id), client.rounds(campaign_id)
     round_ = rounds[-1] if rounds else None
     if json and round_ is not None:
         output.dump(round_)
     if round_ is None or round_.report.answer is None:
-        if round_ is not None and round_.status == "aborted":
-            output.fail(f"the query aborted: {round_.code}: {round_.detail}")
-        elif campaign.status in ("waiting", "running"):
-            output.hint(f"the query has no answer yet: {campaign.note or campaign.status}")
-            return
-        else:
-            output.fail(f"the query {campaign.status}: {campaign.note}")
-        raise typer.Exit(ABORTED)
+        nothing_yet(campaign, round_, "the query")
+        return
     if not json:
         cli_answers.answer(round_, round_.report.answer)

@@ -24,7 +24,9 @@ from urllib.parse import quote
 import httpx
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
+from aggregator.evaluations import EvaluationRequest
 from aggregator.queries import QueryRequest
+from aggregator.rounds.evaluation import VersionEvaluation
 from aggregator.settings import CampaignRequest
 from aggregator.web import schemas
 from aggregator.web.schemas import PREFIX
@@ -34,6 +36,7 @@ from protocol.identity import SignedDocument
 TIMEOUT_SECONDS = 60.0
 _REQUEST: TypeAdapter[CampaignRequest] = TypeAdapter(CampaignRequest)
 _QUERY: TypeAdapter[QueryRequest] = TypeAdapter(QueryRequest)
+_EVALUATION: TypeAdapter[EvaluationRequest] = TypeAdapter(EvaluationRequest)
 M = TypeVar("M", bound=BaseModel)
 
 
@@ -234,6 +237,16 @@ class Client:
         """Asks a query; the report of its round will have the answer."""
         body = _QUERY.dump_python(request, mode="json")
         return self._send("POST", "/queries", schemas.Campaign, json=body)
+
+    def start_evaluation(self, request: EvaluationRequest) -> schemas.Campaign:
+        """Asks for an evaluation of a version."""
+        body = _EVALUATION.dump_python(request, mode="json")
+        return self._send("POST", "/evaluations", schemas.Campaign, json=body)
+
+    def evaluations(self, model: str, version: int | None = None) -> tuple[VersionEvaluation, ...]:
+        """How versions of a model did on the devices, oldest first."""
+        path = f"/models/{_part(model)}/evaluations"
+        return self._get(path, schemas.Page[VersionEvaluation], version=version).items[::-1]
 
     def campaign(self, campaign_id: str) -> schemas.Campaign:
         """One campaign."""

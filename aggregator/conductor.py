@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from aggregator.clock import Moment
 from aggregator.ending import Finisher
@@ -18,7 +19,7 @@ from aggregator.rounds import machine
 from aggregator.rounds.clipping import adapted
 from aggregator.rounds.events import DeviceOffline, DeviceOnline, MessageReceived, Reconnected, Tick
 from aggregator.rounds.noise_tree import had_turn, placed
-from aggregator.rounds.planning import CampaignSettings, assign, make_plan
+from aggregator.rounds.planning import CampaignSettings, VersionToEvaluate, asked_by, assign, make_plan
 from aggregator.rounds.report import RoundReport
 from aggregator.rounds.selection import ready, select
 from aggregator.rounds.subcohort import Trust
@@ -30,6 +31,7 @@ from models.manifest import ModelManifest
 from protocol.dp.events import event_for
 from protocol.errors import IllegalEvent, ProtocolError
 from protocol.messages import BlobChunk, RoundEnd, UploadOffer
+from protocol.plan import TrainingParameters, TrainTask
 from protocol.round_encoding import round_encoding
 from protocol.secagg.server import ClientMessage
 
@@ -237,16 +239,19 @@ class Conductor:
     # --- campaigns
 
     def serve_campaigns(self, work: Work, campaigns: Sequence[Campaign]) -> None:
-        """Starts the next round of every campaign whose turn it is; one campaign at a time for each model.
+        """Starts the next round of every campaign whose turn it is.
 
-        Queries are one at a time, too: a device is in one round only. They go first, or the rounds of a long
-        campaign would leave them no devices until its end.
+        A model is trained by one campaign at a time, because each round goes on from the version of the one
+        before. Evaluations of a model are one at a time beside that, and so are queries. A device is in one
+        round only. Queries and evaluations go first, or the rounds of a long campaign would leave them no
+        devices until its end.
         """
-        busy = {running.record.model for running in self._running.values()}
-        for campaign in sorted(campaigns, key=lambda each: each.model is not None):
-            if campaign.model in busy:
+        busy = {_lane(running.record.model, running.state.plan.task) for running in self._running.values()}
+        lanes = [(_lane(campaign.model, asked_by(campaign)), campaign) for campaign in campaigns]
+        for lane, campaign in sorted(lanes, key=lambda each: each[0].trains):
+            if lane in busy:
                 continue
-            busy.add(campaign.model)
+            busy.add(lane)
             if campaign.started >= campaign.rounds:
                 work.writer.update_campaign(campaign.campaign_id, "finished")
                 work.writer.fell_noise_tree(campaign.campaign_id)
@@ -303,7 +308,7 @@ class Conductor:
     def _start(
         self, work: Work, campaign: Campaign, settings: CampaignSettings, available: list[str]
     ) -> None:
-        base = None if campaign.model is None else self._newest(work, campaign.model)
+        base = self._base(work, campaign.model, settings)
         assignment = assign(settings, base)
         last = work.writer.rounds(campaign_id=campaign.campaign_id, last=1)
         settings = adapted(settings, last[0] if last else None)
@@ -345,8 +350,26 @@ class Conductor:
             len(record.invited),
         )
 
-    def _newest(self, work: Work, model: str) -> ModelManifest:
-        version = work.writer.newest_version(model)
+    def _base(self, work: Work, model: str | None, settings: CampaignSettings) -> ModelManifest | None:
+        """The version that a campaign's next round is about; None for a query."""
+        if model is None:
+            return None
+        if isinstance(settings.asks, VersionToEvaluate):
+            version = work.writer.version(model, settings.asks.version)
+        else:
+            version = work.writer.newest_version(model)
         if version is None:
-            raise LostBase(f"{model} has no version: publish one with `covey model publish`")
+            raise LostBase(f"{model} has no such version: publish one with `covey model publish`")
         return manifest_of(version)
+
+
+@dataclass(frozen=True)
+class _Lane:
+    """What one campaign at a time works on: training of a model, evaluations of it, or queries."""
+
+    model: str | None
+    trains: bool
+
+
+def _lane(model: str | None, asks: object) -> _Lane:
+    return _Lane(model, isinstance(asks, TrainingParameters | TrainTask))

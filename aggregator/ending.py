@@ -1,4 +1,4 @@
-"""How a round ends: with a new version, with an answer, or with a stated reason; each in one transaction."""
+"""How a round ends: with a version, an evaluation, an answer, or a stated reason; each in one transaction."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from typing import assert_never
 from aggregator.clock import Moment
 from aggregator.fleet.authority import Authority
 from aggregator.optimizers import ServerOptimizer
-from aggregator.records import LedgerEntry, RoundEnding, Version
+from aggregator.records import Evaluation, LedgerEntry, RoundEnding, Version
 from aggregator.registry.artefacts import ArtefactStore
 from aggregator.registry.publishing import sign
 from aggregator.rounds import machine
 from aggregator.rounds.answer import Answer, answer
+from aggregator.rounds.evaluation import VersionEvaluation, figures
 from aggregator.rounds.partial_sum import load_sum
 from aggregator.rounds.release import Release, Unmask, release, together
 from aggregator.rounds.report import RoundReport, Traffic
@@ -22,7 +23,7 @@ from aggregator.rounds.subcohort import SubcohortState
 from aggregator.running import RunningRound
 from aggregator.spending import epsilon_of, spent_events
 from aggregator.work import Work
-from models.assignment import Answering, Training, described
+from models.assignment import Answering, Evaluating, Training, described
 from models.manifest import ModelManifest
 from models.weights import decode_weights, encode_weights
 from protocol import transcript
@@ -41,11 +42,12 @@ class LostTree(Exception):
 
 @dataclass(frozen=True)
 class _Outcome:
-    """What came of a round that completed: a version of its training, or the answer to its query."""
+    """What came of a round that completed, by what it asked."""
 
     released: Release
-    version: Version | None
-    answer: Answer | None
+    version: Version | None = None
+    evaluation: VersionEvaluation | None = None
+    answer: Answer | None = None
 
     def record(self) -> transcript.Content:
         """The last record of the transcript."""
@@ -53,9 +55,10 @@ class _Outcome:
             return transcript.VersionRecord(
                 version=self.version.version, manifest_sha256=self.version.manifest_sha256
             )
-        if self.answer is None:
-            raise ValueError("a round completes with a version or an answer")
-        return transcript.AnswerRecord(answer_sha256=self.answer.digest)
+        found = self.evaluation or self.answer
+        if found is None:
+            raise ValueError("a round completes with a version, an evaluation or an answer")
+        return transcript.AnswerRecord(answer_sha256=found.digest)
 
 
 @dataclass(frozen=True)
@@ -143,13 +146,25 @@ class Finisher:
         assignment = running.assignment
         if isinstance(assignment, Training):
             version = self._make_version(running.round_id, assignment.manifest, released, at)
-            return _Outcome(released, version, None)
+            return _Outcome(released, version=version)
+        survivors = [len(part.survivors) for part in running.state.recovered]
+        event = _spent(running)
+        cost = None if event is None else epsilon_of([event], running.encoding.privacy.delta)
+        if isinstance(assignment, Evaluating):
+            task = assignment.task
+            evaluation = VersionEvaluation(
+                model=task.model,
+                version=task.version,
+                round_id=running.round_id,
+                at=at.unix,
+                participants=sum(survivors),
+                metrics=figures(task, released.mean_update, survivors, running.encoding),
+                epsilon=cost,
+            )
+            return _Outcome(released, evaluation=evaluation)
         if isinstance(assignment, Answering):
-            survivors = [len(part.survivors) for part in running.state.recovered]
             found = answer(assignment.task, released.mean_update, survivors, running.encoding)
-            event = _spent(running)
-            cost = None if event is None else epsilon_of([event], running.encoding.privacy.delta)
-            return _Outcome(released, None, found.model_copy(update={"epsilon": cost}))
+            return _Outcome(released, answer=found.model_copy(update={"epsilon": cost}))
         assert_never(assignment)
 
     def _release(self, work: Work, running: RunningRound, part: SubcohortState) -> Release:
@@ -211,6 +226,7 @@ class Finisher:
             excluded=_excluded(work, running),
             declined=state.declined,
             answer=None if outcome is None else outcome.answer,
+            evaluation=None if outcome is None else outcome.evaluation,
             epsilon=epsilon_of(events, delta),
             delta=delta,
         )
@@ -230,11 +246,18 @@ class Finisher:
                 version=None if outcome is None else outcome.version,
                 ledger=ledger,
                 transcript=records,
+                evaluation=None if outcome is None else _record(outcome.evaluation),
             )
         )
         end = RoundEnd(round_id=running.round_id, completed=outcome is not None, reason=code)
         for device_id in sorted(state.invited):
             work.send(device_id, end)
+
+
+def _record(found: VersionEvaluation | None) -> Evaluation | None:
+    if found is None:
+        return None
+    return Evaluation(found.round_id, found.model, found.version, found.at, found.to_bytes())
 
 
 def _excluded(work: Work, running: RunningRound) -> tuple[str, ...]:

@@ -26,7 +26,7 @@ from protocol.dp.parameters import PrivacyMode
 from protocol.errors import ProtocolError
 from protocol.identity import SignedDocument
 from protocol.messages import RoundEnd
-from protocol.plan import Plan, QueryTask, Task
+from protocol.plan import Plan, Task, TrainTask
 from protocol.round_encoding import round_encoding
 
 logger = logging.getLogger(__name__)
@@ -118,7 +118,7 @@ def _largest_event(reader: Reader, record: Round) -> DPEvent:
 
 def _dimension(reader: Reader, task: Task) -> int | None:
     """Elements of a device's vector; None when the model is gone."""
-    if isinstance(task, QueryTask):
+    if not isinstance(task, TrainTask):
         return task.dimension
     # Versions of one model have the same parameters, so any of them tells the length of the sum.
     version = reader.version(task.model, task.base_version) or reader.newest_version(task.model)

@@ -16,12 +16,14 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from aggregator.access.roles import Role
 from aggregator.access.tokens import ID_BYTES, SECRET_BYTES, TokenRecord, make_token
 from aggregator.clock import Clock
+from aggregator.evaluations import EvaluationRequest
 from aggregator.fleet.authority import Authority, requested_name
 from aggregator.queries import QueryRequest
 from aggregator.records import AuditEntry, Campaign, Device, DeviceFilter, Round, RoundStatus, Version
 from aggregator.registry.artefacts import ArtefactStore
 from aggregator.registry.publishing import manifest_of, publish
 from aggregator.repository import NotFound, Repository, Writer
+from aggregator.rounds.evaluation import VersionEvaluation
 from aggregator.rounds.noise_tree import devices_needed
 from aggregator.rounds.planning import CampaignSettings, check_settings
 from aggregator.rounds.report import RoundReport
@@ -245,6 +247,40 @@ class Operator:
             raise OperationRefused(str(error)) from error
         with self.repository.write() as writer:
             return self._add_campaign(writer, settings, 1, None)
+
+    # --- evaluations
+
+    def start_evaluation(self, request: EvaluationRequest) -> Campaign:
+        """Asks devices how a version does on their examples: a campaign of one round.
+
+        Raises:
+            OperationRefused: no such version, or no round could follow the settings.
+        """
+        with self.repository.write() as writer:
+            version = (
+                writer.newest_version(request.model)
+                if request.version is None
+                else writer.version(request.model, request.version)
+            )
+            if version is None:
+                what = request.model if request.version is None else f"{request.model} v{request.version}"
+                raise OperationRefused(f"there is no published {what}: see `covey model list`")
+            try:
+                settings = request.resolve(version.version)
+            except InvalidSettings as error:
+                raise OperationRefused(str(error)) from error
+            return self._add_campaign(writer, settings, 1, manifest_of(version))
+
+    def evaluations(self, model: str, version: int | None = None) -> tuple[VersionEvaluation, ...]:
+        """How a model's versions did on the devices, oldest first; with `version`, only that one."""
+        with self.repository.read() as reader:
+            found = reader.evaluations(model, version)
+        return tuple(VersionEvaluation.from_bytes(each.figures) for each in found)
+
+    def evaluation(self, model: str, version: int) -> VersionEvaluation | None:
+        """The latest evaluation of a version; None when there is none."""
+        found = self.evaluations(model, version)
+        return found[-1] if found else None
 
     def _add_campaign(
         self, writer: Writer, settings: CampaignSettings, rounds: int, base: ModelManifest | None

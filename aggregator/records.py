@@ -59,7 +59,7 @@ class Campaign:
     """A request for rounds, one after the other.
 
     Attributes:
-        model: which model they train; None for a query.
+        model: which model they train or evaluate; None for a query.
         settings: JSON of `aggregator.rounds.planning.CampaignSettings`.
         rounds: how many rounds are to be run, completed or not.
         started: how many rounds have begun.
@@ -98,7 +98,7 @@ class Round:
 
     Attributes:
         number: 1, 2, ... within the campaign.
-        model, base_version: what is trained; None for a query, whose question is in the plan.
+        model, base_version: what is trained or evaluated; None for a query, whose question is in the plan.
         plan: JSON of the SignedDocument around the plan.
         selection_seed: what the cohort was drawn with, for later checks.
         code: empty unless aborted: the short reason.
@@ -165,7 +165,7 @@ class LedgerEntry:
     """What one round cost in privacy.
 
     Attributes:
-        model: which was trained; None for a query.
+        model: which was trained or evaluated; None for a query.
         event: JSON of the DP event; an accountant says what it costs.
     """
 
@@ -176,6 +176,21 @@ class LedgerEntry:
 
 
 @dataclass(frozen=True)
+class Evaluation:
+    """How a version did in one round.
+
+    Attributes:
+        figures: JSON of `aggregator.rounds.evaluation.VersionEvaluation`.
+    """
+
+    round_id: str
+    model: str
+    version: int
+    at: float
+    figures: bytes
+
+
+@dataclass(frozen=True)
 class RoundEnding:
     """Everything that becomes true when a round ends, in one transaction.
 
@@ -183,6 +198,7 @@ class RoundEnding:
         version: the new version; None unless the round trained one and completed.
         ledger: the DP event; None when nothing was ever unmasked.
         transcript: the records of the round's transcript, hash-chained.
+        evaluation: None unless the round evaluated a version and completed.
     """
 
     round_id: str
@@ -194,6 +210,7 @@ class RoundEnding:
     version: Version | None
     ledger: LedgerEntry | None
     transcript: tuple[bytes, ...]
+    evaluation: Evaluation | None = None
 
 
 @dataclass(frozen=True)

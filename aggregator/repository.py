@@ -26,6 +26,7 @@ from aggregator.records import (
     CampaignStatus,
     Device,
     DeviceFilter,
+    Evaluation,
     LedgerEntry,
     LogEntry,
     NoiseTree,
@@ -170,6 +171,10 @@ class Reader(Protocol):
         """What rounds cost in privacy, oldest first."""
         ...
 
+    def evaluations(self, model: str, version: int | None = None) -> tuple[Evaluation, ...]:
+        """How versions of a model did, oldest first; with `version`, only that one."""
+        ...
+
     def transcript(self, round_id: str) -> tuple[bytes, ...]:
         """The transcript records of a round that has ended."""
         ...
@@ -300,7 +305,8 @@ class Writer(Reader, Protocol):
         ...
 
     def end_round(self, ending: RoundEnding) -> None:
-        """Ends a running round: its status, version, ledger entry and transcript become true at once.
+        """Ends a running round: its status, version, evaluation, ledger entry and transcript become
+        true at once.
 
         The round's log, uploads, chunks, partial sum and list of inputs are erased.
 

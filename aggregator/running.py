@@ -15,13 +15,13 @@ from aggregator.rounds.machine import RoundState
 from aggregator.rounds.partial_sum import UnusableInput, add_input, input_size
 from aggregator.rounds.subcohort import Trust
 from aggregator.work import Work
-from models.assignment import Assignment, assignment_of
+from models.assignment import Assignment, assignment_of, version_of
 from protocol.dp.mechanism import EncodingParameters
 from protocol.errors import IllegalEvent
 from protocol.fields import BlobRef
 from protocol.identity import SignedDocument
 from protocol.messages import BlobChunk, ClientAbort, UploadOffer, UploadReceipt
-from protocol.plan import Plan, TrainTask
+from protocol.plan import Plan
 from protocol.round_encoding import round_encoding
 from protocol.secagg.server_state import Advertising, Collecting, Sharing
 from protocol.transfer import Reception
@@ -41,7 +41,7 @@ class RunningRound:
     thrown away and loaded again.
 
     Attributes:
-        assignment: what the plan asks, with the manifest of the version to improve.
+        assignment: what the plan asks, with the manifest of the version that it is about.
         inputs: device id -> SHA-256 of the masked input that is in the partial sum.
         receptions: uploads under way, by device.
         changed: whether the report has to be saved.
@@ -74,13 +74,13 @@ class RunningRound:
             LostBase: the version that it starts from is gone.
         """
         document, plan = _parse(record)
-        base, task = None, plan.task
-        if isinstance(task, TrainTask):
-            version = reader.version(task.model, task.base_version)
+        base, about = None, version_of(plan.task)
+        if about is not None:
+            version = reader.version(*about)
             if version is None:
-                raise LostBase(f"{task.model} version {task.base_version} is not in the repository")
+                raise LostBase(f"{about[0]} version {about[1]} is not in the repository")
             base = manifest_of(version)
-        assignment = assignment_of(task, base)
+        assignment = assignment_of(plan.task, base)
         encoding = round_encoding(plan, document.digest, assignment.dimension)
         log = reader.log(record.round_id)
         state = machine.resume(plan, document, trust, record.invited, log, record.started_at, at)

@@ -26,6 +26,7 @@ from edge_client.events import (
     Announce,
     ConditionsChanged,
     Connected,
+    Evaluate,
     Event,
     Fault,
     FieldsDeclared,
@@ -278,7 +279,7 @@ class Daemon:
             return self._find(output)
         elif isinstance(output, KeepBlobs):
             self._collect(output.digests)
-        elif isinstance(output, TestVersion | Train | ReadField | MaskInput | Personalise):
+        elif isinstance(output, TestVersion | Train | Evaluate | ReadField | MaskInput | Personalise):
             self._worker.submit(output)
         elif isinstance(output, Note):
             log(output)

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from edge_client.ledger import LedgerEntry
 from edge_client.personalisation import PersonalConfig, PersonalRecord
-from edge_client.training import LocalUpdate, TrainingConfig
+from edge_client.training import Evaluation, LocalUpdate, TrainingConfig
 from models.assignment import Assignment
 from models.manifest import ModelManifest
 from protocol.dp.mechanism import EncodingParameters
@@ -122,6 +122,14 @@ class TrainingFinished:
 
 
 @dataclass(frozen=True)
+class Evaluated:
+    """A version was evaluated on this device's examples."""
+
+    round_id: str
+    evaluation: Evaluation = field(repr=False)
+
+
+@dataclass(frozen=True)
 class FieldRead:
     """The field that a query asks for was read."""
 
@@ -164,6 +172,7 @@ Event = (
     | BlobFound
     | VersionTested
     | TrainingFinished
+    | Evaluated
     | FieldRead
     | InputWritten
     | Personalised
@@ -330,6 +339,19 @@ class Train:
 
 
 @dataclass(frozen=True)
+class Evaluate:
+    """Run a version on this device's examples; the answer is `Evaluated` or `WorkFailed`.
+
+    Attributes:
+        local: the device's local parameters; None where the model has none, or they start anew.
+    """
+
+    round_id: str
+    manifest: ModelManifest
+    local: BlobRef | None = None
+
+
+@dataclass(frozen=True)
 class ReadField:
     """Read a declared field; the answer is `FieldRead` or `WorkFailed`."""
 
@@ -407,6 +429,7 @@ Output = (
     | KeepBlobs
     | TestVersion
     | Train
+    | Evaluate
     | ReadField
     | MaskInput
     | Personalise

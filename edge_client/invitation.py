@@ -19,12 +19,12 @@ from edge_client.models import Library
 from edge_client.participation import ActiveRound
 from edge_client.policy import Proposal
 from edge_client.profile import Profile
-from models.assignment import Answering, Assignment, Training
+from models.assignment import Answering, Assignment, Evaluating, Training
 from protocol.dp.errors import PrivacyError
 from protocol.errors import BadSignature, MalformedMessage
 from protocol.fields import RoundId
 from protocol.identity import SignedDocument, verify_certificate
-from protocol.plan import PLAN_KIND, Plan, QueryTask, TrainTask
+from protocol.plan import PLAN_KIND, EvaluateTask, Plan, QueryTask, TrainTask
 from protocol.round_encoding import METRICS, contribution_event, round_encoding
 
 MAX_DETAIL = 300
@@ -53,7 +53,7 @@ class Contradicted:
 
 @dataclass(frozen=True)
 class Waiting:
-    """The base version is not known yet; the aggregator asks again."""
+    """The version is not known yet; the aggregator asks again."""
 
     round_id: str
     model: str
@@ -87,7 +87,7 @@ class Desk:
 
     Attributes:
         check_ins: how many rounds it joined in the last 24 hours.
-        unfit: why it cannot train right now.
+        unfit: why it cannot train or evaluate right now.
         fields: that its owner lets queries ask for.
     """
 
@@ -152,13 +152,13 @@ def _refuse_policy(desk: Desk, plan: Plan, signer: str, now: int) -> Refused | N
 
 def _refuse_device(desk: Desk, plan: Plan, now: int) -> Refused | None:
     profile, task = desk.profile, plan.task
-    if isinstance(task, TrainTask) and not profile.follows(task.model):
+    if not isinstance(task, QueryTask) and not profile.follows(task.model):
         return Refused(plan.round_id, "model-not-followed", f"this device does not follow {task.model}")
     try:
         verify_certificate(profile.certificate, profile.ca, now=now)
     except BadSignature as error:
         return Refused(plan.round_id, "certificate-invalid", str(error))
-    if desk.unfit is not None and isinstance(task, TrainTask):
+    if desk.unfit is not None and not isinstance(task, QueryTask):
         return Refused(plan.round_id, desk.unfit.code, desk.unfit.detail)
     active = desk.active
     if active is not None and not _supersedes(plan, active.plan):
@@ -186,6 +186,8 @@ def _judge_task(desk: Desk, plan: Plan, document: SignedDocument, now: int) -> V
     task = plan.task
     if isinstance(task, TrainTask):
         return _judge_version(desk, plan, task, document, now)
+    if isinstance(task, EvaluateTask):
+        return _judge_version(desk, plan, task, document, now)
     if isinstance(task, QueryTask):
         if task.field not in desk.fields:
             return Refused(plan.round_id, "unknown-field", f"this device declares no field {task.field}")
@@ -193,28 +195,31 @@ def _judge_task(desk: Desk, plan: Plan, document: SignedDocument, now: int) -> V
     assert_never(task)
 
 
-def _judge_version(desk: Desk, plan: Plan, task: TrainTask, document: SignedDocument, now: int) -> Verdict:
+def _judge_version(
+    desk: Desk, plan: Plan, task: TrainTask | EvaluateTask, document: SignedDocument, now: int
+) -> Verdict:
+    number = task.base_version if isinstance(task, TrainTask) else task.version
     round_id, shelf = plan.round_id, desk.library.shelf(task.model)
     if task.manifest_sha256 in shelf.bad:
         reason = shelf.bad[task.manifest_sha256]
         return Refused(
-            round_id, "model-unusable", f"the base version does not run here: {reason}"[:MAX_DETAIL]
+            round_id, "model-unusable", f"version {number} does not run here: {reason}"[:MAX_DETAIL]
         )
     version = desk.library.find(task.model, task.manifest_sha256)
     if version is None:
-        if shelf.newest > task.base_version:
+        if shelf.newest > number:
             return Refused(
                 round_id,
                 "stale-version",
-                f"the plan starts from version {task.base_version}, this device is at {shelf.newest}",
+                f"the plan asks for version {number}, this device is at {shelf.newest}",
             )
-        return Waiting(round_id, task.model, task.base_version)
+        return Waiting(round_id, task.model, number)
     manifest = version.manifest
-    if manifest.version != task.base_version:
+    if manifest.version != number:
         return Refused(
             round_id,
             "bad-plan",
-            f"the plan's manifest is of version {manifest.version}, not {task.base_version}",
+            f"the plan's manifest is of version {manifest.version}, not {number}",
         )
     if plan.privacy.example is not None and not manifest.example_gradients:
         detail = f"{task.model} gives no gradients of single examples, which mode example trains with"
@@ -222,7 +227,8 @@ def _judge_version(desk: Desk, plan: Plan, task: TrainTask, document: SignedDocu
     unknown = [slot.name for slot in plan.privacy.metric_slots if slot.name not in METRICS]
     if unknown:
         return Refused(round_id, "unknown-metric", f"this device has no metric {unknown[0]}")
-    return _judge_cost(desk, plan, Training(task, manifest), document, now)
+    assignment = Training(task, manifest) if isinstance(task, TrainTask) else Evaluating(task, manifest)
+    return _judge_cost(desk, plan, assignment, document, now)
 
 
 def _judge_cost(

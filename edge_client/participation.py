@@ -1,14 +1,15 @@
 """One round as this device lives it, from its check-in to the erasure of its secrets.
 
 Around the protocol's own state machine (`protocol.secagg.client`) this adds what that one cannot know: when
-to train or to read a field, when to mask, and that an upload is offered until its receipt comes.
+to train, to evaluate or to read a field, when to mask, and that an upload is offered until its receipt comes.
 
     Advertised --Roster--> SharesSent --ShareDelivery--> Masking --> InputSent --> SetSigned --> Unmasked
                                |                            |           |
                        work starts here        masked when done    offered until the receipt
 
-Work (training, or reading a field) and masking live in memory only: after a restart they begin anew, which
-nobody can see, because the first masked input that is durably stored is the only one that is ever offered.
+Work (training, evaluating, or reading a field) and masking live in memory only: after a restart they begin
+anew, which nobody can see, because the first masked input that is durably stored is the only one that is ever
+offered.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import assert_never
 from edge_client.events import (
     CloseRound,
     Contribution,
+    Evaluate,
     Fault,
     MaskInput,
     Outputs,
@@ -38,12 +40,13 @@ from edge_client.ledger import LedgerEntry
 from edge_client.masked_input import contribution_of
 from edge_client.models import Library
 from edge_client.profile import Profile
-from edge_client.training import HiddenExamples, LocalUpdate, TrainingConfig
-from models.assignment import Answering, Assignment, Training, described
+from edge_client.training import Evaluation, HiddenExamples, LocalUpdate, TrainingConfig
+from models.assignment import Answering, Assignment, Evaluating, Training, described
 from protocol.dp.example import example_mechanism
 from protocol.dp.mechanism import EncodingParameters
 from protocol.dp.parameters import PrivacyParameters
 from protocol.errors import IllegalEvent, RoundViolation
+from protocol.evaluation import NonFiniteFigure, evaluation_vector
 from protocol.fields import BlobRef
 from protocol.identity import SignedDocument
 from protocol.messages import (
@@ -86,7 +89,7 @@ class Unstarted:
 
 @dataclass(frozen=True)
 class WorkingNow:
-    """The worker trains, or reads the field."""
+    """The worker trains, evaluates, or reads the field."""
 
 
 @dataclass(frozen=True)
@@ -220,12 +223,12 @@ def request_received(
 
 
 def advance(active: ActiveRound, library: Library, stamp: Stamp) -> Step:
-    """Starts whatever work can start now: training, reading a field, or masking."""
+    """Starts whatever work can start now: training, evaluating, reading a field, or masking."""
     if not isinstance(active.client, SharesSent | Masking):
         return active, ()
     if isinstance(active.work, Unstarted):
-        if isinstance(active.assignment, Training):
-            return _begin_training(active, active.assignment, library, stamp)
+        if isinstance(active.assignment, Training | Evaluating):
+            return _begin_on_version(active, active.assignment, library, stamp)
         if isinstance(active.assignment, Answering):
             reading = ReadField(active.round_id, active.assignment.task.field)
             return replace(active, work=WorkingNow()), (reading,)
@@ -242,14 +245,21 @@ def advance(active: ActiveRound, library: Library, stamp: Stamp) -> Step:
     return active, ()
 
 
-def _begin_training(active: ActiveRound, assignment: Training, library: Library, stamp: Stamp) -> Step:
+def _begin_on_version(
+    active: ActiveRound, assignment: Training | Evaluating, library: Library, stamp: Stamp
+) -> Step:
     model, digest = assignment.task.model, assignment.task.manifest_sha256
     if library.ready(model, digest):
         local = library.local(assignment.manifest)
-        return replace(active, work=WorkingNow()), (_train(active.plan, assignment, local, stamp),)
+        job = (
+            Evaluate(active.round_id, assignment.manifest, local)
+            if isinstance(assignment, Evaluating)
+            else _train(active.plan, assignment, local, stamp)
+        )
+        return replace(active, work=WorkingNow()), (job,)
     if library.find(model, digest) is None:
         reason = library.shelf(model).bad.get(digest, "it was replaced before it was here")
-        return abort(active, Fault("model-unusable", f"the base version does not run: {reason}"), stamp)
+        return abort(active, Fault("model-unusable", f"the version does not run: {reason}"), stamp)
     return active, ()
 
 
@@ -266,6 +276,22 @@ def trained(active: ActiveRound, library: Library, update: LocalUpdate, stamp: S
     )
     following, outputs = advance(replace(active, work=Worked(contribution_of(update))), library, stamp)
     return following, (finished, *outputs)
+
+
+def evaluated(active: ActiveRound, library: Library, evaluation: Evaluation, stamp: Stamp) -> Step:
+    """The version was run on this device's examples: no log shows its figures."""
+    if not isinstance(active.work, WorkingNow) or not isinstance(active.assignment, Evaluating):
+        return active, ()
+    figures = {
+        "loss": evaluation.loss,
+        "accuracy": evaluation.accuracy,
+        "examples": float(evaluation.example_count),
+    }
+    try:
+        vector = evaluation_vector(active.assignment.task, figures)
+    except NonFiniteFigure as error:
+        return abort(active, Fault("evaluation-not-finite", str(error)), stamp)
+    return advance(replace(active, work=Worked(Contribution(vector, {}))), library, stamp)
 
 
 def field_read(active: ActiveRound, library: Library, value: float, stamp: Stamp) -> Step:

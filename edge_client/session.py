@@ -16,6 +16,7 @@ from edge_client.events import (
     BlobFound,
     ConditionsChanged,
     Connected,
+    Evaluated,
     Event,
     Fault,
     FieldRead,
@@ -56,7 +57,7 @@ from edge_client.participation import ActiveRound, RoundRequest, Step
 from edge_client.personalisation import PersonalConfig
 from edge_client.policy import DevicePolicy
 from edge_client.profile import Profile
-from models.assignment import Training
+from models.assignment import Answering
 from models.manifest import InvalidManifest
 from protocol.errors import BadSignature
 from protocol.messages import (
@@ -157,7 +158,7 @@ def handle(profile: Profile, state: SessionState, event: Event, stamp: Stamp) ->
         return _tested(state, event, stamp)
     if isinstance(event, Personalised):
         return state, (_personalised(event),)
-    if isinstance(event, TrainingFinished | FieldRead | InputWritten | WorkFailed):
+    if isinstance(event, TrainingFinished | Evaluated | FieldRead | InputWritten | WorkFailed):
         return _worked(state, event, stamp)
     assert_never(event)
 
@@ -327,7 +328,9 @@ def _tested(state: SessionState, event: VersionTested, stamp: Stamp) -> Result:
 
 
 def _worked(
-    state: SessionState, event: TrainingFinished | FieldRead | InputWritten | WorkFailed, stamp: Stamp
+    state: SessionState,
+    event: TrainingFinished | Evaluated | FieldRead | InputWritten | WorkFailed,
+    stamp: Stamp,
 ) -> Result:
     active = state.active
     if active is None or active.round_id != event.round_id:
@@ -335,6 +338,8 @@ def _worked(
         return state, ()
     if isinstance(event, TrainingFinished):
         return _adopt(state, participation.trained(active, state.library, event.update, stamp))
+    if isinstance(event, Evaluated):
+        return _adopt(state, participation.evaluated(active, state.library, event.evaluation, stamp))
     if isinstance(event, FieldRead):
         return _adopt(state, participation.field_read(active, state.library, event.value, stamp))
     if isinstance(event, InputWritten):
@@ -363,9 +368,9 @@ def _adopt(state: SessionState, step: Step) -> Result:
 
 
 def _keep(state: SessionState) -> KeepBlobs:
-    """The files that are still needed: those of the library, and of the version that the round trains."""
+    """The files that are still needed: those of the library, and of the version that the round is about."""
     needed = state.library.blobs()
-    if state.active is not None and isinstance(state.active.assignment, Training):
+    if state.active is not None and not isinstance(state.active.assignment, Answering):
         manifest = state.active.assignment.manifest
         needed |= {manifest.graph.sha256, manifest.weights.sha256}
     return KeepBlobs(needed)

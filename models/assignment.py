@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import assert_never
 
 from models.manifest import ModelManifest
-from protocol.plan import QueryTask, Task, TrainTask
+from protocol.plan import EvaluateTask, QueryTask, Task, TrainTask
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,23 @@ class Training:
 
 
 @dataclass(frozen=True)
+class Evaluating:
+    """Evaluate a version.
+
+    Attributes:
+        manifest: of the plan's version.
+    """
+
+    task: EvaluateTask
+    manifest: ModelManifest
+
+    @property
+    def dimension(self) -> int:
+        """Elements of the figures' vector."""
+        return self.task.dimension
+
+
+@dataclass(frozen=True)
 class Answering:
     """Answer a query over a declared field."""
 
@@ -38,21 +55,34 @@ class Answering:
         return self.task.dimension
 
 
-Assignment = Training | Answering
+Assignment = Training | Evaluating | Answering
 
 
 def assignment_of(task: Task, manifest: ModelManifest | None) -> Assignment:
     """Puts a task and the manifest that belongs to it together again.
 
     Raises:
-        ValueError: a training task without the manifest of its version.
+        ValueError: a task about a version, without the manifest of that version.
     """
     if isinstance(task, QueryTask):
         return Answering(task)
+    if manifest is None:
+        raise ValueError(f"no manifest for {described(task)}")
     if isinstance(task, TrainTask):
-        if manifest is None:
-            raise ValueError(f"no manifest of {task.model} version {task.base_version}")
         return Training(task, manifest)
+    if isinstance(task, EvaluateTask):
+        return Evaluating(task, manifest)
+    assert_never(task)
+
+
+def version_of(task: Task) -> tuple[str, int] | None:
+    """Model and number of the version that a task is about; None for a query."""
+    if isinstance(task, TrainTask):
+        return task.model, task.base_version
+    if isinstance(task, EvaluateTask):
+        return task.model, task.version
+    if isinstance(task, QueryTask):
+        return None
     assert_never(task)
 
 
@@ -60,6 +90,8 @@ def described(task: Task) -> str:
     """What a task asks, in a few words."""
     if isinstance(task, TrainTask):
         return f"{task.model} v{task.base_version}"
+    if isinstance(task, EvaluateTask):
+        return f"evaluation of {task.model} v{task.version}"
     if isinstance(task, QueryTask):
         return f"{task.question.kind} of {task.field}"
     assert_never(task)

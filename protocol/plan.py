@@ -2,8 +2,9 @@
 
 A device does nothing for a round but what its plan says, and every signature of the round covers the plan's
 hash: an aggregator that shows two devices different plans gets no unmasking. What is asked is a closed union:
-train a model further (`TrainTask`), or answer a query over a number that the device's owner declares
-(`QueryTask`); all the rest of a round is the same for both.
+train a model further (`TrainTask`), say how well a version does on the device's own examples
+(`EvaluateTask`), or answer a query over a number that the device's owner declares (`QueryTask`); all the rest
+of a round is the same.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
 
-from protocol.dp.parameters import PrivacyParameters
+from protocol.dp.parameters import MetricSlot, PrivacyParameters
 from protocol.errors import MalformedMessage
 from protocol.fields import MAX_COHORT, PROTOCOL_VERSION, RoundId, Schema, Sha256, Slug, UnixTime
 from protocol.secagg.parameters import GraphAssumptions
@@ -23,6 +24,8 @@ MODEL_KIND = "model-manifest"
 
 MAX_BINS = 4096
 MAX_BOUND = 1e15
+EVALUATION_METRICS = frozenset({"loss", "accuracy", "examples"})
+"""What an evaluation may ask for."""
 MIN_RELATIVE_WIDTH = 1e-9
 """Narrower bounds would ask for more digits than a double has left."""
 
@@ -52,6 +55,38 @@ class TrainTask(Schema):
     manifest_sha256: Sha256
     """Digest of the signed manifest of the base version: same graph, same starting weights for all."""
     training: TrainingParameters
+
+
+class EvaluateTask(Schema):
+    """Say how well one version of a model does on the device's own examples; nothing is trained.
+
+    The vector has one element for each slot (`protocol.evaluation`). A figure in [0, bound] is clipped to it
+    and scaled to [-share, share]. The squares of the shares add up to at most 1: so does its norm.
+    """
+
+    kind: Literal["evaluate"] = "evaluate"
+    model: Slug
+    version: Annotated[int, Field(ge=1, le=2**31)]
+    manifest_sha256: Sha256
+    """Digest of the signed manifest of the version."""
+    slots: Annotated[tuple[MetricSlot, ...], Field(min_length=1, max_length=len(EVALUATION_METRICS))]
+
+    @model_validator(mode="after")
+    def _norm_is_at_most_one(self) -> Self:
+        names = [slot.name for slot in self.slots]
+        if not EVALUATION_METRICS.issuperset(names) or len(set(names)) != len(names):
+            raise ValueError(
+                f"an evaluation has {sorted(EVALUATION_METRICS)}, each once at most, not {names}"
+            )
+        # A little more: shares such as 1/sqrt(2) are rounded. The clip norm holds whatever they add up to.
+        if sum(slot.share**2 for slot in self.slots) > 1 + 1e-9:
+            raise ValueError("the squares of an evaluation's shares add up to more than 1")
+        return self
+
+    @property
+    def dimension(self) -> int:
+        """Elements of the vector that a device answers with."""
+        return len(self.slots)
 
 
 class SumQuestion(Schema):
@@ -116,7 +151,7 @@ class QueryTask(Schema):
         return self.question.bins
 
 
-Task = Annotated[TrainTask | QueryTask, Field(discriminator="kind")]
+Task = Annotated[TrainTask | EvaluateTask | QueryTask, Field(discriminator="kind")]
 
 
 class CohortParameters(Schema):
@@ -178,16 +213,22 @@ class Plan(Schema):
 
     @model_validator(mode="after")
     def _privacy_fits_the_task(self) -> Self:
-        # A query's vector has norm 1 by its definition and nothing rides behind it, so that everybody who
-        # reads the plan knows what its noise multiplier means.
-        privacy = self.privacy
-        if isinstance(self.task, QueryTask) and (privacy.clip_norm != 1 or privacy.slots or privacy.rotation):
-            raise ValueError("a query has clip norm 1, no metrics, no adaptive clipping and no rotation")
-        if privacy.tree is not None and (self.cohort.split.count > 1 or isinstance(self.task, QueryTask)):
+        # The vector of a query or an evaluation has norm 1 by its definition and nothing rides behind it, so
+        # that everybody who reads the plan knows what its noise multiplier means.
+        privacy, trains = self.privacy, isinstance(self.task, TrainTask)
+        if not trains and (privacy.clip_norm != 1 or privacy.slots or privacy.rotation):
+            raise ValueError(
+                f"{self._asked} has clip norm 1, no metrics behind it, no adaptive clipping and no rotation"
+            )
+        if privacy.tree is not None and (self.cohort.split.count > 1 or not trains):
             raise ValueError("a noise tree is for training by cohorts that are not split")
-        if isinstance(self.task, QueryTask) and privacy.example is not None:
-            raise ValueError("a query asks for one value of a device: it has no examples to hide")
+        if not trains and privacy.example is not None:
+            raise ValueError(f"{self._asked} asks for figures of a device: it has no examples to hide")
         return self
+
+    @property
+    def _asked(self) -> str:
+        return "a query" if isinstance(self.task, QueryTask) else "an evaluation"
 
     def to_bytes(self) -> bytes:
         """The JSON bytes that are signed and hashed."""

@@ -88,7 +88,7 @@ class VersionRecord(Schema):
 
 
 class AnswerRecord(Schema):
-    """The round completed with this answer to a query: SHA-256 of its JSON."""
+    """The round completed with this answer to a query, or evaluation of a version: SHA-256 of its JSON."""
 
     kind: Literal["answer"] = "answer"
     answer_sha256: Sha256

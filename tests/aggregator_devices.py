@@ -19,6 +19,7 @@ from protocol.dp.mechanism import EncodingParameters
 from protocol.dp.mechanism import encode as encode_vector
 from protocol.enrolment import EnrolmentBundle
 from protocol.errors import IllegalEvent
+from protocol.evaluation import evaluation_vector
 from protocol.fields import BlobRef
 from protocol.identity import create_request
 from protocol.messages import (
@@ -35,7 +36,7 @@ from protocol.messages import (
     UploadOffer,
     UploadReceipt,
 )
-from protocol.plan import PLAN_KIND, Plan, QueryTask
+from protocol.plan import PLAN_KIND, EvaluateTask, Plan, QueryTask
 from protocol.queries import answer_vector
 from protocol.round_encoding import round_encoding
 from protocol.secagg import client
@@ -90,6 +91,7 @@ class SimulatedDevice:
         mute: message types that it does not send; a set of them makes a dropout.
         vector: what it contributes to training.
         values: of the fields that it answers queries over.
+        figures: what it finds when it evaluates a version.
         offers: blobs that it has offered.
         ends: the ends of rounds that it was told, by round.
         refused: upload receipts that refused.
@@ -104,6 +106,7 @@ class SimulatedDevice:
     mute: set[str] = field(default_factory=set)
     vector: Callable[[str, EncodingParameters], NDArray[np.uint32]] = toy_input
     values: dict[str, float] = field(default_factory=dict)
+    figures: dict[str, float] = field(default_factory=dict)
     session: bytes = field(default_factory=lambda: secrets.token_bytes(32))
     plan: Plan | None = None
     plan_hash: bytes = b""
@@ -226,7 +229,7 @@ class SimulatedDevice:
     def encoding(self) -> EncodingParameters:
         assert self.plan is not None
         task = self.plan.task
-        dimension = task.dimension if isinstance(task, QueryTask) else self.parameters
+        dimension = task.dimension if isinstance(task, QueryTask | EvaluateTask) else self.parameters
         return round_encoding(self.plan, self.plan_hash, dimension)
 
     def _mask(self, state: Masking) -> list[Outgoing]:
@@ -236,6 +239,9 @@ class SimulatedDevice:
         if isinstance(self.plan.task, QueryTask):
             answer = answer_vector(self.plan.task, self.values[self.plan.task.field])
             vector = encode_vector(answer, {}, encoding, secrets.token_bytes(32))
+        if isinstance(self.plan.task, EvaluateTask):
+            said = evaluation_vector(self.plan.task, self.figures)
+            vector = encode_vector(said, {}, encoding, secrets.token_bytes(32))
         apply_masks(vector, state.masks())
         self.blob = ring.pack(vector & np.uint32(ring.modulus_mask(encoding.bits)), encoding.bits)
         self.state, _ = client.handle(state, client.InputMasked(describe(self.blob)))

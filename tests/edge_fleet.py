@@ -22,6 +22,8 @@ from edge_client.events import (
     BlobFound,
     CloseRound,
     Connected,
+    Evaluate,
+    Evaluated,
     Event,
     Fault,
     FieldRead,
@@ -58,7 +60,7 @@ from edge_client.models import StoredVersion
 from edge_client.policy import DevicePolicy
 from edge_client.profile import Profile
 from edge_client.session import Memory, SessionState, handle, restore
-from edge_client.training import LocalUpdate
+from edge_client.training import Evaluation, LocalUpdate
 from models.manifest import InputSpec, ModelManifest, ParameterSpec, SignatureSpec, describe
 from protocol import ring
 from protocol.codec import chunk_count
@@ -83,7 +85,6 @@ from protocol.plan import (
     PLAN_KIND,
     CohortParameters,
     Plan,
-    QueryTask,
     TrainingParameters,
     TrainTask,
 )
@@ -288,12 +289,13 @@ class FakeDevice:
         self.chunks: list[tuple[BlobChunk, bytes]] = []
         self.statuses: list[dict[str, int]] = []
         self.notes: list[Note] = []
-        self.jobs: list[Train | ReadField | MaskInput | TestVersion | Personalise] = []
+        self.jobs: list[Train | Evaluate | ReadField | MaskInput | TestVersion | Personalise] = []
         self.state: SessionState = restore(Memory())
         self.unix, self.steady, self._events = NOW, 0.0, 0
         self.local: NDArray[np.float32] | None = None
         self.delta = np.linspace(-1, 1, SIZE, dtype=np.float32) * (1 + int(device_id.rpartition("-")[2]))
         self.values: dict[str, float] = {}
+        self.evaluation = Evaluation(0.5, 0.75, np.zeros((2, 2), np.int64), 40)
         self.give(Started())
 
     # --- the shell ---------------------------------------------------------------------------------------
@@ -319,7 +321,7 @@ class FakeDevice:
                 self.give(self.disk.find(output.blob))
             elif isinstance(output, KeepBlobs):
                 self.disk.blobs = {d: b for d, b in self.disk.blobs.items() if d in output.digests}
-            elif isinstance(output, Train | ReadField | MaskInput | TestVersion | Personalise):
+            elif isinstance(output, Train | Evaluate | ReadField | MaskInput | TestVersion | Personalise):
                 self.jobs.append(output)
             elif isinstance(output, Note):
                 self.notes.append(output)
@@ -359,6 +361,8 @@ class FakeDevice:
                 self.give(FieldRead(job.round_id, self.values[job.field]))
             elif isinstance(job, Train):
                 self.give(TrainingFinished(job.round_id, self.update()))
+            elif isinstance(job, Evaluate):
+                self.give(Evaluated(job.round_id, self.evaluation))
             elif isinstance(job, Personalise):
                 self.give(Personalised(job.manifest.name, Fault("data-unusable", "too few examples")))
             else:
@@ -424,7 +428,7 @@ class Aggregator:
         self.by_id = {device.device_id: device for device in self.devices}
         self.document = invitation(self.plan).plan
         task = self.plan.task
-        self.dimension = task.dimension if isinstance(task, QueryTask) else SIZE
+        self.dimension = SIZE if isinstance(task, TrainTask) else task.dimension
         self.state: ServerState = server.begin(
             ServerContext(
                 fleet=FLEET,

@@ -37,6 +37,7 @@ from aggregator.records import (
     CampaignStatus,
     Device,
     DeviceFilter,
+    Evaluation,
     LedgerEntry,
     LogEntry,
     Round,
@@ -280,6 +281,12 @@ class _Reader(AccessReader, NoiseReader):
             query = query.where(s.ledger.c.model == model)
         return tuple(LedgerEntry(**_without_seq(row)) for row in self._all(query))
 
+    def evaluations(self, model: str, version: int | None = None) -> tuple[Evaluation, ...]:
+        query = select(s.evaluations).where(s.evaluations.c.model == model).order_by(s.evaluations.c.seq)
+        if version is not None:
+            query = query.where(s.evaluations.c.version == version)
+        return tuple(Evaluation(**_without_seq(row)) for row in self._all(query))
+
     def transcript(self, round_id: str) -> tuple[bytes, ...]:
         query = select(s.transcripts.c.record).where(s.transcripts.c.round_id == round_id)
         return tuple(self._connection.scalars(query.order_by(s.transcripts.c.seq)))
@@ -364,6 +371,8 @@ class _Writer(_Reader, AccessWriter, NoiseWriter):
             self.add_version(ending.version)
         if ending.ledger is not None:
             self._insert(s.ledger, **vars(ending.ledger))
+        if ending.evaluation is not None:
+            self._insert(s.evaluations, **vars(ending.evaluation))
         for record in ending.transcript:
             self._insert(s.transcripts, round_id=round_id, record=record)
         self._connection.execute(

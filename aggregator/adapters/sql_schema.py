@@ -21,7 +21,7 @@ from sqlalchemy import (
     UniqueConstraint,
 )
 
-REVISION = "0004"
+REVISION = "0005"
 """The newest migration: what a database must have to be used."""
 
 NAME = String(63).with_variant(String(63, collation="C"), "postgresql")
@@ -105,6 +105,18 @@ rounds = Table(
     Column("report", LargeBinary, nullable=False),
     UniqueConstraint("campaign_id", "number"),
     Index("rounds_status", "status"),
+)
+
+evaluations = Table(
+    "evaluations",
+    metadata,
+    Column("seq", Integer, primary_key=True),
+    Column("round_id", ForeignKey("rounds.round_id"), nullable=False, unique=True),
+    Column("model", NAME, nullable=False),
+    Column("version", Integer, nullable=False),
+    Column("at", Float, nullable=False),
+    Column("figures", LargeBinary, nullable=False),
+    Index("evaluations_version", "model", "version"),
 )
 
 log = Table(

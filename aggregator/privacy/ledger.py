@@ -18,7 +18,7 @@ from aggregator.repository import Reader
 from protocol import transcript
 from protocol.dp.accounting import Spent
 from protocol.dp.events import DPEvent
-from protocol.plan import TrainTask
+from protocol.plan import QueryTask
 
 _EVENT: TypeAdapter[DPEvent] = TypeAdapter(DPEvent)
 
@@ -28,7 +28,7 @@ class Release:
     """One release that a transcript tells of.
 
     Attributes:
-        model: the model that was trained; None for a query.
+        model: the model that was trained or evaluated; None for a query.
     """
 
     round_id: str
@@ -148,7 +148,7 @@ def _release(records: Sequence[transcript.Record]) -> Release | None:
     for record in records:
         if isinstance(record.content, transcript.PlanRecord):
             task = record.content.task
-            model = task.model if isinstance(task, TrainTask) else None
+            model = None if isinstance(task, QueryTask) else task.model
         if isinstance(record.content, transcript.PrivacyRecord):
             return Release(record.round_id, model, record.content.event)
     return None

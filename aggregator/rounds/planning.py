@@ -4,18 +4,27 @@ from __future__ import annotations
 
 import hashlib
 import math
-from typing import Annotated, assert_never
+from typing import Annotated, Literal, assert_never
 
 from pydantic import Field, ValidationError
 
 from aggregator.clock import Moment
 from aggregator.records import Campaign
-from models.assignment import Answering, Assignment, Training
+from models.assignment import Answering, Assignment, Evaluating, Training
 from models.manifest import ModelManifest
 from protocol.dp.parameters import MetricSlot, PrivacyParameters
 from protocol.errors import MalformedMessage, ProtocolError
 from protocol.fields import Bytes32, RoundId, Schema, Slug
-from protocol.plan import CohortParameters, Deadlines, Plan, QueryTask, Task, TrainingParameters, TrainTask
+from protocol.plan import (
+    CohortParameters,
+    Deadlines,
+    EvaluateTask,
+    Plan,
+    QueryTask,
+    Task,
+    TrainingParameters,
+    TrainTask,
+)
 from protocol.round_encoding import METRICS, round_encoding
 from protocol.secagg.parameters import parameters
 
@@ -40,11 +49,19 @@ EXAMPLE_METRIC = PLAIN_METRICS[:1]
 """What rounds in mode example report: the other metrics would tell of single examples."""
 
 
+class VersionToEvaluate(Schema):
+    """A campaign that evaluates one version of its model."""
+
+    kind: Literal["evaluate"] = "evaluate"
+    version: Annotated[int, Field(ge=1, le=2**31)]
+    slots: tuple[MetricSlot, ...]
+
+
 class CampaignSettings(Schema):
     """What every round of a campaign has in common."""
 
-    asks: TrainingParameters | QueryTask
-    """Train a model, round after round; or answer a query."""
+    asks: TrainingParameters | VersionToEvaluate | QueryTask
+    """Train a model, round after round; evaluate a version; or answer a query."""
     privacy: PrivacyParameters
     cohort: CohortParameters
     deadlines: Deadlines = Deadlines()
@@ -76,15 +93,12 @@ class CampaignSettings(Schema):
         return hashlib.sha256(self.selection_seed + number.to_bytes(8, "big")).digest()
 
 
-def query_of(campaign: Campaign) -> QueryTask | None:
-    """What a campaign asks, if it is a query; one of another Covey's, which cannot be read, tells nothing."""
-    if campaign.model is not None:
-        return None
+def asked_by(campaign: Campaign) -> TrainingParameters | VersionToEvaluate | QueryTask | None:
+    """What a campaign asks; None for one of another Covey's, which cannot be read."""
     try:
-        asks = CampaignSettings.from_bytes(campaign.settings).asks
+        return CampaignSettings.from_bytes(campaign.settings).asks
     except MalformedMessage:
         return None
-    return asks if isinstance(asks, QueryTask) else None
 
 
 def assign(settings: CampaignSettings, base: ModelManifest | None) -> Assignment:
@@ -92,17 +106,24 @@ def assign(settings: CampaignSettings, base: ModelManifest | None) -> Assignment
 
     Args:
         settings: of the campaign.
-        base: the version to improve; None for a query.
+        base: the version to improve or to evaluate; None for a query.
 
     Raises:
-        ValueError: training without a version to improve.
+        ValueError: training or evaluation without a version.
     """
     asks = settings.asks
     if isinstance(asks, QueryTask):
         return Answering(asks)
+    if base is None:
+        raise ValueError("training and evaluation need a version")
+    if isinstance(asks, VersionToEvaluate):
+        return Evaluating(
+            EvaluateTask(
+                model=base.name, version=base.version, manifest_sha256=base.sha256(), slots=asks.slots
+            ),
+            base,
+        )
     if isinstance(asks, TrainingParameters):
-        if base is None:
-            raise ValueError("training needs a version to improve")
         task = TrainTask(
             model=base.name,
             base_version=base.version,
@@ -155,7 +176,7 @@ def check_settings(settings: CampaignSettings, base: ModelManifest | None) -> No
 
     Args:
         settings: of a campaign.
-        base: the version to improve; None for a query.
+        base: the version to improve or to evaluate; None for a query.
 
     Raises:
         ValueError: it says what to change.

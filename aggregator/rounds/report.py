@@ -8,6 +8,7 @@ from typing import Literal, Self, get_args
 from pydantic import Field
 
 from aggregator.rounds.answer import Answer
+from aggregator.rounds.evaluation import VersionEvaluation
 from protocol.fields import Schema
 
 Phase = Literal["AdvertiseKeys", "ShareKeys", "MaskedInput", "ConsistencyCheck", "Unmasking"]
@@ -86,6 +87,7 @@ class RoundReport(Schema):
         excluded: devices that broke the rules for sure, and are not selected until an operator includes them.
         declined: device id -> why it refused the plan or left the round, in its own words.
         answer: of a query that has completed.
+        evaluation: of a version, that has completed.
         epsilon: spent by the model's population so far, at `delta`; None without noise.
     """
 
@@ -99,6 +101,7 @@ class RoundReport(Schema):
     excluded: tuple[str, ...] = ()
     declined: Mapping[str, str] = Field(default_factory=dict)
     answer: Answer | None = None
+    evaluation: VersionEvaluation | None = None
     epsilon: float | None = None
     delta: float | None = None
 

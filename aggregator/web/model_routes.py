@@ -9,6 +9,7 @@ from fastapi import File, Path, Query, Response, UploadFile
 
 from aggregator.access.roles import Role
 from aggregator.registry.publishing import document_of
+from aggregator.rounds.evaluation import VersionEvaluation
 from aggregator.web import schemas
 from aggregator.web.admission import By, guarded
 from aggregator.web.fleet_routes import SLUG
@@ -68,6 +69,16 @@ def publish_version(
         None if signature is None else signature.file.read(),
     )
     return schemas.Version.of(version)
+
+
+@looking.get("/models/{model}/evaluations", name="list-evaluations")
+def list_evaluations(
+    by: By,
+    model: Model,
+    version: Annotated[int | None, Query(ge=1, lt=2**31, description="Only of this version.")] = None,
+) -> schemas.Page[VersionEvaluation]:
+    """How versions did on the devices, newest first."""
+    return schemas.Page(items=by.operator.evaluations(model, version)[::-1])
 
 
 @looking.get("/models/{model}/versions/{version}/manifest", name="download-manifest")

@@ -1,4 +1,4 @@
-"""`/campaigns`, `/queries`, `/rounds` and `/privacy`: training and queries, and what they cost."""
+"""`/campaigns`, `/evaluations`, `/queries`, `/rounds` and `/privacy`: what is asked, and what it costs."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Annotated
 from fastapi import Path, Query
 
 from aggregator.access.roles import Role
+from aggregator.evaluations import EvaluationRequest
 from aggregator.operations import OperationRefused
 from aggregator.queries import QueryRequest
 from aggregator.records import RoundStatus
@@ -52,6 +53,13 @@ def start_campaign(by: By, body: CampaignRequest) -> schemas.Campaign:
 def start_query(by: By, body: QueryRequest) -> schemas.Campaign:
     """Asks devices for a figure over a field that they declare; the round's report has the answer."""
     return schemas.Campaign.of(by.to(body.field).start_query(body))
+
+
+@acting.post("/evaluations", name="start-evaluation", status_code=201, responses=documented("refused"))
+def start_evaluation(by: By, body: EvaluationRequest) -> schemas.Campaign:
+    """Asks devices how a version does on their own examples; nothing is trained."""
+    target = body.model if body.version is None else f"{body.model}:{body.version}"
+    return schemas.Campaign.of(by.to(target).start_evaluation(body))
 
 
 @looking.get("/campaigns/{campaign}", name="show-campaign")

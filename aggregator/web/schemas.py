@@ -12,7 +12,7 @@ from aggregator.access.roles import Role
 from aggregator.access.tokens import TokenRecord
 from aggregator.operations import RoundView
 from aggregator.records import CampaignStatus, RoundStatus
-from aggregator.rounds.planning import query_of
+from aggregator.rounds.planning import VersionToEvaluate, asked_by
 from aggregator.rounds.report import RoundReport
 from protocol.fields import Slug
 from protocol.plan import QueryTask
@@ -161,14 +161,16 @@ class Campaign(ApiModel):
     """Rounds that were asked for, one after the other.
 
     Attributes:
-        model: which is trained; None for a query.
-        query: what is asked; None for training.
+        model: which is trained or evaluated; None for a query.
+        query: what is asked by a query.
+        evaluates: number of the version that is evaluated.
         note: why it failed, or what it waits for.
     """
 
     campaign: str
     model: str | None
     query: QueryTask | None = None
+    evaluates: int | None = None
     status: CampaignStatus
     rounds: int
     started: int
@@ -178,10 +180,12 @@ class Campaign(ApiModel):
     @classmethod
     def of(cls, c: records.Campaign) -> Self:
         """From the record."""
+        asks = asked_by(c)
         return cls(
             campaign=c.campaign_id,
             model=c.model,
-            query=query_of(c),
+            query=asks if isinstance(asks, QueryTask) else None,
+            evaluates=asks.version if isinstance(asks, VersionToEvaluate) else None,
             status=c.status,
             rounds=c.rounds,
             started=c.started,
@@ -194,7 +198,8 @@ class Round(ApiModel):
     """A round and its figures so far.
 
     Attributes:
-        model, base_version: what is trained; None for a query, whose answer is in the report.
+        model, base_version: what is trained or evaluated; None for a query. What a query or an
+            evaluation gave is in the report.
         code: the short reason of an abort; else empty.
     """
 

@@ -45,7 +45,7 @@ from edge_client.events import (
 from edge_client.ledger import DAY, DaySpent, LedgerEntry
 from edge_client.models import StoredVersion
 from edge_client.session import Memory
-from models.assignment import Assignment, Training, assignment_of
+from models.assignment import Answering, Assignment, assignment_of
 from models.manifest import ModelManifest
 from protocol.dp.events import DPEvent
 from protocol.errors import MalformedMessage
@@ -372,7 +372,7 @@ class DeviceStore:
 
 
 def _manifest_bytes(assignment: Assignment) -> bytes | None:
-    return assignment.manifest.to_bytes() if isinstance(assignment, Training) else None
+    return None if isinstance(assignment, Answering) else assignment.manifest.to_bytes()
 
 
 @contextlib.contextmanager

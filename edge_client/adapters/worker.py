@@ -20,6 +20,8 @@ from edge_client.adapters.files import StorageError, StorageFull
 from edge_client.adapters.model_check import check_in_child
 from edge_client.adapters.readings import FieldReader
 from edge_client.events import (
+    Evaluate,
+    Evaluated,
     Event,
     Fault,
     FieldRead,
@@ -51,7 +53,7 @@ from protocol.dp.errors import NonFiniteUpdate, PrivacyError
 from protocol.dp.sampling import discrete_gaussian_sampler, skellam_sampler
 from protocol.fields import BlobRef
 
-Job = TestVersion | Train | ReadField | MaskInput | Personalise
+Job = TestVersion | Train | Evaluate | ReadField | MaskInput | Personalise
 TrainerFactory = Callable[[ModelManifest, bytes], LocalTrainer]
 ModelCheck = Callable[[ModelManifest, bytes, bytes], None]
 
@@ -220,6 +222,8 @@ class Worker:
                 personal = personalise(trainer, job.manifest, weights, own, examples, job.config)
                 self._blobs.personal.save(personal)
             return Personalised(job.manifest.name, personal.record)
+        if isinstance(job, Evaluate):
+            return Evaluated(job.round_id, trainer.evaluate(weights, examples, own))
         update = trainer.train(weights, examples, job.config, job.config.generator(), own)
         return TrainingFinished(job.round_id, update)
 

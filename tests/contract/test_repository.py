@@ -16,6 +16,7 @@ from aggregator.records import (
     Campaign,
     Device,
     DeviceFilter,
+    Evaluation,
     LedgerEntry,
     LogEntry,
     NoiseTree,
@@ -489,6 +490,15 @@ def test_a_query_has_no_model(repository: Repository) -> None:
         )
         assert reader.ledger() == (ledger,)
         assert reader.ledger("watch") == ()
+
+
+def test_evaluations_are_kept_with_their_version(running: Repository) -> None:
+    found = Evaluation(ROUND.round_id, "watch", 3, 9.0, b"figures")
+    with running.write() as writer:
+        writer.end_round(replace(ENDING, version=None, evaluation=found))
+    with running.read() as reader:
+        assert reader.evaluations("watch", 3) == reader.evaluations("watch") == (found,)
+        assert reader.evaluations("watch", 2) == reader.evaluations("digits") == ()
 
 
 def test_a_campaign_has_one_noise_tree_that_moves_forward(running: Repository) -> None:

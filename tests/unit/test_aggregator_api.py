@@ -14,6 +14,7 @@ pytest.importorskip("fastapi")
 
 from aggregator.access.roles import Role
 from aggregator.client import ApiError
+from aggregator.evaluations import EvaluationRequest
 from aggregator.queries import QueryRequest
 from aggregator.settings import CampaignRequest
 from aggregator.web.context import Vitals
@@ -244,6 +245,24 @@ def test_a_query_is_asked_and_listed_like_rounds(bench: Api) -> None:
         assert client.campaigns() == (asked,)
     body = {"field": "battery", "low": 0, "high": 80, "question": {"kind": "mode"}}
     problem(bench.call("POST", f"{V1}/queries", json=body), 422, "invalid-request")
+
+
+def test_an_evaluation_is_asked_for_and_read(bench: Api) -> None:
+    with bench.client(Role.OPERATOR) as client:
+        with pytest.raises(ApiError, match="no published toy") as refused:
+            client.start_evaluation(EvaluationRequest("toy"))
+        assert refused.value.code == "refused"
+        client.publish(*model_files(50))
+        asked = client.start_evaluation(EvaluationRequest("toy", version=1))
+        assert (asked.model, asked.evaluates, asked.query, asked.rounds) == ("toy", 1, None, 1)
+        assert client.evaluations("toy") == client.evaluations("toy", 1) == ()
+        for wrong in (EvaluationRequest("toy", version=2), EvaluationRequest("toy", minimum=20)):
+            with pytest.raises(ApiError):
+                client.start_evaluation(wrong)
+        assert client.campaigns() == (asked,)
+    with bench.client(Role.VIEWER) as client, pytest.raises(ApiError) as forbidden:
+        client.start_evaluation(EvaluationRequest("toy"))
+    assert forbidden.value.status == 403
 
 
 @pytest.mark.parametrize("name", ["../../etc/passwd", "a/b", "..", "", "TOY", "toy\n"])

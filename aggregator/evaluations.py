@@ -1,0 +1,102 @@
+"""What an operator asks of a version: an evaluation, as the settings of a campaign of one round."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+from pydantic import ConfigDict, ValidationError
+
+from aggregator.rounds.planning import GATHER_SECONDS, CampaignSettings, VersionToEvaluate
+from aggregator.settings import (
+    DEFAULT_DELTA,
+    DEFAULT_NOISE_MULTIPLIER,
+    InvalidSettings,
+    cohort_of,
+    given,
+    invalid,
+    seed_of,
+)
+from protocol.dp.parameters import MetricSlot, PrivacyMode, PrivacyParameters
+from protocol.plan import SUBCOHORT_LIMIT, Deadlines
+from protocol.ring import MAX_BITS
+
+_THIRD = 1 / math.sqrt(3)
+PLAIN_SLOTS = (
+    MetricSlot(name="loss", bound=10.0, share=_THIRD),
+    MetricSlot(name="accuracy", bound=1.0, share=_THIRD),
+    MetricSlot(name="examples", bound=100_000.0, share=_THIRD),
+)
+"""What evaluations without noise report."""
+PRIVATE_SLOTS = (
+    MetricSlot(name="loss", bound=4.0, share=0.6),
+    MetricSlot(name="accuracy", bound=1.0, share=0.8),
+)
+"""What evaluations with noise report: at noise multiplier 1, accuracy has a noise of 0.63 / devices."""
+
+
+@dataclass(frozen=True)
+class EvaluationRequest:
+    """Which version is to be evaluated, and by whom; None takes the default.
+
+    Attributes:
+        version: by default the newest.
+        cohort: devices in a full cohort.
+        privacy: who adds noise.
+        noise_multiplier: noise over sensitivity; by default 1 where there is noise.
+        epsilon_limit: nothing is asked if it would take the fleet beyond it.
+        seed: draws the cohort; random by default.
+    """
+
+    __pydantic_config__: ClassVar = ConfigDict(extra="forbid")
+
+    model: str
+    version: int | None = None
+    cohort: int = 10
+    minimum: int | None = None
+    min_survivors: int | None = None
+    subcohort_limit: int = SUBCOHORT_LIMIT
+    privacy: PrivacyMode = PrivacyMode.DISTRIBUTED
+    noise_multiplier: float | None = None
+    delta: float = DEFAULT_DELTA
+    deadlines: Deadlines = dataclasses.field(default_factory=Deadlines)
+    gather_seconds: float = GATHER_SECONDS
+    epsilon_limit: float | None = None
+    seed: int | None = None
+
+    def resolve(self, version: int) -> CampaignSettings:
+        """Fills in what was not said.
+
+        Args:
+            version: number of the version to evaluate.
+
+        Raises:
+            InvalidSettings: it says what is wrong.
+        """
+        if self.privacy is PrivacyMode.EXAMPLE:
+            raise InvalidSettings("an evaluation trains nothing: mode example has no examples to hide")
+        no_noise = self.privacy is PrivacyMode.NONE
+        try:
+            return CampaignSettings(
+                asks=VersionToEvaluate(version=version, slots=PLAIN_SLOTS if no_noise else PRIVATE_SLOTS),
+                privacy=PrivacyParameters(
+                    mode=self.privacy,
+                    clip_norm=1.0,
+                    noise_multiplier=given(
+                        self.noise_multiplier, 0.0 if no_noise else DEFAULT_NOISE_MULTIPLIER
+                    ),
+                    delta=self.delta,
+                    # The vector is short: the widest ring costs nothing, and takes the finest steps.
+                    bits=MAX_BITS,
+                    rotation=False,
+                ),
+                cohort=cohort_of(self.cohort, self.minimum, self.min_survivors, self.subcohort_limit),
+                deadlines=self.deadlines,
+                gather_seconds=self.gather_seconds,
+                selection_seed=seed_of(self.seed),
+                epsilon_limit=self.epsilon_limit,
+            )
+        except ValidationError as error:
+            raise invalid(error) from error
