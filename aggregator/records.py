@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from protocol.conditions import Conditions
 from protocol.fields import BlobRef
 
 CampaignStatus = Literal["waiting", "running", "finished", "failed", "cancelled"]
@@ -21,6 +22,7 @@ class Device:
         excluded: why this device is not selected; None when it may be.
         online: as of `last_seen`.
         models: model name -> version it answers predictions with.
+        conditions: its circumstances, as it last said them.
         last_seen: seconds since 1970; None before the first birth.
         labels: what the operator calls it by, sorted: `site=north`, `barn`.
     """
@@ -35,6 +37,7 @@ class Device:
     models: Mapping[str, int] = field(default_factory=dict)
     last_seen: float | None = None
     labels: tuple[str, ...] = ()
+    conditions: Conditions = field(default_factory=Conditions)
 
 
 @dataclass(frozen=True)

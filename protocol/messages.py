@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import FailFast, Field
 
+from protocol.conditions import Conditions
 from protocol.fields import (
     MAX_BLOB_BYTES,
     MAX_COHORT,
@@ -83,6 +84,8 @@ class DeviceStatus(_Message):
         dict[Slug, Annotated[int, Field(ge=1, le=2**31)]], Field(max_length=MAX_MODELS, default_factory=dict)
     ]
     """Model name -> version that this device answers predictions with."""
+    conditions: Conditions = Conditions()
+    """Said again when they have changed, and not more often than every minute."""
 
 
 class AdvertiseKeys(_Message):

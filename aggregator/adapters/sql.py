@@ -56,6 +56,7 @@ from aggregator.repository import (
     Unstorable,
     Writer,
 )
+from protocol.conditions import Conditions
 from protocol.fields import BlobRef
 from protocol.messages import DeviceStatus
 
@@ -318,8 +319,12 @@ class _Writer(_Reader, AccessWriter, NoiseWriter):
             raise NotFound(f"no round {round_id} is running")
 
     def add_device(self, device: Device) -> None:
-        lists = {"models": json.dumps(dict(device.models)), "labels": json.dumps(device.labels)}
-        self._insert(s.devices, **(vars(device) | lists))
+        written = {
+            "models": json.dumps(dict(device.models)),
+            "labels": json.dumps(device.labels),
+            "conditions": _written(device.conditions),
+        }
+        self._insert(s.devices, **(vars(device) | written))
 
     def replace_certificate(self, device_id: str, certificate: bytes) -> None:
         statement = update(s.devices).where(s.devices.c.device_id == device_id)
@@ -338,6 +343,7 @@ class _Writer(_Reader, AccessWriter, NoiseWriter):
         if status.online:
             values |= {"client_version": status.client_version, "runtime": status.runtime}
             values |= {"models": json.dumps(status.models)}
+            values |= {"conditions": _written(status.conditions)}
         self._connection.execute(update(s.devices).where(s.devices.c.device_id == device_id).values(**values))
 
     def add_version(self, version: Version) -> None:
@@ -428,13 +434,21 @@ class _Writer(_Reader, AccessWriter, NoiseWriter):
         self._insert(s.inputs, round_id=round_id, device_id=device_id, sha256=sha256)
 
 
+def _written(conditions: Conditions) -> str:
+    return conditions.model_dump_json(exclude_none=True)
+
+
 def _without_seq(row: Row[Any]) -> dict[str, Any]:
     return {name: value for name, value in row._asdict().items() if name != "seq"}
 
 
 def _device(row: Row[Any]) -> Device:
-    lists = {"models": json.loads(row.models), "labels": tuple(json.loads(row.labels))}
-    return Device(**(row._asdict() | lists))
+    parsed = {
+        "models": json.loads(row.models),
+        "labels": tuple(json.loads(row.labels)),
+        "conditions": Conditions.model_validate_json(row.conditions),
+    }
+    return Device(**(row._asdict() | parsed))
 
 
 def _round(row: Row[Any]) -> Round:

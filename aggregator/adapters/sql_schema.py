@@ -21,7 +21,7 @@ from sqlalchemy import (
     UniqueConstraint,
 )
 
-REVISION = "0005"
+REVISION = "0006"
 """The newest migration: what a database must have to be used."""
 
 NAME = String(63).with_variant(String(63, collation="C"), "postgresql")
@@ -47,6 +47,7 @@ devices = Table(
     Column("models", Text, nullable=False),
     Column("last_seen", Float),
     Column("labels", Text, nullable=False, server_default="[]"),
+    Column("conditions", Text, nullable=False, server_default="{}"),
 )
 
 versions = Table(

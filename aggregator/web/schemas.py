@@ -14,6 +14,7 @@ from aggregator.operations import RoundView
 from aggregator.records import CampaignStatus, RoundStatus
 from aggregator.rounds.planning import VersionToEvaluate, asked_by
 from aggregator.rounds.report import RoundReport
+from protocol.conditions import Conditions
 from protocol.fields import Slug
 from protocol.plan import QueryTask
 
@@ -79,6 +80,7 @@ class Device(ApiModel):
     Attributes:
         excluded: why it is not selected; None when it may be.
         models: model -> version that it answers predictions with.
+        conditions: its circumstances, as it last said them; what is None is unknown.
         last_seen: seconds since 1970; None before the first time.
     """
 
@@ -91,6 +93,7 @@ class Device(ApiModel):
     last_seen: float | None
     enrolled_at: float
     labels: tuple[str, ...] = ()
+    conditions: Conditions = Conditions()
 
     @classmethod
     def of(cls, d: records.Device) -> Self:
@@ -105,6 +108,7 @@ class Device(ApiModel):
             last_seen=d.last_seen,
             enrolled_at=d.enrolled_at,
             labels=d.labels,
+            conditions=d.conditions,
         )
 
 

@@ -26,6 +26,7 @@ from aggregator.records import (
     Version,
 )
 from aggregator.repository import Conflict, NotFound, Repository
+from protocol.conditions import Conditions
 from protocol.messages import DeviceStatus
 from protocol.transfer import describe
 from tests.databases import repository_at
@@ -159,7 +160,12 @@ def test_devices(repository: Repository) -> None:
         writer.replace_certificate("barn-1", b"renewed")
         writer.set_exclusion("barn-1", "noisy")
         born = DeviceStatus(
-            session=bytes(32), online=True, client_version="1.0", runtime="lite", models={"watch": 3}
+            session=bytes(32),
+            online=True,
+            client_version="1.0",
+            runtime="lite",
+            models={"watch": 3},
+            conditions=Conditions(power="mains", metered=False, temperature=51.5),
         )
         writer.note_status("barn-1", born, 5.0)
         writer.note_status("nobody", born, 5.0)
@@ -171,6 +177,7 @@ def test_devices(repository: Repository) -> None:
         client_version="1.0",
         runtime="lite",
         models={"watch": 3},
+        conditions=Conditions(power="mains", metered=False, temperature=51.5),
         last_seen=5.0,
     )
     with repository.read() as reader:
