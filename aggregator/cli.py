@@ -163,8 +163,12 @@ def aggregator_init(
     state: State,
     fleet: Annotated[str, typer.Option(help="Name of the fleet: lower case, digits, hyphens.")] = "covey",
     broker: Annotated[
-        str, typer.Option(help="mqtt://host:port or mqtts://host:port.")
-    ] = covey.DEFAULT_BROKER,
+        str, typer.Option(help="Where devices reach the broker: mqtts://host:port, or mqtt:// for a trial.")
+    ] = "mqtts://localhost",
+    broker_name: Annotated[
+        list[str] | None,
+        typer.Option(help="One more host name or address of the broker, for its certificate; repeatable."),
+    ] = None,
     insecure: Annotated[
         bool, typer.Option("--insecure", help="Allow an unencrypted broker on another machine.")
     ] = False,
@@ -179,7 +183,10 @@ def aggregator_init(
         str | None, typer.Option(help="URL of that server.", show_default="Amazon's")
     ] = None,
 ) -> None:
-    """Makes the fleet's keys, its CA, the database and an empty registry.
+    """Makes the fleet's keys, its CA, the database, an empty registry, and what the broker is started with.
+
+    The broker (mosquitto 2) and the aggregator get certificates of the fleet's CA; STATE/broker holds the
+    broker's whole configuration, with access rules that keep every device to its own topics.
 
     The database is SQLite in the state directory, or what COVEY_DATABASE_URL names, for example
     postgresql://covey@db.local/covey. Its password belongs there, in a password file (~/.pgpass) or in
@@ -195,14 +202,37 @@ def aggregator_init(
             insecure=insecure,
             objects=objects,
             objects_endpoint=objects_endpoint,
+            broker_names=broker_name or (),
         )
     except ValueError as error:
         raise OperationRefused(str(error)) from error
     output.line(f"made the fleet {fleet} in {state}; keep a copy of {state}/keys in a safe place")
     output.line(f"the first admin token is in {state}/admin-token, for `covey login` on another machine")
-    output.line("next:  covey model publish DIR")
-    output.line("       covey device enroll --csr device.csr --out device.json")
-    output.line("       covey aggregator run")
+    start = (
+        "mosquitto" if broker.startswith("mqtt://") else f"cd {state}/broker && mosquitto -c mosquitto.conf"
+    )
+    output.line(f"next:  {start}")
+    output.line(f"       covey aggregator run --state {state}")
+    output.line(f"       covey model publish DIR --state {state}")
+
+
+@aggregator_app.command("broker")
+def aggregator_broker(
+    state: State,
+    name: Annotated[
+        list[str] | None,
+        typer.Option(help="A host name or address of the broker, for its certificate; repeatable."),
+    ] = None,
+) -> None:
+    """Writes the broker's configuration anew, with fresh certificates: before they end, or for another name.
+
+    Example: covey aggregator broker --name broker.local --name 10.0.0.5
+    """
+    try:
+        directory = covey.write_broker(state, name or ())
+    except ValueError as error:
+        raise OperationRefused(str(error)) from error
+    output.line(f"wrote {directory}; restart the broker there, then the aggregator")
 
 
 @aggregator_app.command("migrate")

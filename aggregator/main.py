@@ -9,7 +9,7 @@ import os
 import secrets
 import ssl
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from pydantic import TypeAdapter, ValidationError
 
 from aggregator.access.roles import Role
-from aggregator.adapters import keyfiles, sql_migration
+from aggregator.adapters import broker_files, keyfiles, sql_migration
 from aggregator.adapters.cores import Cores
 from aggregator.adapters.mqtt import MqttTransport
 from aggregator.adapters.objects_s3 import check_address
@@ -28,6 +28,7 @@ from aggregator.client import Client
 from aggregator.clock import SystemClock
 from aggregator.fleet.authority import Authority
 from aggregator.operations import LiveRound, Model, OperationRefused, Operator, RoundView
+from aggregator.private_file import replace_private
 from aggregator.records import Campaign, Device, Version
 from aggregator.repository import Repository
 from aggregator.service import Service
@@ -72,6 +73,7 @@ __all__ = [
     "publish",
     "run",
     "start_rounds",
+    "write_broker",
 ]
 
 FIRST_TOKEN_SECONDS = 90 * 86_400
@@ -89,9 +91,11 @@ def init(
     insecure: bool = False,
     objects: str | None = None,
     objects_endpoint: str | None = None,
+    broker_names: Sequence[str] = (),
 ) -> None:
     """Makes a state directory: keys, CA, database and registry, readable by their owner only.
 
+    For a broker at an `mqtts://` address, also the files that it is started with; see `write_broker`.
     With COVEY_DATABASE_URL, the database is that one; the settings remember its URL without the password.
 
     Args:
@@ -101,6 +105,7 @@ def init(
         insecure: allow an unencrypted broker on another machine.
         objects: where artefacts go, such as `s3://bucket/prefix`; by default into the state directory.
         objects_endpoint: URL of that server, unless it is Amazon's.
+        broker_names: more host names and addresses that the broker's certificate is to hold.
 
     Raises:
         FileExistsError: it holds an aggregator already; nothing was changed.
@@ -110,7 +115,7 @@ def init(
         _SLUG.validate_python(fleet)
     except ValidationError as error:
         raise ValueError("a fleet's name has lower-case letters, digits and hyphens, at most 63") from error
-    BrokerAddress.parse(broker, insecure=insecure)
+    address = BrokerAddress.parse(broker, insecure=insecure)
     if objects is not None:
         check_address(objects)
     place = StateDirectory(state)
@@ -126,6 +131,9 @@ def init(
     settings = Settings(
         fleet=fleet, broker=broker, database=remembered, objects=objects, objects_endpoint=objects_endpoint
     )
+    if address.tls:
+        settings = settings.model_copy(update=_broker_identity(place))
+        broker_files.write(place.broker, place.keys, authority, address, broker_names, now=moment.unix)
     with private_files():
         url = database or url_of_file(place.database)
         sql_migration.migrate(url)
@@ -140,8 +148,51 @@ def init(
         (state / "admin-token").write_text(token + "\n")
         (state / "ca.pem").write_text(ssl.DER_cert_to_PEM_cert(authority.ca))
         # Last: a directory with settings is a complete one.
-        content = settings.model_dump(mode="json", exclude_none=True)
-        place.settings_file.write_text(json.dumps(content, indent=2) + "\n")
+        _save(place, settings)
+
+
+def _broker_identity(place: StateDirectory) -> dict[str, Path]:
+    keys = place.keys.relative_to(place.path)
+    return {
+        "tls_ca": Path("ca.pem"),
+        "tls_certificate": keys / broker_files.IDENTITY_CERTIFICATE,
+        "tls_key": keys / broker_files.IDENTITY_KEY,
+    }
+
+
+def write_broker(state: Path, names: Sequence[str] = ()) -> Path:
+    """Writes what the broker is started with anew, with fresh certificates; returns the directory.
+
+    For a certificate that is about to end, another name, or a state directory of an earlier Covey. The broker
+    takes them at its next start, and so does the aggregator.
+
+    Args:
+        state: the state directory.
+        names: host names and addresses that the broker's certificate is to hold, besides that of its address
+            and this machine's own.
+
+    Raises:
+        OperationRefused: the address of the broker is not an `mqtts://` one.
+        NotInitialised, UnusableKeys, EnrolmentRefused: it says what to do.
+    """
+    place = StateDirectory(state)
+    settings = place.settings()
+    address = BrokerAddress.parse(settings.broker, insecure=True)
+    if not address.tls:
+        raise OperationRefused(
+            f"the broker is at {address}, without TLS: write an mqtts:// address in {place.settings_file}"
+        )
+    with private_files():
+        now = SystemClock().moment().unix
+        broker_files.write(place.broker, place.keys, keyfiles.load(place.keys), address, names, now=now)
+        if settings.tls_certificate is None:
+            _save(place, settings.model_copy(update=_broker_identity(place)))
+    return place.broker
+
+
+def _save(place: StateDirectory, settings: Settings) -> None:
+    content = settings.model_dump(mode="json", exclude_none=True)
+    replace_private(place.settings_file, (json.dumps(content, indent=2) + "\n").encode())
 
 
 @contextlib.contextmanager
@@ -296,11 +347,12 @@ def run(
     place = StateDirectory(state)
     settings = place.settings()
     address = BrokerAddress.parse(broker or settings.broker, insecure=insecure)
-    tls = TlsFiles(settings.tls_ca, settings.tls_certificate, settings.tls_key)
+    tls = TlsFiles(*map(place.file, (settings.tls_ca, settings.tls_certificate, settings.tls_key)))
     where = ListenAddress.parse(listen or settings.listen)
     own = None
-    if settings.api_certificate is not None and settings.api_key is not None:
-        own = CertificateFiles(settings.api_certificate, settings.api_key)
+    certificate, key = place.file(settings.api_certificate), place.file(settings.api_key)
+    if certificate is not None and key is not None:
+        own = CertificateFiles(certificate, key)
     feed = EventFeed()
     with contextlib.ExitStack() as stack:
         stack.enter_context(lock(place))

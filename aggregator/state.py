@@ -7,6 +7,7 @@ STATE/registry/          artefacts and signed manifests; copies of them, when th
 STATE/aggregator.lock    held by the service while it runs
 STATE/api/               certificate of the API, and how to reach it while it runs
 STATE/ca.pem             the fleet's CA, for who connects to the API from elsewhere
+STATE/broker/            what the broker is started with, and what it keeps
 STATE/admin-token        the first token: take it to `covey login`, then remove this file
 """
 
@@ -49,6 +50,10 @@ class Settings(BaseModel):
         database: URL of a PostgreSQL database; None for SQLite in the state directory.
         objects: address of an object store, such as `s3://bucket/prefix`; None for the registry directory.
         objects_endpoint: URL of its server; Amazon's when None.
+        tls_ca: PEM of who signed the broker's certificate; as all paths here, it may be relative to the state
+            directory.
+        tls_certificate: PEM that the broker knows us by.
+        tls_key: its key.
         listen: where the API is; see `aggregator.web.listen.ListenAddress`.
         names: host names and addresses that its certificate is to hold.
         api_certificate: PEM of a certificate from elsewhere, as browsers want; the CA's by default.
@@ -123,9 +128,18 @@ class StateDirectory:
         return self.path / "api"
 
     @property
+    def broker(self) -> Path:
+        """What the broker is started with."""
+        return self.path / "broker"
+
+    @property
     def lock(self) -> Path:
         """Held by the service while it runs."""
         return self.path / "aggregator.lock"
+
+    def file(self, path: Path | None) -> Path | None:
+        """A path of the settings: relative to the state directory, so that the whole of it can be moved."""
+        return None if path is None else self.path / path
 
     def settings(self) -> Settings:
         """Reads the settings.

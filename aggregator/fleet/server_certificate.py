@@ -1,6 +1,6 @@
-"""The certificate that the API shows to those who connect: issued by the fleet's CA.
+"""The certificates that the API and the broker show to those who connect: issued by the fleet's CA.
 
-It holds a P-256 key and is for servers only, so that nobody can take it for a device's (those hold Ed25519
+They hold P-256 keys and are for servers only, so that nobody can take one for a device's (those hold Ed25519
 keys and are for clients only; `protocol.identity.verify_certificate`).
 """
 
@@ -22,7 +22,14 @@ RENEW_DAYS = 30
 
 
 def issue(
-    authority: Authority, key: EllipticCurvePublicKey, names: Iterable[str], *, now: float, serial: int
+    authority: Authority,
+    key: EllipticCurvePublicKey,
+    names: Iterable[str],
+    *,
+    now: float,
+    serial: int,
+    subject: str = "covey-aggregator",
+    days: int = DAYS,
 ) -> bytes:
     """Issues the certificate; returns PEM.
 
@@ -32,24 +39,26 @@ def issue(
         names: host names and IP addresses that clients may call it by.
         now: seconds since 1970.
         serial: a random positive integer of at most 159 bits.
+        subject: its common name, for people; clients compare `names`.
+        days: how long it is valid.
 
     Raises:
         EnrolmentRefused: the CA's key is kept elsewhere.
     """
     if authority.ca_key is None:
         raise EnrolmentRefused(
-            "the API needs a certificate, and the CA's key is kept elsewhere: put it back among the keys for "
-            "one start, or name a certificate of your own in aggregator.json"
+            f"{subject} needs a certificate, and the CA's key is kept elsewhere: put it back among the keys "
+            "for a moment, or, for the API, name a certificate of your own in aggregator.json"
         )
     issuer = x509.load_der_x509_certificate(authority.ca)
     begin = dt.datetime.fromtimestamp(int(now) - 3600, dt.UTC)
     return (
         x509.CertificateBuilder()
-        .subject_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "covey-aggregator")]))
+        .subject_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, subject)]))
         .issuer_name(issuer.subject)
         .serial_number(serial)
         .not_valid_before(begin)
-        .not_valid_after(begin + dt.timedelta(days=DAYS))
+        .not_valid_after(begin + dt.timedelta(days=days))
         .public_key(key)
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)

@@ -125,6 +125,7 @@ def test_a_wrong_command_line_exits_with_2(run, arguments: list[str]) -> None:  
     [
         "aggregator init",
         "aggregator run",
+        "aggregator broker",
         "device enroll",
         "device list",
         "device exclude",

@@ -1,0 +1,85 @@
+"""What the broker is started with, and what the aggregator shows it, as files.
+
+STATE/broker/mosquitto.conf, acl          the broker's configuration and its access rules
+STATE/broker/ca.pem                       whose certificates it takes
+STATE/broker/server.pem, server-key.pem   its own certificate, by the fleet's CA
+STATE/broker/data/                        what it keeps
+STATE/keys/aggregator.pem, aggregator-key.pem   the certificate by which it knows the aggregator
+"""
+
+from __future__ import annotations
+
+import secrets
+import socket
+import ssl
+from collections.abc import Iterable
+from pathlib import Path
+
+from cryptography.hazmat.primitives.asymmetric.ec import (
+    SECP256R1,
+    EllipticCurvePrivateKey,
+    generate_private_key,
+)
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+
+from aggregator.fleet import broker, server_certificate
+from aggregator.fleet.authority import Authority
+from aggregator.private_file import replace_private
+from protocol.broker_address import BrokerAddress
+
+CONFIGURATION_FILE = "mosquitto.conf"
+IDENTITY_CERTIFICATE = "aggregator.pem"
+IDENTITY_KEY = "aggregator-key.pem"
+
+
+def write(
+    directory: Path,
+    keys: Path,
+    authority: Authority,
+    address: BrokerAddress,
+    names: Iterable[str] = (),
+    *,
+    now: float,
+) -> None:
+    """Writes all of them, readable by their owner only; those that are there are replaced.
+
+    Args:
+        directory: `STATE/broker`.
+        keys: `STATE/keys`.
+        authority: with the CA's key.
+        address: where clients reach the broker.
+        names: more host names and addresses that its certificate is to hold.
+        now: seconds since 1970.
+
+    Raises:
+        EnrolmentRefused: the CA's key is kept elsewhere.
+    """
+    own = {"localhost", "127.0.0.1", "::1", socket.gethostname(), address.host, *names} - {""}
+    server_key, identity_key = generate_private_key(SECP256R1()), generate_private_key(SECP256R1())
+    server = server_certificate.issue(
+        authority,
+        server_key.public_key(),
+        own,
+        now=now,
+        serial=secrets.randbits(120) | 1,
+        subject=broker.BROKER,
+        days=broker.DAYS,
+    )
+    identity = broker.issue_aggregator(
+        authority, identity_key.public_key(), now=now, serial=secrets.randbits(120) | 1
+    )
+    directory.mkdir(mode=0o700, exist_ok=True)
+    (directory / broker.DATA_DIRECTORY).mkdir(mode=0o700, exist_ok=True)
+    replace_private(directory / broker.CA_FILE, ssl.DER_cert_to_PEM_cert(authority.ca).encode())
+    replace_private(directory / broker.KEY_FILE, _pem(server_key))
+    replace_private(directory / broker.CERTIFICATE_FILE, server)
+    replace_private(directory / broker.RULES_FILE, broker.rules().encode())
+    replace_private(
+        directory / CONFIGURATION_FILE, broker.configuration(authority.fleet, address.port).encode()
+    )
+    replace_private(keys / IDENTITY_KEY, _pem(identity_key))
+    replace_private(keys / IDENTITY_CERTIFICATE, identity)
+
+
+def _pem(key: EllipticCurvePrivateKey) -> bytes:
+    return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())

@@ -1,0 +1,152 @@
+"""The fleet's broker: who may do what on it, and the certificates that prove who is who. Pure.
+
+Mutual TLS says who a client is: its certificate's common name becomes its user name and its client id, so
+that no device can act or connect as another. The rules below say what each may do.
+
+The aggregator's certificate holds a P-256 key and a common name that no device can have, since a device id
+holds no dot: nobody can enrol as the aggregator, and nobody takes this certificate for a device's.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
+from cryptography.hazmat.primitives.serialization import Encoding
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+from aggregator.fleet.authority import Authority, EnrolmentRefused
+from protocol import topics
+from protocol.codec import MAX_FRAME_BYTES
+
+AGGREGATOR = "covey.aggregator"
+"""The aggregator's user name and client id at the broker."""
+
+BROKER = "covey-broker"
+"""Common name of the broker's certificate; clients look at its host names, not at this."""
+
+DAYS = 730
+CA_FILE = "ca.pem"
+CERTIFICATE_FILE = "server.pem"
+KEY_FILE = "server-key.pem"
+RULES_FILE = "acl"
+DATA_DIRECTORY = "data"
+
+_TOPIC_BYTES = 1024
+_QUEUED_BYTES = 256 * 2**20
+
+# Paths are relative, so that one directory serves a unit of systemd, a container and a shell alike.
+# Practically no limit by count: a slow subscriber would lose acknowledged messages to it without notice.
+# Not 0 for none: mosquitto 2.0.11 then hangs up on who publishes what it may not, in place of refusing that.
+# Queues are saved at every change, so that a restart forgets little; nothing relies on it.
+_CONFIGURATION = """\
+# mosquitto 2 for the fleet {fleet}; `covey aggregator broker` writes it anew.
+# Start it in this directory: mosquitto -c mosquitto.conf
+
+listener {port}
+cafile {ca}
+certfile {certificate}
+keyfile {key}
+tls_version tlsv1.2
+
+# Who shows no certificate of the fleet is not let in; who does is who it says, and nobody else.
+allow_anonymous false
+require_certificate true
+use_identity_as_username true
+use_username_as_clientid true
+acl_file {rules}
+
+max_packet_size {packet}
+max_keepalive 600
+max_queued_messages 1000000
+max_queued_bytes {queued}
+max_inflight_messages 512
+persistent_client_expiration 14d
+set_tcp_nodelay true
+
+persistence true
+persistence_location {data}/
+autosave_on_changes true
+autosave_interval 1
+
+log_dest stderr
+log_type error
+log_type warning
+log_type notice
+"""
+
+
+def configuration(fleet: str, port: int) -> str:
+    """The text of `mosquitto.conf`, for mosquitto 2.
+
+    Args:
+        fleet: its name, for the comment.
+        port: TCP port to listen at, on all addresses.
+    """
+    return _CONFIGURATION.format(
+        fleet=fleet,
+        port=port,
+        ca=CA_FILE,
+        certificate=CERTIFICATE_FILE,
+        key=KEY_FILE,
+        rules=RULES_FILE,
+        packet=MAX_FRAME_BYTES + _TOPIC_BYTES,
+        queued=_QUEUED_BYTES,
+        data=DATA_DIRECTORY,
+    )
+
+
+def rules() -> str:
+    """The text of mosquitto's access control list; what it does not allow is refused.
+
+    `%u` is the name in the client's certificate.
+    """
+    return f"""\
+# The aggregator hears every device, and is the only one that speaks to them.
+user {AGGREGATOR}
+topic read {topics.UPLINKS}
+topic write {topics.down("+", "msg")}
+topic write {topics.down("+", "chunk")}
+topic write {topics.MODELS}
+
+# A device publishes on its own uplinks; it hears its own downlinks and what all hear.
+pattern write {topics.up("%u", "status")}
+pattern write {topics.up("%u", "msg")}
+pattern write {topics.up("%u", "chunk")}
+pattern read {topics.downlinks("%u")}
+pattern read {topics.MODELS}
+"""
+
+
+def issue_aggregator(authority: Authority, key: EllipticCurvePublicKey, *, now: float, serial: int) -> bytes:
+    """Issues the certificate by which the broker knows the aggregator; returns PEM.
+
+    Args:
+        authority: with the CA's key.
+        key: the aggregator's public key.
+        now: seconds since 1970.
+        serial: a random positive integer of at most 159 bits.
+
+    Raises:
+        EnrolmentRefused: the CA's key is kept elsewhere.
+    """
+    if authority.ca_key is None:
+        raise EnrolmentRefused(
+            "the broker's files need the CA's key, which is kept elsewhere: put it back among the keys "
+            "for a moment"
+        )
+    begin = dt.datetime.fromtimestamp(int(now) - 3600, dt.UTC)
+    return (
+        x509.CertificateBuilder()
+        .subject_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, AGGREGATOR)]))
+        .issuer_name(x509.load_der_x509_certificate(authority.ca).subject)
+        .serial_number(serial)
+        .not_valid_before(begin)
+        .not_valid_after(begin + dt.timedelta(days=DAYS))
+        .public_key(key)
+        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+        .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.CLIENT_AUTH]), critical=False)
+        .sign(authority.ca_key, algorithm=None)
+        .public_bytes(Encoding.PEM)
+    )

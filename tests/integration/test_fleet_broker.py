@@ -1,0 +1,215 @@
+"""A fleet as `covey aggregator init` makes it: mosquitto with those files, TLS, access rules, a round."""
+
+from __future__ import annotations
+
+import ssl
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+pytest.importorskip("fastapi")
+
+from aggregator import main as covey
+from aggregator.adapters.tls import TlsFiles
+from aggregator.fleet.authority import EnrolmentRefused
+from aggregator.fleet.broker import AGGREGATOR
+from deploy.broker import find_mosquitto
+from edge_client.adapters.credentials import tls_files
+from edge_client.main import enrol, initialise, set_policy
+from edge_client.policy import DevicePolicy
+from models import zoo
+from protocol import topics
+from protocol.identity import create_ca, create_request, issue_certificate
+from tests.aggregator_process import COMMAND, ServiceProcess
+from tests.edge_broker import Device, Fleet, running, wait_for
+from tests.fleet_broker import FleetBroker, Peer, free_port
+
+pytestmark = pytest.mark.skipif(find_mosquitto() is None, reason="mosquitto is not installed")
+
+POLICY = DevicePolicy(minimum_cohort=3, minimum_survivors=2, maximum_epsilon=None)
+
+
+def run(*arguments: object) -> str:
+    """`covey`, as a person types it."""
+    done = subprocess.run(
+        [sys.executable, *COMMAND, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@dataclass
+class Bench:
+    state: Path
+    broker: FleetBroker
+
+    def device(self, name: str) -> Path:
+        """The state directory of an enrolled device."""
+        state = self.state.parent / name
+        enrol(state, covey.enrol(self.state, initialise(state, name)))
+        set_policy(state, POLICY)
+        return state
+
+    def peer(self, identity: Path | None, client_id: str) -> Peer:
+        """A client with the certificate of a device, or without one."""
+        if identity is not None:
+            return Peer(self.broker, tls_files(identity).context(), client_id)
+        context = ssl.create_default_context(cafile=str(self.state / "ca.pem"))
+        return Peer(self.broker, context, client_id)
+
+    def aggregator(self) -> Peer:
+        keys = self.state / "keys"
+        files = TlsFiles(self.state / "ca.pem", keys / "aggregator.pem", keys / "aggregator-key.pem")
+        return Peer(self.broker, files.context(), "covey-aggregator-orchard")
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Iterator[Bench]:
+    state, port = tmp_path / "agg", free_port()
+    made = run(
+        "aggregator", "init", "--state", state, "--fleet", "orchard", "--broker", f"mqtts://localhost:{port}"
+    )
+    assert f"cd {state}/broker && mosquitto -c mosquitto.conf" in made
+    assert f"covey aggregator run --state {state}" in made and "covey model publish DIR" in made
+    with FleetBroker(state, port) as broker:
+        yield Bench(state, broker)
+
+
+def test_a_round_over_mutual_tls(bench: Bench) -> None:
+    manifest = zoo.load("watch").manifest
+    data = Fleet(bench.state.parent)
+    names = ("barn-1", "barn-2", "barn-3")
+    devices = [Device(bench.device(name), data.data(name, manifest), bench.broker) for name in names]  # type: ignore[arg-type]
+    folder = Path(zoo.__file__).parent / "watch"
+    with ServiceProcess(bench.state, bench.broker.url) as service, running(*devices):
+        wait_for(lambda: covey.is_running(bench.state), 60, "the service")
+        run("model", "publish", folder, "--state", bench.state)
+        told = run(
+            *("round", "start", "--state", bench.state, "--model", "watch", "--rounds", 1, "--cohort", 3),
+            *("--privacy", "distributed", "--noise-multiplier", 0.01, "--watch"),
+        )
+        assert "completed" in told, service.log
+        # Every device gets the new version by the broker too, and says so.
+        wait_for(lambda: run("device", "list", "--state", bench.state).count("watch 2") == 3, 60, "version 2")
+    assert "refused" not in bench.broker.log_file.read_text().lower()
+
+
+def test_who_shows_no_certificate_of_the_fleet_is_not_let_in(bench: Bench) -> None:
+    with bench.peer(None, "barn-1") as stranger:
+        assert not stranger.connect()
+    # A certificate that says all the right things, of a CA that calls itself by the same name.
+    key, ca_key, now = Ed25519PrivateKey.generate(), Ed25519PrivateKey.generate(), int(time.time())
+    ca = create_ca(ca_key, "orchard", now=now, days=30, serial=1)
+    forged = issue_certificate(ca_key, ca, "barn-1", key.public_key(), now=now, days=30, serial=2)
+    identity = bench.state.parent / "forged"
+    initialise(identity, "barn-1")
+    (identity / "ca.pem").write_bytes((bench.state / "ca.pem").read_bytes())
+    (identity / "identity.pem").chmod(0o600)
+    from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+
+    pem = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    (identity / "identity.pem").write_bytes(pem)
+    (identity / "certificate.pem").write_text(ssl.DER_cert_to_PEM_cert(forged))
+    with bench.peer(identity, "barn-1") as stranger:
+        assert not stranger.connect()
+
+
+def test_a_device_has_its_own_topics_and_no_others(bench: Bench) -> None:
+    one, two = bench.device("barn-1"), bench.device("barn-2")
+    with bench.peer(one, "barn-1") as a, bench.peer(two, "barn-2") as b, bench.aggregator() as hub:
+        assert a.connect() and b.connect() and hub.connect()
+        for peer in (a, b):
+            for topic in (
+                "#",
+                "covey/v1/#",
+                topics.UPLINKS,
+                topics.downlinks("+"),
+                topics.downlinks("barn-1"),
+            ):
+                peer.subscribe(topic)
+            peer.subscribe(f"$share/group/{topics.UPLINKS}")
+            peer.subscribe("$SYS/#")
+            peer.subscribe(topics.MODELS)
+        hub.subscribe(topics.UPLINKS)
+        # B tries everything that is A's, or the aggregator's.
+        for topic in (
+            topics.up("barn-1", "msg"),
+            topics.up("barn-1", "status"),
+            topics.down("barn-1", "msg"),
+            topics.down("barn-2", "msg"),
+            topics.model("watch"),
+            topics.up("barn-2", "msg").replace("msg", "other"),
+            "covey/v2/x",
+        ):
+            b.publish(topic, b"forged", retain=True)
+        a.publish(topics.up("barn-1", "msg"), b"from A")
+        b.publish(topics.up("barn-2", "chunk"), b"from B")
+        hub.publish(topics.down("barn-1", "msg"), b"to A")
+        hub.publish(topics.model("watch"), b"to all", retain=True)
+        # What comes last has come after all that was let through before it.
+        wait_for(lambda: len(hub.heard) >= 2 and len(a.heard) >= 2 and b.heard, 20, "the messages")
+        time.sleep(0.3)
+        assert sorted(hub.heard) == [
+            (topics.up("barn-1", "msg"), b"from A"),
+            (topics.up("barn-2", "chunk"), b"from B"),
+        ]
+        # Several of A's subscriptions match: the broker may deliver once or once for each.
+        assert set(a.heard) == {
+            (topics.down("barn-1", "msg"), b"to A"),
+            (topics.model("watch"), b"to all"),
+        }
+        assert set(b.heard) == {(topics.model("watch"), b"to all")}
+
+
+def test_nobody_connects_as_another(bench: Bench) -> None:
+    one, two = bench.device("barn-1"), bench.device("barn-2")
+    with bench.peer(one, "barn-1") as a, bench.aggregator() as hub:
+        assert a.connect() and hub.connect()
+        a.subscribe(topics.downlinks("barn-1"))
+        # The client id of the certificate counts, so an impostor takes over nobody's session.
+        for name in ("barn-1", AGGREGATOR, "covey-aggregator-orchard"):
+            with bench.peer(two, name) as impostor:
+                impostor.connect()
+                impostor.subscribe(topics.downlinks("barn-1"))
+                hub.publish(topics.down("barn-1", "msg"), name.encode())
+                wait_for(lambda n=name: (topics.down("barn-1", "msg"), n.encode()) in a.heard, 10, name)
+                assert not impostor.heard
+        assert a.connected and hub.connected
+
+
+def test_the_files_are_private_and_say_who_is_who(bench: Bench) -> None:
+    state = bench.state
+    for path in (*(state / "broker").rglob("*"), *(state / "keys").rglob("*")):
+        assert path.stat().st_mode & 0o077 == 0, path
+    certificate = x509.load_pem_x509_certificate((state / "broker" / "server.pem").read_bytes())
+    names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    assert "localhost" in names.get_values_for_type(x509.DNSName)
+    # Nobody can enrol as the aggregator.
+    request = create_request(Ed25519PrivateKey.generate(), AGGREGATOR)
+    with pytest.raises(EnrolmentRefused, match="--name"):
+        covey.enrol(state, request)
+
+
+def test_fresh_certificates_for_another_name(bench: Bench) -> None:
+    bench.broker.stop()
+    before = (bench.state / "keys" / "aggregator.pem").read_bytes()
+    run("aggregator", "broker", "--state", bench.state, "--name", "broker.example", "--name", "10.9.8.7")
+    assert (bench.state / "keys" / "aggregator.pem").read_bytes() != before
+    certificate = x509.load_pem_x509_certificate((bench.state / "broker" / "server.pem").read_bytes())
+    names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    assert "broker.example" in names.get_values_for_type(x509.DNSName)
+    assert "10.9.8.7" in map(str, names.get_values_for_type(x509.IPAddress))
+    bench.broker.start()
+    with bench.aggregator() as hub:
+        assert hub.connect()
