@@ -33,14 +33,18 @@ class Machine:
             machine.reset()
     """
 
-    def __init__(self, image: Path, folder: Path, *, memory_mib: int = 1024) -> None:
+    def __init__(
+        self, image: Path, folder: Path, *, memory_mib: int = 1024, ssh_port: int | None = None
+    ) -> None:
         """Describes a machine; entering the context powers it on.
 
         Args:
             image: made by `deploy.image`.
             folder: for kernel, log and control socket; its path must be short (a socket lies in it).
             memory_mib: main memory.
+            ssh_port: a free port of this machine's loopback that leads to the guest's SSH server.
         """
+        self._forward = "" if ssh_port is None else f",hostfwd=tcp:127.0.0.1:{ssh_port}-:22"
         self._image, self._folder, self._memory = image, folder, memory_mib
         self.log = folder / "serial.log"
         self._process: subprocess.Popen[bytes] | None = None
@@ -62,7 +66,7 @@ class Machine:
                 "-kernel", str(self._folder / KERNEL), "-initrd", str(self._folder / INITRD),
                 "-append", (self._folder / "cmdline.txt").read_text().strip(),
                 "-drive", f"file={self._image},format=raw,if=virtio,cache=writeback",
-                "-netdev", "user,id=net", "-device", "virtio-net-pci,netdev=net,romfile=",
+                "-netdev", f"user,id=net{self._forward}", "-device", "virtio-net-pci,netdev=net,romfile=",
                 "-device", "virtio-rng-pci",
                 "-serial", f"file:{self.log}", "-qmp", f"unix:{control},server=on,wait=off",
             ],

@@ -4,6 +4,7 @@
         bundle.json         version, target, Python, and the digest of every file
         site/               packages, as `PYTHONPATH` takes them
         bin/covey-edge      starts the client with the system's Python
+        systemd/            the units that run it
 
 Nothing is compiled and nothing runs: a bundle for arm64 is made on any machine, and twice the same.
 """
@@ -29,6 +30,7 @@ from edge_client import __version__
 EPOCH = 1_735_689_600
 """Time stamp of every file in a bundle: two builds have the same bytes."""
 _PROJECT = Path(__file__).parents[2]
+_UNITS = _PROJECT / "deploy" / "systemd"
 _OWN = ("protocol", "models", "edge_client")
 _EXPORTER_ONLY = ("layers", "architectures", "zoo", "datasets")
 """Folders of `models` that need TensorFlow or hold what a device gets from its fleet."""
@@ -104,6 +106,7 @@ def build_bundle(target: Target, folder: Path) -> Path:
         launcher.parent.mkdir()
         launcher.write_text(_LAUNCHER.format(python=target.python))
         launcher.chmod(0o755)
+        shutil.copytree(_UNITS, tree / "systemd")
         description = {
             "version": __version__,
             "target": target.name,

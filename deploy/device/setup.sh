@@ -1,0 +1,105 @@
+#!/bin/sh
+# Installs Covey's client on this device and brings it into its fleet, from the folder that this file is in.
+# Run as root: by covey-setup.service at the first boot, by install.sh, or by `covey flash --ssh`.
+# Every step first looks whether it is done, and nothing takes its place before it is whole. So whenever
+# the power is cut, running this again goes on.
+#
+# COVEY_ROOT installs below another folder, for tests.
+set -eu
+
+here=$(cd "$(dirname "$0")" && pwd)
+root=${COVEY_ROOT:-}
+opt=$root/opt/covey
+state=$root/var/lib/covey
+units=$root/etc/systemd/system
+
+say() { echo "covey-setup: $*"; }
+fail() { say "$*" >&2; exit 1; }
+
+# A file in its place: whole or not at all.
+place() {
+    cp "$1" "$2.new"
+    chmod "$3" "$2.new"
+    sync
+    mv -f "$2.new" "$2"
+}
+
+as_client() { setpriv --reuid=covey --regid=covey --clear-groups "$@"; }
+
+# --- the client, as a folder of its version -----------------------------------------------------------
+codename=$(. "$root/etc/os-release" && echo "${VERSION_CODENAME:-unknown}")
+bundle=
+for file in "$here"/covey-*-"$codename"-arm64.tar.xz; do
+    if [ -f "$file" ]; then bundle=$file; fi
+done
+mkdir -p "$opt/versions" "$root/etc/covey" "$units" "$state"
+if [ -n "$bundle" ]; then
+    name=$(basename "$bundle")
+    version=${name#covey-}
+    version=${version%-"$codename"-arm64.tar.xz}
+    if [ ! -d "$opt/versions/$version" ]; then
+        (cd "$here" && grep -F "  $name" bundles.sha256 | sha256sum -c - >/dev/null) ||
+            fail "$name is damaged: write the card again"
+        say "installing the client $version"
+        rm -rf "$opt/versions/.$version"
+        mkdir "$opt/versions/.$version"
+        tar -xJf "$bundle" -C "$opt/versions/.$version" --no-same-owner
+        "$opt/versions/.$version/bin/covey-edge" --help >/dev/null ||
+            fail "the client does not run here: is its bundle for this system?"
+        sync
+        mv -T "$opt/versions/.$version" "$opt/versions/$version"
+    fi
+    # A version that came later by an update stays.
+    if [ ! -e "$opt/current" ]; then
+        ln -sfn "versions/$version" "$opt/current.new"
+        sync
+        mv -fT "$opt/current.new" "$opt/current"
+        sync
+    fi
+fi
+[ -x "$opt/current/bin/covey-edge" ] ||
+    fail "there is no client for $codename in $here: covey flash --bundle covey-VERSION-$codename-arm64.tar.xz"
+
+# --- who it runs as, and how ----------------------------------------------------------------------------
+id -u covey >/dev/null 2>&1 ||
+    useradd --system --user-group --home-dir /var/lib/covey --no-create-home --shell /usr/sbin/nologin covey
+chown covey:covey "$state"
+chmod 700 "$state"
+if [ -f "$here/edge.env" ]; then place "$here/edge.env" "$root/etc/covey/edge.env" 644; fi
+[ -f "$root/etc/covey/edge.env" ] || fail "there is no edge.env in $here"
+. "$root/etc/covey/edge.env"
+mkdir -p "$root$COVEY_DATA"
+chown covey:covey "$root$COVEY_DATA"
+for unit in "$opt/current/systemd"/*; do
+    if [ -f "$unit" ]; then place "$unit" "$units/$(basename "$unit")" 644; fi
+done
+mkdir -p "$root/usr/local/bin"
+ln -sfn /opt/covey/current/bin/covey-edge "$root/usr/local/bin/covey-edge"
+sync
+systemctl daemon-reload
+systemctl enable --quiet covey-edge.service
+
+# --- into the fleet ---------------------------------------------------------------------------------------
+edge=$opt/current/bin/covey-edge
+if [ ! -f "$state/enrolment.json" ]; then
+    if [ -f "$here/enrolment.ticket" ]; then
+        # The key is made here. A ticket that is used twice by the same key gives the same certificate.
+        as_client "$edge" enroll --state "$state" --ticket - --retry <"$here/enrolment.ticket"
+    elif [ ! -f "$state/device.csr" ]; then
+        as_client "$edge" init --state "$state" --device-id "$COVEY_DEVICE_ID"
+    fi
+fi
+sync
+
+# --- the card keeps no way in, and this is not run again ---------------------------------------------------
+if [ -f "$state/enrolment.json" ]; then
+    rm -f "$here/enrolment.ticket"
+    say "enrolled as $COVEY_DEVICE_ID: starting the client"
+    systemctl restart --no-block covey-edge.service
+else
+    say "waiting to be enrolled: covey flash --ssh USER@$COVEY_DEVICE_ID"
+fi
+rm -f "$here"/covey-*.tar.xz "$here/bundles.sha256" "$here/edge.env"
+sync
+rm -f "$here/setup.sh"
+sync
