@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from aggregator import cli_output as output
-from aggregator.cli_options import Form, Json, Output, Where, idle, service
+from aggregator.cli_options import Form, Json, Output, OverSelect, Where, WhichDevices, idle, service
 from aggregator.cli_waiting import nothing_yet, wait
 from aggregator.evaluations import EvaluationRequest
 from aggregator.rounds.evaluation import VersionEvaluation
@@ -46,6 +46,12 @@ def evaluate(
     ] = None,
     gather: Annotated[float, typer.Option(min=0.0, help="Seconds to wait for a full cohort.")] = 3.0,
     seed: Annotated[int | None, typer.Option(min=0, help="Draws the cohort.", show_default="random")] = None,
+    where: WhichDevices = "",
+    held_out: Annotated[
+        bool,
+        typer.Option("--held-out", help="Ask only devices that never trained the model; else they go first."),
+    ] = False,
+    over_select: OverSelect = 1.0,
     past: Annotated[bool, typer.Option("--past", help="Ask nobody: show the evaluations so far.")] = False,
     json: Json = False,
     form: Output = Form.TABLE,
@@ -74,6 +80,9 @@ def evaluate(
             delta=delta,
             gather_seconds=gather,
             epsilon_limit=max_epsilon,
+            where=where,
+            held_out=held_out,
+            over_select=over_select,
             seed=seed,
         )
         campaign = client.start_evaluation(request)
@@ -102,12 +111,13 @@ def _show(found: Sequence[VersionEvaluation], model: str, *, json: bool) -> None
     if not found:
         output.line(f"no evaluations yet: ask for one with `covey evaluate {model}`")
         return
-    table = Table("version", "loss", "accuracy", "examples", "devices", "epsilon", "at", box=None)
+    table = Table("version", "loss", "accuracy", "examples", "devices", "held out", "epsilon", "at", box=None)
     for each in found:
         table.add_row(
             f"{each.model} {each.version}",
             *(_figure(each, name) for name in ("loss", "accuracy", "examples")),
             str(each.participants),
+            str(each.held_out),
             "" if each.epsilon is None else f"{each.epsilon:.2f}",
             output.moment(each.at),
         )

@@ -38,6 +38,22 @@ Where = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
+WhichDevices = Annotated[
+    str,
+    typer.Option(
+        "--where",
+        help="Only devices that fit, such as `power=mains,battery>=50,label=site:barn`.",
+        show_default="all devices",
+    ),
+]
+OverSelect = Annotated[
+    float,
+    typer.Option(
+        min=1.0, max=10.0, help="Invite so many times the cohort: the first to check in make the roster."
+    ),
+]
+
+
 class Form(StrEnum):
     """What a command prints."""
 

@@ -8,10 +8,10 @@ from typing import Annotated
 import typer
 
 from aggregator import cli_output as output
-from aggregator.cli_options import Form, Json, Output, Where, idle, service
+from aggregator.cli_options import Form, Json, Output, OverSelect, Where, WhichDevices, idle, service
 from aggregator.client import Client
 from aggregator.operations import OperationRefused
-from aggregator.settings import CampaignRequest
+from aggregator.settings import DEFAULT_REST_ROUNDS, CampaignRequest
 from protocol.dp.parameters import PrivacyMode
 from protocol.plan import SUBCOHORT_LIMIT, Deadlines
 
@@ -115,6 +115,11 @@ def round_start(
         ),
     ] = _LIMITS.offline_grace,
     seed: Annotated[int | None, typer.Option(min=0, help="Draws the cohorts.", show_default="random")] = None,
+    where: WhichDevices = "",
+    rest: Annotated[
+        int, typer.Option(min=0, max=1000, help="Who was in one of so many rounds before yields to others.")
+    ] = DEFAULT_REST_ROUNDS,
+    over_select: OverSelect = 1.0,
     watch: Annotated[bool, typer.Option("--watch", help="Stay and watch.")] = False,
     json: Json = False,
     form: Output = Form.TABLE,
@@ -155,6 +160,9 @@ def round_start(
         restart_every=restart_every,
         example_clip_norm=example_clip,
         sampling_probability=sampling,
+        where=where,
+        rest_rounds=rest,
+        over_select=over_select,
         seed=seed,
     )
     as_json = json or form is Form.JSON
@@ -209,6 +217,36 @@ def round_watch(
                 raise OperationRefused("no rounds have been asked for: use `covey round start`")
             campaign = candidates[0].campaign
         _watch(client, campaign, json=json or form is Form.JSON)
+
+
+@rounds_app.command("selection")
+def round_selection(
+    round_id: Annotated[str, typer.Argument(help="Id of a round, or its beginning.")],
+    state: Where = None,
+    json: Json = False,
+    form: Output = Form.TABLE,
+) -> None:
+    """Shows how a round's cohort was drawn, and draws it again. Exit code 3 when the draw gives others.
+
+    Example: covey round selection 3f2a9c10
+    """
+    with service(state) as client:
+        found = [each for each in client.rounds() if each.round.startswith(round_id)]
+        if len(found) != 1:
+            problem = "several rounds begin" if found else "no round begins"
+            raise OperationRefused(f"{problem} with {round_id}: see `covey round status`")
+        drawn = client.selection(found[0].round)
+    if json or form is Form.JSON:
+        output.dump(drawn)
+    else:
+        output.line(
+            f"seed {drawn.seed.hex()}: {drawn.places} places, {len(drawn.pool)} devices to choose from"
+        )
+        output.line(f"yielding: {', '.join(drawn.yielding) or 'nobody'}")
+        output.line(f"chosen:   {', '.join(drawn.chosen)}")
+    if drawn.chosen != found[0].invited:
+        output.fail(f"the round invited others: {', '.join(found[0].invited)}")
+        raise typer.Exit(ABORTED)
 
 
 def _watch(client: Client, campaign_id: str, *, json: bool) -> None:

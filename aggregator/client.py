@@ -27,6 +27,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from aggregator.evaluations import EvaluationRequest
 from aggregator.queries import QueryRequest
 from aggregator.rounds.evaluation import VersionEvaluation
+from aggregator.rounds.selection import Selection
 from aggregator.settings import CampaignRequest
 from aggregator.web import schemas
 from aggregator.web.schemas import PREFIX
@@ -266,6 +267,10 @@ class Client:
         """
         page = self._get("/rounds", schemas.Page[schemas.Round], campaign=campaign_id, limit=last)
         return page.items[::-1]
+
+    def selection(self, round_id: str) -> Selection:
+        """How the cohort of a round was drawn."""
+        return self._get(f"/rounds/{_part(round_id)}/selection", Selection)
 
     def ledger(self, delta: float) -> schemas.Ledger:
         """What has been spent in privacy, at this delta."""

@@ -11,6 +11,7 @@ from aggregator.clock import Moment
 from aggregator.ending import Finisher
 from aggregator.fleet.authority import Authority
 from aggregator.fleet.presence import Change, Presence
+from aggregator.gathering import Gathering, gather, selection
 from aggregator.lost_rounds import give_up
 from aggregator.records import Campaign, NoiseTree, Round
 from aggregator.registry.publishing import manifest_of
@@ -18,10 +19,10 @@ from aggregator.repository import Reader, Repository, RepositoryError
 from aggregator.rounds import machine
 from aggregator.rounds.clipping import adapted
 from aggregator.rounds.events import DeviceOffline, DeviceOnline, MessageReceived, Reconnected, Tick
-from aggregator.rounds.noise_tree import had_turn, placed
+from aggregator.rounds.noise_tree import placed
 from aggregator.rounds.planning import CampaignSettings, VersionToEvaluate, asked_by, assign, make_plan
 from aggregator.rounds.report import RoundReport
-from aggregator.rounds.selection import ready, select
+from aggregator.rounds.selection import places, ready
 from aggregator.rounds.subcohort import Trust
 from aggregator.running import LostBase, RunningRound
 from aggregator.spending import BudgetRefused, check_limit, spent_events
@@ -269,7 +270,6 @@ class Conductor:
         settings = placed(
             CampaignSettings.from_bytes(campaign.settings), campaign.campaign_id, campaign.started + 1
         )
-        tree = settings.privacy.tree
         engaged = {
             device_id
             for running in self._running.values()
@@ -277,19 +277,16 @@ class Conductor:
             if machine.expects(running.state, device_id)
         }
         online = self._presence.online() - engaged
-        if tree is not None and tree.leaf > 1:
-            earlier = work.writer.rounds(campaign_id=campaign.campaign_id, last=tree.leaf - 1)
-            online -= had_turn(tree, earlier)
-        size, minimum = settings.cohort.size, settings.cohort.minimum * settings.cohort.split.count
-        available: list[str] = []
+        wanted = places(settings.cohort.size, settings.over_select)
+        minimum = settings.cohort.minimum * settings.cohort.split.count
+        found = Gathering((), "online")
         if len(online) >= minimum:
-            known = work.writer.devices()
-            available = [d.device_id for d in known if d.device_id in online and d.excluded is None]
+            found = gather(work.writer, campaign, settings, online)
+        available = found.pool
         if len(available) < minimum:
             self._patience.pop(campaign.campaign_id, None)
-            note = f"waiting for devices: {len(available) or len(online)} of at least {minimum} online"
-            if tree is not None and tree.leaf > 1:
-                note += f" that have had no turn in the last {tree.leaf - 1} rounds"
+            count = len(available) if len(online) >= minimum else len(online)
+            note = f"waiting for devices: {count} of at least {minimum} {found.who}"[:300]
             if campaign.note != note:
                 work.writer.update_campaign(campaign.campaign_id, campaign.status, note)
             return
@@ -297,7 +294,7 @@ class Conductor:
         if not ready(
             len(available),
             minimum=minimum,
-            size=size,
+            size=wanted,
             waited=work.at.clock - since,
             patience=settings.gather_seconds,
         ):
@@ -306,7 +303,7 @@ class Conductor:
         self._start(work, campaign, settings, available)
 
     def _start(
-        self, work: Work, campaign: Campaign, settings: CampaignSettings, available: list[str]
+        self, work: Work, campaign: Campaign, settings: CampaignSettings, pool: tuple[str, ...]
     ) -> None:
         base = self._base(work, campaign.model, settings)
         assignment = assign(settings, base)
@@ -324,7 +321,7 @@ class Conductor:
             ]
             check_limit([*spent_events(work.writer), *reserved], encoding, settings.epsilon_limit)
         number = campaign.started + 1
-        seed = settings.round_seed(number)
+        drawn = selection(work.writer, campaign, settings, pool, number)
         record = Round(
             round_id=round_id,
             campaign_id=campaign.campaign_id,
@@ -332,15 +329,15 @@ class Conductor:
             model=campaign.model,
             base_version=None if base is None else base.version,
             plan=document.model_dump_json().encode(),
-            selection_seed=seed,
-            invited=select(available, settings.cohort.size, seed),
+            selection_seed=drawn.seed,
+            invited=drawn.chosen,
             started_at=work.at.unix,
         )
         tree = settings.privacy.tree
         known = work.writer.noise_tree(campaign.campaign_id)
         if tree is not None and (known is None or known.tree != tree.tree):
             work.writer.plant_noise_tree(NoiseTree(campaign.campaign_id, tree.tree, self._entropy()))
-        self._running[round_id] = RunningRound.begin(work, record, assignment, self._trust)
+        self._running[round_id] = RunningRound.begin(work, record, drawn, assignment, self._trust)
         logger.info(
             "round %s (%d of %d) started: %s, %d devices",
             round_id[:8],

@@ -112,7 +112,7 @@ class Finisher:
         parts = (self._release(work, running, part) for part in recovered)
         released = together(parts, [len(part.survivors) for part in recovered])
         event = _spent(running)
-        outcome = self._outcome(running, released, work.at)
+        outcome = self._outcome(work, running, released)
         contents = [
             *_beginning(running, event),
             transcript.ReleaseRecord(release_sha256=released.digest),
@@ -142,8 +142,8 @@ class Finisher:
             len(running.state.survivors),
         )
 
-    def _outcome(self, running: RunningRound, released: Release, at: Moment) -> _Outcome:
-        assignment = running.assignment
+    def _outcome(self, work: Work, running: RunningRound, released: Release) -> _Outcome:
+        assignment, at = running.assignment, work.at
         if isinstance(assignment, Training):
             version = self._make_version(running.round_id, assignment.manifest, released, at)
             return _Outcome(released, version=version)
@@ -158,6 +158,7 @@ class Finisher:
                 round_id=running.round_id,
                 at=at.unix,
                 participants=sum(survivors),
+                held_out=len(set(running.state.survivors) - work.writer.contributors(task.model)),
                 metrics=figures(task, released.mean_update, survivors, running.encoding),
                 epsilon=cost,
             )
@@ -247,6 +248,7 @@ class Finisher:
                 ledger=ledger,
                 transcript=records,
                 evaluation=None if outcome is None else _record(outcome.evaluation),
+                contributors=state.survivors,
             )
         )
         end = RoundEnd(round_id=running.round_id, completed=outcome is not None, reason=code)

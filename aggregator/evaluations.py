@@ -10,6 +10,7 @@ from typing import ClassVar
 from pydantic import ConfigDict, ValidationError
 
 from aggregator.rounds.planning import GATHER_SECONDS, CampaignSettings, VersionToEvaluate
+from aggregator.rounds.selector import InvalidSelector, parse
 from aggregator.settings import (
     DEFAULT_DELTA,
     DEFAULT_NOISE_MULTIPLIER,
@@ -47,6 +48,9 @@ class EvaluationRequest:
         privacy: who adds noise.
         noise_multiplier: noise over sensitivity; by default 1 where there is noise.
         epsilon_limit: nothing is asked if it would take the fleet beyond it.
+        where: which devices, such as `label=held-out`; everybody by default.
+        held_out: ask only devices that have no part in any version of the model; else these go first.
+        over_select: invite so many times the cohort; the first to check in make the roster.
         seed: draws the cohort; random by default.
     """
 
@@ -64,6 +68,9 @@ class EvaluationRequest:
     deadlines: Deadlines = dataclasses.field(default_factory=Deadlines)
     gather_seconds: float = GATHER_SECONDS
     epsilon_limit: float | None = None
+    where: str = ""
+    held_out: bool = False
+    over_select: float = 1.0
     seed: int | None = None
 
     def resolve(self, version: int) -> CampaignSettings:
@@ -80,7 +87,11 @@ class EvaluationRequest:
         no_noise = self.privacy is PrivacyMode.NONE
         try:
             return CampaignSettings(
-                asks=VersionToEvaluate(version=version, slots=PLAIN_SLOTS if no_noise else PRIVATE_SLOTS),
+                asks=VersionToEvaluate(
+                    version=version,
+                    slots=PLAIN_SLOTS if no_noise else PRIVATE_SLOTS,
+                    held_out=self.held_out,
+                ),
                 privacy=PrivacyParameters(
                     mode=self.privacy,
                     clip_norm=1.0,
@@ -96,7 +107,11 @@ class EvaluationRequest:
                 deadlines=self.deadlines,
                 gather_seconds=self.gather_seconds,
                 selection_seed=seed_of(self.seed),
+                where=parse(self.where),
+                over_select=self.over_select,
                 epsilon_limit=self.epsilon_limit,
             )
         except ValidationError as error:
             raise invalid(error) from error
+        except InvalidSelector as error:
+            raise InvalidSettings(f"where: {error}") from error

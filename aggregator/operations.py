@@ -27,6 +27,7 @@ from aggregator.rounds.evaluation import VersionEvaluation
 from aggregator.rounds.noise_tree import devices_needed
 from aggregator.rounds.planning import CampaignSettings, check_settings
 from aggregator.rounds.report import RoundReport
+from aggregator.rounds.selection import Selection
 from aggregator.settings import CampaignRequest, InvalidSettings
 from models.manifest import ModelManifest
 from protocol.codec import decode_from_device
@@ -342,6 +343,16 @@ class Operator:
         with self.repository.read() as reader:
             record = _there(reader.round(round_id), f"no round {round_id}: see `covey round status`")
         return RoundView(record, RoundReport.from_bytes(record.report))
+
+    def selection(self, round_id: str) -> Selection:
+        """How the cohort of a round was drawn; `chosen` draws it again.
+
+        Raises:
+            NoSuch: there was no such round, or it was drawn before this was recorded.
+        """
+        with self.repository.read() as reader:
+            record = reader.selection(round_id)
+        return Selection.from_bytes(_there(record, f"no record of how round {round_id} was drawn"))
 
     def live_rounds(self) -> tuple[LiveRound, ...]:
         """What the running rounds have heard so far; for those who stage accidents, and for curious ones."""

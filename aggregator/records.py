@@ -202,6 +202,7 @@ class RoundEnding:
         ledger: the DP event; None when nothing was ever unmasked.
         transcript: the records of the round's transcript, hash-chained.
         evaluation: None unless the round evaluated a version and completed.
+        contributors: devices whose contribution is in the version.
     """
 
     round_id: str
@@ -214,6 +215,7 @@ class RoundEnding:
     ledger: LedgerEntry | None
     transcript: tuple[bytes, ...]
     evaluation: Evaluation | None = None
+    contributors: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -141,6 +141,14 @@ class Reader(Protocol):
         """
         ...
 
+    def selection(self, round_id: str) -> bytes | None:
+        """How the cohort of a round was drawn; None of rounds from before that was recorded."""
+        ...
+
+    def contributors(self, model: str) -> frozenset[str]:
+        """The devices whose contribution is in any version of a model."""
+        ...
+
     def noise_tree(self, campaign_id: str) -> NoiseTree | None:
         """The tree that a campaign's central noise is of at present."""
         ...
@@ -269,6 +277,14 @@ class Writer(Reader, Protocol):
         Raises:
             Conflict: the round id was used before, by any campaign.
             NotFound: no such campaign.
+        """
+        ...
+
+    def note_selection(self, round_id: str, record: bytes) -> None:
+        """Keeps how the cohort of a round was drawn (`aggregator.rounds.selection.Selection`).
+
+        Raises:
+            Conflict: it is kept already.
         """
         ...
 

@@ -13,6 +13,7 @@ from aggregator.rounds import machine
 from aggregator.rounds.events import DeviceHeard, Event, Log, MaskedInputStored, MessageReceived, Send
 from aggregator.rounds.machine import RoundState
 from aggregator.rounds.partial_sum import UnusableInput, add_input, input_size
+from aggregator.rounds.selection import Selection
 from aggregator.rounds.subcohort import Trust
 from aggregator.work import Work
 from models.assignment import Assignment, assignment_of, version_of
@@ -56,12 +57,15 @@ class RunningRound:
     changed: bool = True
 
     @classmethod
-    def begin(cls, work: Work, record: Round, assignment: Assignment, trust: Trust) -> RunningRound:
+    def begin(
+        cls, work: Work, record: Round, selection: Selection, assignment: Assignment, trust: Trust
+    ) -> RunningRound:
         """Begins a new round: its record becomes durable, and the invitations go out."""
         document, plan = _parse(record)
         encoding = round_encoding(plan, document.digest, assignment.dimension)
         state, outputs = machine.begin(plan, document, trust, record.invited, work.at)
         work.writer.begin_round(record)
+        work.writer.note_selection(record.round_id, selection.to_bytes())
         running = cls(record, assignment, encoding, state)
         running._execute(work, outputs)
         return running

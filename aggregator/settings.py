@@ -17,6 +17,7 @@ from aggregator.rounds.planning import (
     PRIVATE_METRICS,
     CampaignSettings,
 )
+from aggregator.rounds.selector import InvalidSelector, parse
 from models.recipes import RECIPES, Recipe
 from protocol.dp.parameters import (
     AdaptiveClipping,
@@ -40,6 +41,7 @@ DEFAULT_NOISE_MULTIPLIER = 1.0
 DEFAULT_DELTA = 1e-5
 DEFAULT_EXAMPLE_CLIP_NORM = 1.0
 DEFAULT_SAMPLING_PROBABILITY = 0.1
+DEFAULT_REST_ROUNDS = 10
 DATA_BITS = 16
 """Bits of one coordinate before the sum of the cohort widens it."""
 
@@ -68,6 +70,9 @@ class CampaignRequest:
             every round noise of its own.
         example_clip_norm: mode example: L2 bound of one example's gradient; by default 1.
         sampling_probability: mode example: chance of an example to be in one step; by default 0.1.
+        where: which devices, such as `power=mains,battery>=50`; everybody by default.
+        rest_rounds: whoever was in one of so many rounds before yields to the others.
+        over_select: invite so many times the cohort; the first to check in make the roster.
         seed: draws the cohorts; random by default.
     """
 
@@ -94,6 +99,9 @@ class CampaignRequest:
     restart_every: int | None = None
     example_clip_norm: float | None = None
     sampling_probability: float | None = None
+    where: str = ""
+    rest_rounds: int = DEFAULT_REST_ROUNDS
+    over_select: float = 1.0
     seed: int | None = None
 
     @property
@@ -124,10 +132,15 @@ class CampaignRequest:
                 deadlines=self.deadlines,
                 gather_seconds=self.gather_seconds,
                 selection_seed=seed_of(self.seed),
+                where=parse(self.where),
+                rest_rounds=self.rest_rounds,
+                over_select=self.over_select,
                 epsilon_limit=self.epsilon_limit,
             )
         except ValidationError as error:
             raise invalid(error) from error
+        except InvalidSelector as error:
+            raise InvalidSettings(f"where: {error}") from error
         return rounds, settings
 
     def _privacy(self) -> PrivacyParameters:

@@ -238,6 +238,14 @@ class _Reader(AccessReader, NoiseReader):
             query = query.limit(last)
         return tuple(_round(row) for row in reversed(self._all(query)))
 
+    def selection(self, round_id: str) -> bytes | None:
+        query = select(s.selections.c.record).where(s.selections.c.round_id == round_id)
+        return self._connection.scalars(query).one_or_none()
+
+    def contributors(self, model: str) -> frozenset[str]:
+        query = select(s.contributors.c.device_id).where(s.contributors.c.model == model)
+        return frozenset(self._connection.scalars(query))
+
     def log(self, round_id: str) -> tuple[LogEntry, ...]:
         columns = (s.log.c.at, s.log.c.kind, s.log.c.device_id, s.log.c.frame)
         query = select(*columns).where(s.log.c.round_id == round_id).order_by(s.log.c.seq)
@@ -362,6 +370,9 @@ class _Writer(_Reader, AccessWriter, NoiseWriter):
         self._change(statement, f"no campaign {round_.campaign_id}")
         self._insert(s.rounds, **(vars(round_) | {"invited": json.dumps(round_.invited)}))
 
+    def note_selection(self, round_id: str, record: bytes) -> None:
+        self._insert(s.selections, round_id=round_id, record=record)
+
     def append_log(self, round_id: str, entry: LogEntry) -> None:
         self._require_running(round_id)
         self._insert(s.log, round_id=round_id, **vars(entry))
@@ -375,6 +386,10 @@ class _Writer(_Reader, AccessWriter, NoiseWriter):
         self._require_running(round_id)
         if ending.version is not None:
             self.add_version(ending.version)
+            known = self.contributors(ending.version.model)
+            for device_id in ending.contributors:
+                if device_id not in known:
+                    self._insert(s.contributors, model=ending.version.model, device_id=device_id)
         if ending.ledger is not None:
             self._insert(s.ledger, **vars(ending.ledger))
         if ending.evaluation is not None:

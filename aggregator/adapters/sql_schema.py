@@ -21,7 +21,7 @@ from sqlalchemy import (
     UniqueConstraint,
 )
 
-REVISION = "0006"
+REVISION = "0007"
 """The newest migration: what a database must have to be used."""
 
 NAME = String(63).with_variant(String(63, collation="C"), "postgresql")
@@ -118,6 +118,20 @@ evaluations = Table(
     Column("at", Float, nullable=False),
     Column("figures", LargeBinary, nullable=False),
     Index("evaluations_version", "model", "version"),
+)
+
+selections = Table(
+    "selections",
+    metadata,
+    Column("round_id", ForeignKey("rounds.round_id"), primary_key=True),
+    Column("record", LargeBinary, nullable=False),
+)
+
+contributors = Table(
+    "contributors",
+    metadata,
+    Column("model", NAME, primary_key=True),
+    Column("device_id", NAME, primary_key=True),
 )
 
 log = Table(

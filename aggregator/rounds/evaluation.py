@@ -40,6 +40,7 @@ class VersionEvaluation(Schema):
     Attributes:
         metrics: of `loss`, `accuracy` and `examples` what was asked for.
         participants: devices whose figures are in the means.
+        held_out: of them, how many have no part in any version of the model.
         epsilon: that it costs each of them, by itself, at the plan's delta; None without noise.
     """
 
@@ -48,6 +49,7 @@ class VersionEvaluation(Schema):
     round_id: str
     at: float
     participants: int
+    held_out: int = 0
     metrics: Mapping[str, Figure]
     epsilon: float | None = None
 

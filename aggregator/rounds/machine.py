@@ -196,9 +196,10 @@ def expects(state: RoundState, device_id: str) -> bool:
 
 def why_declined(state: RoundState) -> str:
     """How many devices declined, and what one of the most said: what an operator has to know of a failure."""
-    if not state.declined:
+    declined = {device_id: why for device_id, why in state.declined.items() if why != subcohort.FULL}
+    if not declined:
         return ""
-    codes = Counter(why.partition(":")[0] for why in state.declined.values())
+    codes = Counter(why.partition(":")[0] for why in declined.values())
     common = codes.most_common(1)[0][0]
-    said = next(why for _, why in sorted(state.declined.items()) if why.partition(":")[0] == common)
-    return f"{len(state.declined)} declined, {codes[common]} of them: {said}"
+    said = next(why for _, why in sorted(declined.items()) if why.partition(":")[0] == common)
+    return f"{len(declined)} declined, {codes[common]} of them: {said}"

@@ -10,6 +10,7 @@ from pydantic import Field, ValidationError
 
 from aggregator.clock import Moment
 from aggregator.records import Campaign
+from aggregator.rounds.selector import Selector
 from models.assignment import Answering, Assignment, Evaluating, Training
 from models.manifest import ModelManifest
 from protocol.dp.parameters import MetricSlot, PrivacyParameters
@@ -55,6 +56,8 @@ class VersionToEvaluate(Schema):
     kind: Literal["evaluate"] = "evaluate"
     version: Annotated[int, Field(ge=1, le=2**31)]
     slots: tuple[MetricSlot, ...]
+    held_out: bool = False
+    """Ask only devices that have no part in any version of the model; else these go first."""
 
 
 class CampaignSettings(Schema):
@@ -69,6 +72,12 @@ class CampaignSettings(Schema):
     """With the minimum online, how long to wait for a full cohort before a round starts without it."""
     selection_seed: Bytes32
     """Cohorts are drawn from this and the round's number, so that a draw can be repeated."""
+    where: Selector = ()
+    """Only devices that fit are invited."""
+    rest_rounds: Annotated[int, Field(ge=0, le=1000)] = 0
+    """Whoever was in one of so many rounds before gets only the places that nobody else takes."""
+    over_select: Annotated[float, Field(ge=1, le=10)] = 1.0
+    """Invite so many times the cohort; the first to check in make the roster."""
     epsilon_limit: Annotated[float, Field(gt=0, le=1e6)] | None = None
     """No round starts that would take the population beyond this epsilon, at the delta of `privacy`."""
 
@@ -181,6 +190,8 @@ def check_settings(settings: CampaignSettings, base: ModelManifest | None) -> No
     Raises:
         ValueError: it says what to change.
     """
+    if settings.over_select > 1 and settings.cohort.split.count > 1:
+        raise ValueError("a cohort that is split cannot be over-selected: raise its sub-cohort limit")
     unknown = {slot.name for slot in settings.privacy.metric_slots} - METRICS.keys()
     if unknown:
         raise ValueError(f"devices know no metric {sorted(unknown)}; they know {sorted(METRICS)}")

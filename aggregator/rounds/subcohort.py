@@ -4,7 +4,7 @@ Theory of operation. `protocol.secagg.server` knows what an answer means; this m
 over and who must be asked (again). Both are pure: `handle(state, event, at)` returns the new state and what
 to do, in order: first make log entries durable, then send.
 
-    over      = nobody is awaited
+    over      = nobody is awaited, or the roster is full
                 or the deadline of the phase has passed, or the plan has expired
                 or every device that is awaited has been offline for the grace time, and it can go on
     asked     = when the phase opens, when the device comes online, and again and again until it answers,
@@ -47,6 +47,7 @@ from protocol.messages import (
     DeviceStatus,
     Invitation,
     Refusal,
+    RoundEnd,
     UploadOffer,
 )
 from protocol.plan import Deadlines, Plan
@@ -66,6 +67,8 @@ from protocol.secagg.server_state import (
     Unmasking,
 )
 
+FULL = "cohort-full"
+"""What a device that is sent away because the roster was full has in place of words of its own."""
 REPEAT_SECONDS = 2.0
 REPEAT_GROWTH = 1.5
 REPEAT_LIMIT = 15.0
@@ -212,12 +215,14 @@ def _close(state: SubcohortState, at: Moment) -> SubcohortState:
     secagg = server.handle(before, server.ClosePhase())
     # Whoever left in an earlier phase is not asked again, so it is a dropout of that phase only.
     left = {d for d in state.owed if not expects(state, d)}
+    surplus = frozenset(missing) if _full(state) else frozenset[str]()
+    missing = frozenset(missing) - surplus
     report = PhaseReport(
         phase=_PHASES[type(before)],
         started=state.opened.unix,
         ended=at.unix,
-        expected=len(state.owed),
-        answered=len(state.owed - missing - left),
+        expected=len(state.owed - surplus),
+        answered=len(state.owed - surplus - missing - left),
         dropped=tuple(sorted(missing | left)),
     )
     state = replace(
@@ -227,6 +232,7 @@ def _close(state: SubcohortState, at: Moment) -> SubcohortState:
         owed=server.awaited(secagg),
         closed=(*state.closed, report),
         repeats={},
+        declined={**state.declined, **dict.fromkeys(surplus, FULL)},
     )
     if isinstance(secagg, Sharing):
         return replace(state, cohort=secagg.cohort)
@@ -356,15 +362,27 @@ def _advance(
 ) -> tuple[SubcohortState, tuple[Output, ...]]:
     """Closes every phase that is over."""
     while not state.ended and _over(state, at):
-        entry = LogEntry.closing(at.unix, state.number)
+        entry, before = LogEntry.closing(at.unix, state.number), state
         state = replay(state, entry, at)
         state, asked = _ask(state, state.owed, at)
+        surplus = state.declined.keys() - before.declined.keys()
+        end = RoundEnd(round_id=state.plan.round_id, completed=False, reason=FULL)
+        asked = (*asked, *(Send(device_id, end) for device_id in sorted(surplus)))
         # What the closed phase still wanted to ask is stale.
         outputs = (*(output for output in outputs if isinstance(output, Log)), Log(entry), *asked)
     return state, outputs
 
 
+def _full(state: SubcohortState) -> bool:
+    """Whether as many devices have checked in as the plan has places for; more may have been invited."""
+    return (
+        isinstance(state.secagg, Advertising) and len(state.secagg.entries) >= state.plan.cohort.split.largest
+    )
+
+
 def _over(state: SubcohortState, at: Moment) -> bool:
+    if _full(state):
+        return True
     limits, pending = state.plan.deadlines, server.pending(state.secagg)
     seconds = phase_seconds(limits, _PHASES[type(state.secagg)])
     if not pending or at.clock - state.opened.clock >= seconds or at.unix >= state.plan.expires_at:

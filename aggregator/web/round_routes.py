@@ -11,6 +11,7 @@ from aggregator.evaluations import EvaluationRequest
 from aggregator.operations import OperationRefused
 from aggregator.queries import QueryRequest
 from aggregator.records import RoundStatus
+from aggregator.rounds.selection import Selection
 from aggregator.settings import CampaignRequest
 from aggregator.web import schemas
 from aggregator.web.admission import By, guarded
@@ -86,6 +87,12 @@ def list_rounds(
 def show_round(by: By, round_id: RoundId) -> schemas.Round:
     """One round and its figures."""
     return schemas.Round.of(by.operator.round(round_id))
+
+
+@looking.get("/rounds/{round_id}/selection", name="show-selection")
+def show_selection(by: By, round_id: RoundId) -> Selection:
+    """How the cohort of a round was drawn: seed, pool and who yielded; the draw can be repeated."""
+    return by.operator.selection(round_id)
 
 
 @looking.get("/privacy/ledger", name="show-ledger", responses=documented("refused"))

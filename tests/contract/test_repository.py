@@ -508,6 +508,20 @@ def test_evaluations_are_kept_with_their_version(running: Repository) -> None:
         assert reader.evaluations("watch", 2) == reader.evaluations("digits") == ()
 
 
+def test_how_a_cohort_was_drawn_and_who_has_trained(running: Repository) -> None:
+    with running.write() as writer:
+        writer.note_selection(ROUND.round_id, b"record")
+    with pytest.raises(Conflict), running.write() as writer:
+        writer.note_selection(ROUND.round_id, b"another")
+    with running.write() as writer:
+        writer.end_round(replace(ENDING, contributors=("barn-1", "barn-2")))
+    with running.read() as reader:
+        assert reader.selection(ROUND.round_id) == b"record"
+        assert reader.selection("f" * 32) is None
+        assert reader.contributors("watch") == {"barn-1", "barn-2"}
+        assert reader.contributors("digits") == frozenset()
+
+
 def test_a_campaign_has_one_noise_tree_that_moves_forward(running: Repository) -> None:
     tree = NoiseTree(CAMPAIGN.campaign_id, "a" * 64, bytes(range(32)))
     with running.write() as writer:
