@@ -8,9 +8,12 @@ from typing import Literal
 
 from protocol.conditions import Conditions
 from protocol.fields import BlobRef
+from protocol.messages import VersionFailure
 
 CampaignStatus = Literal["waiting", "running", "finished", "failed", "cancelled"]
 RoundStatus = Literal["running", "completed", "aborted"]
+Stage = Literal["candidate", "canary", "stable", "withdrawn"]
+"""How far a version has come: made, with a part of the fleet, for all of it, or taken back for good."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,7 @@ class Device:
         conditions: its circumstances, as it last said them.
         last_seen: seconds since 1970; None before the first birth.
         labels: what the operator calls it by, sorted: `site=north`, `barn`.
+        failures: model -> the version that failed on it last, and why.
     """
 
     device_id: str
@@ -38,6 +42,7 @@ class Device:
     last_seen: float | None = None
     labels: tuple[str, ...] = ()
     conditions: Conditions = field(default_factory=Conditions)
+    failures: Mapping[str, VersionFailure] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,62 @@ class Version:
     document: bytes
     created_at: float
     round_id: str | None = None
+    stage: Stage = "candidate"
+
+
+@dataclass(frozen=True)
+class Pin:
+    """A version that a device, or every device with a label, is to have whatever becomes of the fleet's.
+
+    Attributes:
+        target: device id or label.
+        at: seconds since 1970; of two labels of a device, the newer pin counts.
+    """
+
+    model: str
+    kind: Literal["device", "group"]
+    target: str
+    version: int
+    at: float
+
+
+@dataclass(frozen=True)
+class Assigned:
+    """What devices were last told to have: the fleet, or one device.
+
+    Attributes:
+        device_id: empty for the fleet.
+        sequence: of the signed assignment; it only rises.
+        version: None for a device that is to have what the fleet has.
+        document: JSON of the SignedDocument around the assignment.
+    """
+
+    model: str
+    device_id: str
+    sequence: int
+    version: int | None
+    document: bytes
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """A version on its way to the fleet, or to a group.
+
+    Attributes:
+        settings: JSON of `aggregator.rollout.machine.RolloutSettings`.
+        pool: the devices that it is for, by id.
+        status: of its state.
+        progress: JSON of `aggregator.rollout.machine.Progress`.
+    """
+
+    rollout_id: str
+    model: str
+    version: int
+    settings: bytes
+    pool: tuple[str, ...]
+    created_at: float
+    status: str
+    progress: bytes
 
 
 @dataclass(frozen=True)

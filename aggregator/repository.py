@@ -21,6 +21,7 @@ from typing import Protocol
 
 from aggregator.access.tokens import TokenRecord
 from aggregator.records import (
+    Assigned,
     AuditEntry,
     Campaign,
     CampaignStatus,
@@ -30,9 +31,12 @@ from aggregator.records import (
     LedgerEntry,
     LogEntry,
     NoiseTree,
+    Pin,
+    Rollout,
     Round,
     RoundEnding,
     RoundStatus,
+    Stage,
     Upload,
     Version,
 )
@@ -111,6 +115,27 @@ class Reader(Protocol):
 
     def versions(self, model: str | None = None) -> tuple[Version, ...]:
         """All versions, of one model or of all, by model and number."""
+        ...
+
+    # --- who has which version
+    def pins(self, model: str | None = None) -> tuple[Pin, ...]:
+        """The pins of a model, or all; by model, kind and target."""
+        ...
+
+    def assigned(self, model: str, device_id: str = "") -> Assigned | None:
+        """What the fleet, or one device, was last told to have."""
+        ...
+
+    def assigned_devices(self, model: str) -> tuple[Assigned, ...]:
+        """The devices that were ever told to have a version of their own, by id."""
+        ...
+
+    def rollout(self, rollout_id: str) -> Rollout | None:
+        """One rollout."""
+        ...
+
+    def rollouts(self, *statuses: str) -> tuple[Rollout, ...]:
+        """Rollouts in one of the statuses (all when none is named), oldest first."""
         ...
 
     # --- campaigns and rounds
@@ -251,6 +276,51 @@ class Writer(Reader, Protocol):
 
         Raises:
             Conflict: the model has this version, or this round has published one.
+        """
+        ...
+
+    # --- who has which version
+    def set_stage(self, model: str, version: int, stage: Stage) -> None:
+        """Notes how far a version has come.
+
+        Raises:
+            NotFound: no such version.
+        """
+        ...
+
+    def set_pin(self, pin: Pin) -> None:
+        """Adds a pin, in place of one of the same target."""
+        ...
+
+    def drop_pin(self, model: str, kind: str, target: str) -> None:
+        """Removes a pin.
+
+        Raises:
+            NotFound: there is none.
+        """
+        ...
+
+    def assign(self, assigned: Assigned) -> None:
+        """Records what the fleet, or one device, is told to have.
+
+        Raises:
+            Conflict: its sequence is not above the one before.
+        """
+        ...
+
+    def add_rollout(self, rollout: Rollout) -> None:
+        """Adds a rollout.
+
+        Raises:
+            Conflict: the id is taken.
+        """
+        ...
+
+    def update_rollout(self, rollout_id: str, status: str, progress: bytes) -> None:
+        """Changes status and progress of a rollout.
+
+        Raises:
+            NotFound: no such rollout.
         """
         ...
 

@@ -49,6 +49,14 @@ class _Message(Schema):
     v: Literal[1] = PROTOCOL_VERSION
 
 
+class VersionFailure(Schema):
+    """A version that does not run on a device, or ran and failed later; the device answers with another."""
+
+    version: Version
+    code: Code
+    detail: Annotated[str, Field(max_length=300, pattern=_PRINTABLE)] = ""
+
+
 # --- either side -----------------------------------------------------------------------------------------
 
 
@@ -84,6 +92,10 @@ class DeviceStatus(_Message):
         dict[Slug, Annotated[int, Field(ge=1, le=2**31)]], Field(max_length=MAX_MODELS, default_factory=dict)
     ]
     """Model name -> version that this device answers predictions with."""
+    failures: Annotated[dict[Slug, VersionFailure], Field(max_length=MAX_MODELS)] = Field(
+        default_factory=dict
+    )
+    """Model name -> the version that failed here last, until a newer one runs."""
     conditions: Conditions = Conditions()
     """Said again when they have changed, and not more often than every minute."""
 

@@ -32,6 +32,7 @@ from aggregator.adapters.sql_claim import Claim
 from aggregator.adapters.sql_engine import MODE, Mode, contended, erase_log, open_engine, reason
 from aggregator.adapters.sql_migration import check_schema
 from aggregator.adapters.sql_noise import NoiseReader, NoiseWriter
+from aggregator.adapters.sql_rollout import RolloutReader, RolloutWriter, failures_from, failures_text
 from aggregator.records import (
     Campaign,
     CampaignStatus,
@@ -146,7 +147,7 @@ class SqlRepository:
             raise StorageUnavailable(reason(error)) from error
 
 
-class _Reader(AccessReader, NoiseReader):
+class _Reader(AccessReader, NoiseReader, RolloutReader):
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
 
@@ -306,7 +307,7 @@ class _Reader(AccessReader, NoiseReader):
         return self._connection.scalars(query).one_or_none()
 
 
-class _Writer(_Reader, AccessWriter, NoiseWriter):
+class _Writer(_Reader, AccessWriter, NoiseWriter, RolloutWriter):
     ended_round = False
     """Whether a round's secrets were erased in this transaction."""
 
@@ -331,6 +332,7 @@ class _Writer(_Reader, AccessWriter, NoiseWriter):
             "models": json.dumps(dict(device.models)),
             "labels": json.dumps(device.labels),
             "conditions": _written(device.conditions),
+            "failures": failures_text(device.failures),
         }
         self._insert(s.devices, **(vars(device) | written))
 
@@ -352,6 +354,7 @@ class _Writer(_Reader, AccessWriter, NoiseWriter):
             values |= {"client_version": status.client_version, "runtime": status.runtime}
             values |= {"models": json.dumps(status.models)}
             values |= {"conditions": _written(status.conditions)}
+            values |= {"failures": failures_text(status.failures)}
         self._connection.execute(update(s.devices).where(s.devices.c.device_id == device_id).values(**values))
 
     def add_version(self, version: Version) -> None:
@@ -462,6 +465,7 @@ def _device(row: Row[Any]) -> Device:
         "models": json.loads(row.models),
         "labels": tuple(json.loads(row.labels)),
         "conditions": Conditions.model_validate_json(row.conditions),
+        "failures": failures_from(row.failures),
     }
     return Device(**(row._asdict() | parsed))
 

@@ -7,6 +7,7 @@ use, and raise `REVISION`. `tests/contract/test_migrations.py` compares the two 
 from __future__ import annotations
 
 from sqlalchemy import (
+    BigInteger,
     Boolean,
     Column,
     Float,
@@ -48,6 +49,7 @@ devices = Table(
     Column("last_seen", Float),
     Column("labels", Text, nullable=False, server_default="[]"),
     Column("conditions", Text, nullable=False, server_default="{}"),
+    Column("failures", Text, nullable=False, server_default="{}"),
 )
 
 versions = Table(
@@ -60,6 +62,43 @@ versions = Table(
     Column("created_at", Float, nullable=False),
     # Unique: a round that is finished twice, after a crash, cannot publish twice.
     Column("round_id", String(32), unique=True),
+    Column("stage", String(16), nullable=False, server_default="stable"),
+)
+
+pins = Table(
+    "pins",
+    metadata,
+    Column("model", NAME, primary_key=True),
+    Column("kind", String(16), primary_key=True),
+    Column("target", NAME, primary_key=True),
+    Column("version", Integer, nullable=False),
+    Column("at", Float, nullable=False),
+)
+
+# Rows are replaced and never deleted: a sequence that was used once must not come again.
+assigned = Table(
+    "assigned_versions",
+    metadata,
+    Column("model", NAME, primary_key=True),
+    Column("device_id", NAME, primary_key=True),
+    Column("sequence", BigInteger, nullable=False),
+    Column("version", Integer),
+    Column("document", LargeBinary, nullable=False),
+)
+
+rollouts = Table(
+    "rollouts",
+    metadata,
+    Column("seq", Integer, primary_key=True),
+    Column("rollout_id", String(32), nullable=False, unique=True),
+    Column("model", NAME, nullable=False),
+    Column("version", Integer, nullable=False),
+    Column("settings", LargeBinary, nullable=False),
+    Column("pool", Text, nullable=False),
+    Column("created_at", Float, nullable=False),
+    Column("status", String(16), nullable=False),
+    Column("progress", LargeBinary, nullable=False),
+    Index("rollouts_status", "status"),
 )
 
 campaigns = Table(

@@ -12,6 +12,7 @@ from aggregator.access.roles import Role
 from aggregator.access.tokens import make_token
 from aggregator.adapters.sql import SqlRepository
 from aggregator.records import (
+    Assigned,
     AuditEntry,
     Campaign,
     Device,
@@ -20,6 +21,8 @@ from aggregator.records import (
     LedgerEntry,
     LogEntry,
     NoiseTree,
+    Pin,
+    Rollout,
     Round,
     RoundEnding,
     Upload,
@@ -27,7 +30,7 @@ from aggregator.records import (
 )
 from aggregator.repository import Conflict, NotFound, Repository
 from protocol.conditions import Conditions
-from protocol.messages import DeviceStatus
+from protocol.messages import DeviceStatus, VersionFailure
 from protocol.transfer import describe
 from tests.databases import repository_at
 
@@ -542,3 +545,74 @@ def test_a_campaign_has_one_noise_tree_that_moves_forward(running: Repository) -
         assert writer.noise_tree(tree.campaign_id) is None
     with pytest.raises(NotFound), running.write() as writer:
         writer.note_leaf_released(tree.campaign_id, 3)
+
+
+# --- who has which version
+
+
+def test_a_version_has_a_stage(repository: Repository) -> None:
+    with repository.write() as writer:
+        writer.add_version(VERSION)
+        writer.set_stage("watch", VERSION.version, "withdrawn")
+        with pytest.raises(NotFound):
+            writer.set_stage("watch", 99, "stable")
+    with repository.read() as reader:
+        assert reader.version("watch", VERSION.version) == replace(VERSION, stage="withdrawn")
+
+
+def test_a_pin_replaces_one_of_the_same_target(repository: Repository) -> None:
+    first = Pin("watch", "device", "barn-1", 1, 5.0)
+    group = Pin("watch", "group", "site=north", 2, 6.0)
+    with repository.write() as writer:
+        for pin in (group, first, replace(first, version=3)):
+            writer.set_pin(pin)
+    with repository.write() as writer:
+        assert writer.pins() == writer.pins("watch") == (replace(first, version=3), group)
+        writer.drop_pin("watch", "device", "barn-1")
+        assert writer.pins("watch") == (group,) and writer.pins("digits") == ()
+        with pytest.raises(NotFound):
+            writer.drop_pin("watch", "device", "barn-1")
+
+
+def test_the_sequence_of_an_assignment_only_rises(repository: Repository) -> None:
+    fleet = Assigned("watch", "", 4_000_000_000, 1, b"document")
+    own = Assigned("watch", "barn-1", 7, None, b"own")
+    with repository.write() as writer:
+        writer.assign(fleet)
+        writer.assign(own)
+        for stale in (fleet, replace(fleet, sequence=3)):
+            with pytest.raises(Conflict):
+                writer.assign(stale)
+        writer.assign(replace(fleet, sequence=fleet.sequence + 1, version=2))
+    with repository.read() as reader:
+        assert reader.assigned("watch") == replace(fleet, sequence=fleet.sequence + 1, version=2)
+        assert reader.assigned("watch", "barn-1") == own and reader.assigned("digits") is None
+        assert reader.assigned_devices("watch") == (own,)
+
+
+def test_rollouts_keep_their_pool_and_change_their_progress(repository: Repository) -> None:
+    first = Rollout("1" * 32, "watch", 2, b"{}", ("barn-1", "barn-2"), 5.0, "running", b"begun")
+    second = replace(first, rollout_id="2" * 32, status="halted")
+    with repository.write() as writer:
+        writer.add_rollout(first)
+        writer.add_rollout(second)
+        writer.update_rollout(first.rollout_id, "completed", b"over")
+        with pytest.raises(NotFound):
+            writer.update_rollout("3" * 32, "completed", b"")
+    over = replace(first, status="completed", progress=b"over")
+    with repository.read() as reader:
+        assert reader.rollouts() == (over, second) and reader.rollouts("halted", "paused") == (second,)
+        assert reader.rollout(first.rollout_id) == over and reader.rollout("3" * 32) is None
+    with pytest.raises(Conflict), repository.write() as writer:
+        writer.add_rollout(first)
+
+
+def test_a_status_tells_of_versions_that_failed(repository: Repository) -> None:
+    failures = {"watch": VersionFailure(version=2, code="model-unusable", detail="not finite")}
+    status = DeviceStatus(session=bytes(32), online=True, models={"watch": 1}, failures=failures)
+    with repository.write() as writer:
+        writer.add_device(DEVICE)
+        writer.note_status(DEVICE.device_id, status, 3.0)
+    with repository.read() as reader:
+        device = reader.device(DEVICE.device_id)
+    assert device is not None and device.failures == failures
