@@ -26,6 +26,8 @@ from aggregator.cli_fleet import device_app, model_app
 from aggregator.cli_options import State
 from aggregator.cli_privacy import privacy_app
 from aggregator.cli_queries import query_app
+from aggregator.cli_rollouts import register as register_pins
+from aggregator.cli_rollouts import rollout_app
 from aggregator.cli_rounds import rounds_app
 from aggregator.cli_secagg import secagg_app
 from aggregator.client import ApiError, Unreachable
@@ -88,6 +90,8 @@ app.add_typer(model_app, name="model")
 app.add_typer(rounds_app, name="round")
 app.add_typer(query_app, name="query")
 model_cli.register(model_app)
+register_pins(model_app)
+app.add_typer(rollout_app, name="rollout")
 app.add_typer(privacy_app, name="privacy")
 app.add_typer(secagg_app, name="secagg")
 app.add_typer(token_app, name="token")

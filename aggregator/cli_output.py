@@ -82,10 +82,10 @@ def versions(items: Sequence[Version], *, json: bool) -> None:
     if not items:
         line("no versions yet: publish one with `covey model publish DIR`")
         return
-    table = Table("model", "version", "manifest", "published", "by", box=None)
+    table = Table("model", "version", "stage", "manifest", "published", "by", box=None)
     for v in items:
         origin = "operator" if v.round is None else f"round {v.round[:8]}"
-        table.add_row(v.model, str(v.version), v.manifest_sha256[:16], moment(v.created_at), origin)
+        table.add_row(v.model, str(v.version), v.stage, v.manifest_sha256[:16], moment(v.created_at), origin)
     _console.print(table)
 
 

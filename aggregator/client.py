@@ -26,10 +26,11 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from aggregator.evaluations import EvaluationRequest
 from aggregator.queries import QueryRequest
+from aggregator.rollout_operations import RolloutRequest, Turn
 from aggregator.rounds.evaluation import VersionEvaluation
 from aggregator.rounds.selection import Selection
 from aggregator.settings import CampaignRequest
-from aggregator.web import schemas
+from aggregator.web import rollout_schemas, schemas
 from aggregator.web.schemas import PREFIX
 from protocol.enrolment import EnrolmentBundle
 from protocol.identity import SignedDocument
@@ -37,6 +38,7 @@ from protocol.identity import SignedDocument
 TIMEOUT_SECONDS = 60.0
 _REQUEST: TypeAdapter[CampaignRequest] = TypeAdapter(CampaignRequest)
 _QUERY: TypeAdapter[QueryRequest] = TypeAdapter(QueryRequest)
+_ROLLOUT: TypeAdapter[RolloutRequest] = TypeAdapter(RolloutRequest)
 _EVALUATION: TypeAdapter[EvaluationRequest] = TypeAdapter(EvaluationRequest)
 M = TypeVar("M", bound=BaseModel)
 
@@ -226,6 +228,54 @@ class Client:
     def weights(self, model: str, version: int) -> bytes:
         """The weights of a version."""
         return self._call("GET", f"/models/{_part(model)}/versions/{version}/weights").content
+
+    # --- who has which version
+
+    def start_rollout(self, request: RolloutRequest) -> rollout_schemas.Rollout:
+        """Begins to bring a version to the fleet, or to a group, wave by wave."""
+        body = _ROLLOUT.dump_python(request, mode="json")
+        return self._send("POST", "/rollouts", rollout_schemas.Rollout, json=body)
+
+    def rollout(self, rollout_id: str) -> rollout_schemas.Rollout:
+        """One rollout."""
+        return self._get(f"/rollouts/{_part(rollout_id)}", rollout_schemas.Rollout)
+
+    def rollout_devices(self, rollout_id: str) -> rollout_schemas.RolloutDevices:
+        """The devices that a rollout has reached, and what their order follows from."""
+        return self._get(f"/rollouts/{_part(rollout_id)}/devices", rollout_schemas.RolloutDevices)
+
+    def rollouts(self, model: str | None = None) -> tuple[rollout_schemas.Rollout, ...]:
+        """Rollouts, oldest first."""
+        page = schemas.Page[rollout_schemas.Rollout]
+        return tuple(self._pages("/rollouts", page, limit=1000, model=model))[::-1]
+
+    def turn_rollout(
+        self, rollout_id: str, turn: Turn, reason: str = "by the operator"
+    ) -> rollout_schemas.Rollout:
+        """Pauses a rollout, lets it go on, ends it where it is, or takes its version back."""
+        where = f"/rollouts/{_part(rollout_id)}/{turn}"
+        body = None if turn == "resume" else {"reason": reason}
+        return self._send("POST", where, rollout_schemas.Rollout, json=body)
+
+    def withdraw(self, model: str, version: int) -> schemas.Version:
+        """Takes a version back for good."""
+        where = f"/models/{_part(model)}/versions/{version}/withdraw"
+        return self._send("POST", where, schemas.Version)
+
+    def pin(
+        self, model: str, version: int, *, device: str | None = None, group: str | None = None
+    ) -> rollout_schemas.Pin:
+        """Gives a device, or every device with a label, a version of its own."""
+        body = {"model": model, "version": version, "device": device, "group": group}
+        return self._send("PUT", "/pins", rollout_schemas.Pin, json=body)
+
+    def unpin(self, model: str, *, device: str | None = None, group: str | None = None) -> None:
+        """Lets a device, or those with a label, have what the fleet has again."""
+        self._call("POST", "/pins/remove", json={"model": model, "device": device, "group": group})
+
+    def pins(self, model: str | None = None) -> tuple[rollout_schemas.Pin, ...]:
+        """Devices and groups that have a version of their own."""
+        return self._get("/pins", schemas.Page[rollout_schemas.Pin], model=model).items
 
     # --- rounds
 

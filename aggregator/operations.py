@@ -9,7 +9,6 @@ from __future__ import annotations
 import secrets
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
@@ -20,9 +19,13 @@ from aggregator.evaluations import EvaluationRequest
 from aggregator.fleet.authority import Authority, requested_name
 from aggregator.queries import QueryRequest
 from aggregator.records import AuditEntry, Campaign, Device, DeviceFilter, Round, RoundStatus, Version
+from aggregator.refusals import NoSuch as NoSuch
+from aggregator.refusals import OperationRefused as OperationRefused
+from aggregator.refusals import there as _there
 from aggregator.registry.artefacts import ArtefactStore
 from aggregator.registry.publishing import manifest_of, publish
 from aggregator.repository import NotFound, Repository, Writer
+from aggregator.rollout_operations import RolloutOperations
 from aggregator.rounds.evaluation import VersionEvaluation
 from aggregator.rounds.noise_tree import devices_needed
 from aggregator.rounds.planning import CampaignSettings, check_settings
@@ -34,16 +37,6 @@ from protocol.codec import decode_from_device
 from protocol.dp.errors import PrivacyError
 from protocol.enrolment import EnrolmentBundle
 from protocol.messages import DeviceStatus
-
-T = TypeVar("T")
-
-
-class OperationRefused(Exception):
-    """What was asked for cannot be done; the message says what to do."""
-
-
-class NoSuch(OperationRefused):
-    """What was named is not there."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +75,7 @@ class LiveRound:
 
 
 @dataclass(frozen=True)
-class Operator:
+class Operator(RolloutOperations):
     """The operations, on one aggregator's state."""
 
     repository: Repository
@@ -426,9 +419,3 @@ class Operator:
                 if device.online:
                     gone = DeviceStatus(session=bytes(32), online=False, models={})
                     writer.note_status(device.device_id, gone, device.last_seen or now)
-
-
-def _there(found: T | None, what: str) -> T:
-    if found is None:
-        raise NoSuch(f"there is {what}")
-    return found

@@ -16,6 +16,7 @@ from aggregator.web import (
     login_routes,
     model_routes,
     problems,
+    rollout_routes,
     round_routes,
 )
 from aggregator.web.context import Context
@@ -50,6 +51,8 @@ def create_app(context: Context) -> FastAPI:
         model_routes.acting,
         round_routes.looking,
         round_routes.acting,
+        rollout_routes.looking,
+        rollout_routes.acting,
         access_routes.looking,
         access_routes.managing,
         event_routes.looking,

@@ -26,7 +26,8 @@ class Event:
 
     Attributes:
         number: 1, 2, ... in this process.
-        kind: `device`, `version`, `campaign`, `round`, or what a later part of the service names.
+        kind: `device`, `version`, `rollout`, `pin`, `campaign`, `round`, or what a later part of the service
+            names.
         data: JSON; names the resource and what changed.
     """
 

@@ -7,8 +7,19 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
 
-from aggregator.records import Campaign, CampaignStatus, Device, Round, RoundEnding, Version
+from aggregator.records import (
+    Campaign,
+    CampaignStatus,
+    Device,
+    Pin,
+    Rollout,
+    Round,
+    RoundEnding,
+    Stage,
+    Version,
+)
 from aggregator.repository import Reader, Repository, Writer
+from aggregator.rollout.machine import Progress
 from aggregator.rounds.report import RoundReport
 from aggregator.web.events import EventFeed
 from protocol.messages import DeviceStatus
@@ -71,6 +82,33 @@ class _Observer:
     def add_version(self, version: Version) -> None:
         self._writer.add_version(version)
         self._note("version", model=version.model, version=version.version, round=version.round_id)
+
+    def set_stage(self, model: str, version: int, stage: Stage) -> None:
+        self._writer.set_stage(model, version, stage)
+        self._note("version", model=model, version=version, stage=stage)
+
+    def set_pin(self, pin: Pin) -> None:
+        self._writer.set_pin(pin)
+        self._note("pin", model=pin.model, of=pin.kind, target=pin.target, version=pin.version)
+
+    def drop_pin(self, model: str, kind: str, target: str) -> None:
+        self._writer.drop_pin(model, kind, target)
+        self._note("pin", model=model, of=kind, target=target, version=None)
+
+    def add_rollout(self, rollout: Rollout) -> None:
+        self._writer.add_rollout(rollout)
+        self._note(
+            "rollout",
+            rollout=rollout.rollout_id,
+            model=rollout.model,
+            version=rollout.version,
+            status=rollout.status,
+        )
+
+    def update_rollout(self, rollout_id: str, status: str, progress: bytes) -> None:
+        self._writer.update_rollout(rollout_id, status, progress)
+        state = Progress.from_bytes(progress).state
+        self._note("rollout", rollout=rollout_id, status=status, wave=getattr(state, "wave", None))
 
     def add_campaign(self, campaign: Campaign) -> None:
         self._writer.add_campaign(campaign)

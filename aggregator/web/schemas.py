@@ -11,11 +11,12 @@ from aggregator import records
 from aggregator.access.roles import Role
 from aggregator.access.tokens import TokenRecord
 from aggregator.operations import RoundView
-from aggregator.records import CampaignStatus, RoundStatus
+from aggregator.records import CampaignStatus, RoundStatus, Stage
 from aggregator.rounds.planning import VersionToEvaluate, asked_by
 from aggregator.rounds.report import RoundReport
 from protocol.conditions import Conditions
 from protocol.fields import Slug
+from protocol.messages import VersionFailure
 from protocol.plan import QueryTask
 
 PREFIX = "/api/v1"
@@ -82,6 +83,7 @@ class Device(ApiModel):
         models: model -> version that it answers predictions with.
         conditions: its circumstances, as it last said them; what is None is unknown.
         last_seen: seconds since 1970; None before the first time.
+        failures: model -> the version that failed on it last, and why.
     """
 
     device: str
@@ -94,6 +96,7 @@ class Device(ApiModel):
     enrolled_at: float
     labels: tuple[str, ...] = ()
     conditions: Conditions = Conditions()
+    failures: Mapping[str, VersionFailure] = Field(default_factory=dict)
 
     @classmethod
     def of(cls, d: records.Device) -> Self:
@@ -109,6 +112,7 @@ class Device(ApiModel):
             enrolled_at=d.enrolled_at,
             labels=d.labels,
             conditions=d.conditions,
+            failures=d.failures,
         )
 
 
@@ -141,6 +145,7 @@ class Version(ApiModel):
 
     Attributes:
         round: that made it; None when an operator published it.
+        stage: how far it has come: a part of the fleet has a canary, all of it a stable one.
     """
 
     model: str
@@ -148,6 +153,7 @@ class Version(ApiModel):
     manifest_sha256: str
     created_at: float
     round: str | None
+    stage: Stage = "candidate"
 
     @classmethod
     def of(cls, v: records.Version) -> Self:
@@ -158,6 +164,7 @@ class Version(ApiModel):
             manifest_sha256=v.manifest_sha256,
             created_at=v.created_at,
             round=v.round_id,
+            stage=v.stage,
         )
 
 
