@@ -39,7 +39,7 @@ class UnreadableField(Exception):
 
 
 class _Source(BaseModel):
-    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", defer_build=True)
 
 
 _Scale = Annotated[float, Field(ge=-1e12, le=1e12)]
@@ -98,7 +98,7 @@ def _invalid(error: ValidationError) -> InvalidFields:
 class DeclaredFields(BaseModel):
     """What queries may ask this device for."""
 
-    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", defer_build=True)
 
     fields: Annotated[dict[Slug, FieldSource], Field(max_length=MAX_FIELDS, default_factory=dict)]
 

@@ -25,7 +25,7 @@ class LedgerEntry(BaseModel):
     the worst case for this device.
     """
 
-    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", defer_build=True)
 
     round_id: RoundId
     at: UnixTime

@@ -59,7 +59,7 @@ class PersonalRecord(BaseModel):
         kept: whether the device answers with it.
     """
 
-    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", defer_build=True)
 
     model: Slug
     version: Annotated[int, Field(ge=1)]

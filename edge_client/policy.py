@@ -26,7 +26,7 @@ class InvalidPolicy(ValueError):
 class DevicePolicy(BaseModel):
     """The rules of one device. Every field has a default; a policy file names only what differs."""
 
-    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", defer_build=True)
 
     minimum_cohort: Annotated[int, Field(ge=2, le=MAX_COHORT)] = 5
     """Smallest roster this device shares keys with."""

@@ -42,7 +42,7 @@ _Finite = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 class DPEvent(BaseModel):
     """One release of a noisy integer sum."""
 
-    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", defer_build=True)
 
     v: Literal[1] = 1
     mechanism: Mechanism

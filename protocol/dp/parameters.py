@@ -59,7 +59,7 @@ class MetricSlot(BaseModel):
     bound * noise_multiplier / (share * survivors).
     """
 
-    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", defer_build=True)
 
     name: Annotated[str, AfterValidator(_check_name)]
     bound: _FinitePositive
@@ -75,7 +75,7 @@ CLIP_VOTE = "clip_vote"
 class AdaptiveClipping(BaseModel):
     """How the clip norm moves between the rounds of a campaign (`protocol.dp.adaptive`)."""
 
-    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", defer_build=True)
 
     quantile: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = 0.5
     """gamma: which quantile of the update norms the clip norm follows."""
@@ -88,7 +88,7 @@ class AdaptiveClipping(BaseModel):
 class ExamplePrivacy(BaseModel):
     """DP-SGD on the device (Abadi et al. 2016, arXiv 1607.00133, Algorithm 1). The unit is one example."""
 
-    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", defer_build=True)
 
     clip_norm: _FinitePositive
     """C of one example: L2 bound of its gradient."""
@@ -111,7 +111,7 @@ class TreeNoise(BaseModel):
     A device is in one round of a tree at most; then the tree restarts, and everybody has another turn.
     """
 
-    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", defer_build=True)
 
     restart_every: Annotated[int, Field(ge=1, le=2**16)]
     """Rounds of one tree."""
@@ -139,7 +139,7 @@ EXAMPLE_METRICS = frozenset({"examples"})
 class PrivacyParameters(BaseModel):
     """The privacy section of a training plan. Unit of privacy: the device, in mode example the example."""
 
-    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", defer_build=True)
 
     mode: PrivacyMode
     clip_norm: _FinitePositive
