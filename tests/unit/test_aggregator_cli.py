@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from aggregator import cli
+from aggregator import cli, cli_output
 from aggregator import main as covey
 from protocol.enrolment import EnrolmentBundle
 from protocol.identity import create_request
@@ -23,7 +23,8 @@ from tests.unit.test_aggregator_service import request as campaign_request
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path):  # type: ignore[no-untyped-def]
     """Runs `covey ...` on a state directory of its own; returns (exit code, output, errors)."""
     monkeypatch.setenv("COVEY_STATE", str(tmp_path / "state"))
-    monkeypatch.setenv("COLUMNS", "160")
+    # Set at the import, which may have been in another test, with other columns.
+    monkeypatch.setattr(cli_output._console, "_width", 160)
 
     def call(*arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["covey", *map(str, arguments)])
