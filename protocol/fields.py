@@ -29,7 +29,13 @@ class Schema(BaseModel):
     """Base of everything that crosses the network: immutable, strict, no unknown fields, bytes as base64."""
 
     model_config = ConfigDict(
-        frozen=True, strict=True, extra="forbid", ser_json_bytes="base64", val_json_bytes="base64", defer_build=True
+        frozen=True,
+        strict=True,
+        extra="forbid",
+        ser_json_bytes="base64",
+        val_json_bytes="base64",
+        # Most schemas are only ever part of a message, whose own schema holds them.
+        defer_build=True,
     )
 
 

@@ -181,7 +181,9 @@ class Device:
     def start(self) -> None:
         """Starts the process."""
         with self.log.open("ab") as log:
-            environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+            # As the bundle's launcher sets it.
+            own = {"PYTHONPATH": str(Path(__file__).parents[1]), "PYTHONNODEBUGRANGES": "1"}
+            environment = {**os.environ, **own}
             self._process = subprocess.Popen(self._command, stderr=log, env=environment)
 
     def kill(self) -> None:

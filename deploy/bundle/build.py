@@ -74,8 +74,9 @@ TARGETS = {
 _LAUNCHER = """\
 #!/bin/sh
 # Starts the client with the system's Python and this bundle's packages, and none of the user's.
+# Columns in tracebacks are memory that a device can do without.
 here=$(dirname "$(dirname "$(readlink -f "$0")")")
-export PYTHONPATH="$here/site" PYTHONNOUSERSITE=1 PYTHONDONTWRITEBYTECODE=1
+export PYTHONPATH="$here/site" PYTHONNOUSERSITE=1 PYTHONDONTWRITEBYTECODE=1 PYTHONNODEBUGRANGES=1
 exec python{python} -m edge_client.main "$@"
 """
 

@@ -14,9 +14,8 @@ import pytest
 pytest.importorskip("matplotlib")
 pytest.importorskip("jinja2")
 
-from test_report import made_up_result
-
 from deploy.demo.report import write_report
+from tests.unit.test_report import made_up_result
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 pytestmark = [
