@@ -54,7 +54,8 @@ class _Convolution(Activated):
         """A depthwise convolution with the layer's options."""
         layer = self.layer
         # The operator has one stride for both axes; an image of height 1 has one row either way.
-        return depthwise(x, w, int(layer.strides[-1]), layer.padding.upper(), self.pair(layer.dilation_rate))
+        stride, dilations = int(layer.strides[-1]), self.pair(layer.dilation_rate)
+        return depthwise(x, w, stride, layer.padding.upper(), dilations, constant=not layer.trainable)
 
     def need_equal_strides(self) -> None:
         """Refuse strides that the depthwise operator does not have."""

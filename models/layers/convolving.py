@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import tensorflow as tf
@@ -10,7 +11,7 @@ from models.layers.primitives import Gradient, Tensor, differentiable
 
 Pair = tuple[int, int]
 MAX_TAPS = 25
-"""Entries of a depthwise filter up to which its gradient is written out entry by entry."""
+"""Entries of a depthwise filter up to which it is written out entry by entry."""
 
 
 @dataclass(frozen=True)
@@ -145,16 +146,21 @@ def convolution(x: Tensor, w: Tensor, strides: Pair, padding: str, dilations: Pa
     return run(x, w)
 
 
-def depthwise(x: Tensor, w: Tensor, stride: int, padding: str, dilations: Pair = (1, 1)) -> Tensor:
+def depthwise(
+    x: Tensor, w: Tensor, stride: int, padding: str, dilations: Pair = (1, 1), *, constant: bool = False
+) -> Tensor:
     """Each channel of x (n, h, w, c) by its own m filters w (kh, kw, c, m): shape (n, h', w', c m).
 
-    The gradient by the input is a depthwise convolution with the mirrored kernel. The gradient by a small
-    filter is a sum for each of its entries. That by a large one, or with several filters a channel, is a
-    depthwise convolution as well: every channel of every image is a channel, the output gradients are its
-    kernel, and the images are added up at the end. (For 3 x 3 entries it takes six times as long.)
+    A small filter that changes is a sum of shifted products, see `_shifted`. Large ones, those with several
+    filters a channel, and a `constant` one, which the runtimes lay out once, are left to the operator: its
+    gradient by the input is a depthwise convolution with the mirrored kernel, and that by the filter as well:
+    every channel of every image is a channel, the output gradients are its kernel, and the images are added
+    up at the end.
     """
     axes = windows(x, w.shape[:2], (stride, stride), dilations, padding)
     channels, times = int(w.shape[2]), int(w.shape[3])
+    if times == 1 and axes[0].kernel * axes[1].kernel <= MAX_TAPS and not constant:
+        return _shifted(x, w, axes)
 
     @differentiable
     def run(x: Tensor, w: Tensor) -> tuple[Tensor, Gradient]:
@@ -165,8 +171,6 @@ def depthwise(x: Tensor, w: Tensor, stride: int, padding: str, dilations: Pair =
             dx = _depthwise(around, mirrored, 1, rim, dilations)
             if times > 1:
                 dx = tf.reduce_sum(tf.reshape(dx, [-1, channels, times]), 2)
-            if times == 1 and axes[0].kernel * axes[1].kernel <= MAX_TAPS:
-                return tf.reshape(dx, x.shape), tf.reshape(_tap_sums(x, dy, axes), w.shape)
             inside = (axes[0].used - axes[0].reach + 1, axes[1].used - axes[1].reach + 1)
             kernel = fitted(spaced(dy, (stride, stride)), axes, (0, 0), inside)
             images = tf.transpose(used_part(x, axes), [1, 2, 0, 3])
@@ -181,26 +185,70 @@ def depthwise(x: Tensor, w: Tensor, stride: int, padding: str, dilations: Pair =
     return run(x, w)
 
 
-def _tap_sums(x: Tensor, dy: Tensor, axes: tuple[Window, Window]) -> Tensor:
-    """For each entry of a depthwise filter the sum of input times output gradient: (entries, c).
+def _shifted(x: Tensor, w: Tensor, axes: tuple[Window, Window]) -> Tensor:
+    """Depthwise convolution by one filter w (kh, kw, c, 1) a channel: shifted images times its entries.
 
-    The sum over an image is a mean by pooling, which is twice as fast as a sum over axes.
+    The gradient by the input is such a sum of output gradients; where the stride is 1, the shifted ones also
+    give that by the filter.
     """
-    padded, (first, second) = used_part(x, axes), axes
-    size = (first.count, second.count)
-    means = []
+    taps, channels = axes[0].kernel * axes[1].kernel, int(w.shape[2])
+    first, second = (
+        Window(axis.size + axis.reach - 1, axis.kernel, 1, axis.dilation, False) for axis in axes
+    )
+
+    @differentiable
+    def run(x: Tensor, w: Tensor) -> tuple[Tensor, Gradient]:
+        filters = tf.unstack(tf.reshape(w, [taps, channels]))
+
+        def gradient(dy: Tensor) -> tuple[Tensor, Tensor]:
+            # From the last entry to the first, as the kernel is mirrored.
+            shifts = _shifts(_full(dy, axes), (first, second))[::-1]
+            if axes[0].stride == 1:
+                dw = _products_summed(shifts, x)
+            else:
+                dw = _products_summed(_shifts(used_part(x, axes), axes), dy)
+            return _weighted(shifts, filters), tf.reshape(dw, w.shape)
+
+        return _weighted(_shifts(used_part(x, axes), axes), filters), gradient
+
+    return run(x, w)
+
+
+def _shifts(padded: Tensor, axes: tuple[Window, Window]) -> list[Tensor]:
+    """For each entry of a kernel, row by row, what it meets in an image with its padding: (n, h', w', c)."""
+    first, second = axes
+    parts = []
     for row in range(first.kernel):
         for column in range(second.kernel):
             top, left = row * first.dilation, column * second.dilation
-            part = padded[
-                :,
-                top : top + (first.count - 1) * first.stride + 1 : first.stride,
-                left : left + (second.count - 1) * second.stride + 1 : second.stride,
-                :,
-            ]
-            means.append(tf.nn.avg_pool2d(part * dy, size, 1, "VALID"))
+            parts.append(
+                padded[
+                    :,
+                    top : top + (first.count - 1) * first.stride + 1 : first.stride,
+                    left : left + (second.count - 1) * second.stride + 1 : second.stride,
+                    :,
+                ]
+            )
+    return parts
+
+
+def _weighted(parts: Sequence[Tensor], filters: Sequence[Tensor]) -> Tensor:
+    """The sum of images (n, h, w, c), each times its own factors (c,)."""
+    total = parts[0] * filters[0]
+    for part, factors in zip(parts[1:], filters[1:], strict=True):
+        total = total + part * factors
+    return total
+
+
+def _products_summed(parts: Sequence[Tensor], other: Tensor) -> Tensor:
+    """For each of k images the sum of its product with another one: (k, c).
+
+    The sum over an image is a mean by pooling, which is twice as fast as a sum over axes.
+    """
+    height, width = other.shape[1:3]
+    means = [tf.nn.avg_pool2d(part * other, (height, width), 1, "VALID") for part in parts]
     joined = tf.concat(means, 1) if len(means) > 1 else means[0]
-    return tf.reduce_sum(joined, 0) * float(size[0] * size[1])
+    return tf.reduce_sum(joined, 0) * float(height * width)
 
 
 def _taps(images: Tensor, kernel: Tensor, strides: Pair) -> Tensor:
