@@ -37,6 +37,7 @@ from aggregator.profile import UnusableProfile
 from aggregator.registry.artefacts import MissingArtefact
 from aggregator.registry.publishing import PublishRefused
 from aggregator.repository import RepositoryError
+from aggregator.telemetry import logs
 from aggregator.web.listen import CannotListen
 from models import cli as model_cli
 from protocol.broker_address import InvalidAddress
@@ -271,6 +272,9 @@ def aggregator_run(
             show_default="127.0.0.1:8443, or `listen` in the settings",
         ),
     ] = None,
+    log: Annotated[
+        logs.LogForm, typer.Option(envvar="COVEY_LOG", help="Lines for people or for machines.")
+    ] = logs.LogForm.CONSOLE,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log more.")] = False,
 ) -> None:
     """Runs the service until it is told to stop (Ctrl-C or SIGTERM).
@@ -279,10 +283,7 @@ def aggregator_run(
 
     Example: covey aggregator run --broker mqtt://127.0.0.1:1883 --listen 0.0.0.0:8443
     """
-    logging.basicConfig(
-        level=logging.DEBUG if verbose else logging.INFO,
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-    )
+    logs.start(log, logging.DEBUG if verbose else logging.INFO)
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())

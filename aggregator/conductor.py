@@ -7,6 +7,8 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from structlog.contextvars import bound_contextvars
+
 from aggregator.clock import Moment
 from aggregator.ending import Finisher
 from aggregator.fleet.authority import Authority
@@ -338,14 +340,15 @@ class Conductor:
         if tree is not None and (known is None or known.tree != tree.tree):
             work.writer.plant_noise_tree(NoiseTree(campaign.campaign_id, tree.tree, self._entropy()))
         self._running[round_id] = RunningRound.begin(work, record, drawn, assignment, self._trust)
-        logger.info(
-            "round %s (%d of %d) started: %s, %d devices",
-            round_id[:8],
-            number,
-            campaign.rounds,
-            described(assignment.task),
-            len(record.invited),
-        )
+        with bound_contextvars(round=round_id, campaign=campaign.campaign_id):
+            logger.info(
+                "round %s (%d of %d) started: %s, %d devices",
+                round_id[:8],
+                number,
+                campaign.rounds,
+                described(assignment.task),
+                len(record.invited),
+            )
 
     def _base(self, work: Work, model: str | None, settings: CampaignSettings) -> ModelManifest | None:
         """The version that a campaign's next round is about; None for a query."""

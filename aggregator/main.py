@@ -338,6 +338,9 @@ def run(
         EnrolmentRefused: it says what to do.
     """
     # A web server and what it takes: no other command pays for it.
+    from aggregator.telemetry.gauges import Gauges
+    from aggregator.telemetry.metered import MeteredTransport
+    from aggregator.telemetry.metrics import ServiceMetrics
     from aggregator.web.context import Vitals
     from aggregator.web.events import EventFeed
     from aggregator.web.observed import ObservedRepository
@@ -363,17 +366,35 @@ def run(
         transport = MqttTransport(address, f"covey-aggregator-{settings.fleet}", tls)
         # What faces the network has no use for the CA's key.
         authority = replace(operator.authority, ca_key=None)
-        repository = ObservedRepository(operator.repository, feed)
+        metrics = ServiceMetrics(operator.repository)
+        repository = ObservedRepository(operator.repository, feed, (metrics,))
         online = replace(operator, repository=repository, authority=authority)
         cores = stack.enter_context(Cores())
         service = Service(
-            repository, operator.store, authority, transport, operator.clock, unmask=cores.unmask
+            repository,
+            operator.store,
+            authority,
+            MeteredTransport(transport, metrics),
+            operator.clock,
+            unmask=cores.unmask,
         )
 
         def vitals() -> Vitals:
             age = operator.clock.moment().clock - service.turned
             return Vitals(broker=service.connected, loop=age < LOOP_SECONDS, trouble=service.trouble)
 
+        def ready() -> dict[str, bool]:
+            found = vitals()
+            return {"broker": found.broker, "loop": found.loop, "work": not found.trouble}
+
+        certificates = {
+            "ca": state / "ca.pem",
+            "broker": place.broker / broker_files.SERVER_CERTIFICATE,
+            "aggregator": tls.certificate,
+            "api": own.certificate if own else place.api / "server.pem",
+        }
+        known = {name: path for name, path in certificates.items() if path is not None}
+        metrics.collect_with(Gauges(operator.repository, ready, known).collect)
         stack.enter_context(
             serving(
                 place.api,
@@ -385,6 +406,7 @@ def run(
                 names=settings.names,
                 files=own,
                 oidc=settings.oidc,
+                metrics=metrics,
             )
         )
         stack.callback(transport.stop)

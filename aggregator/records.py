@@ -297,6 +297,19 @@ class DeviceFilter:
 
 
 @dataclass(frozen=True)
+class FleetSize:
+    """How many devices there are.
+
+    Attributes:
+        excluded: of those that are enrolled, online or not.
+    """
+
+    enrolled: int
+    online: int
+    excluded: int
+
+
+@dataclass(frozen=True)
 class AuditEntry:
     """Somebody did something, or tried to.
 

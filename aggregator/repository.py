@@ -28,6 +28,7 @@ from aggregator.records import (
     Device,
     DeviceFilter,
     Evaluation,
+    FleetSize,
     LedgerEntry,
     LogEntry,
     NoiseTree,
@@ -98,6 +99,10 @@ class Reader(Protocol):
 
     def devices_page(self, which: DeviceFilter, *, after: str, limit: int) -> tuple[Device, ...]:
         """At most `limit` devices that fit, by id, from the first id above `after` on."""
+        ...
+
+    def fleet_size(self) -> FleetSize:
+        """How many devices there are."""
         ...
 
     # --- versions

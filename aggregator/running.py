@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass, field
 
+from structlog.contextvars import bound_contextvars
+
 from aggregator.clock import Moment
 from aggregator.records import Round
 from aggregator.registry.publishing import manifest_of
@@ -109,25 +111,26 @@ class RunningRound:
         Raises:
             IllegalEvent, BadSignature, MalformedMessage: nothing changed.
         """
-        before = self.state
-        self.state, outputs = machine.handle(self.state, event, work.at)
-        self._execute(work, outputs)
-        for was, part in zip(before.subcohorts, self.state.subcohorts, strict=True):
-            if isinstance(was.secagg, Collecting) and not isinstance(part.secagg, Collecting):
-                # Whoever is not in the survivor set now never will be: its chunks are of no use to anybody.
-                for device_id in part.invited & self.receptions.keys():
-                    work.writer.drop_upload(self.round_id, device_id)
-                    del self.receptions[device_id]
-            for phase in part.closed[len(was.closed) :]:
-                logger.info(
-                    "round %s, sub-cohort %d of %d: %s over, %d of %d answered",
-                    self.round_id[:8],
-                    part.number + 1,
-                    len(self.state.subcohorts),
-                    phase.phase,
-                    phase.answered,
-                    phase.expected,
-                )
+        with bound_contextvars(round=self.round_id):
+            before = self.state
+            self.state, outputs = machine.handle(self.state, event, work.at)
+            self._execute(work, outputs)
+            for was, part in zip(before.subcohorts, self.state.subcohorts, strict=True):
+                if isinstance(was.secagg, Collecting) and not isinstance(part.secagg, Collecting):
+                    # Whoever is not in the survivor set now never will be: its chunks are of no use.
+                    for device_id in part.invited & self.receptions.keys():
+                        work.writer.drop_upload(self.round_id, device_id)
+                        del self.receptions[device_id]
+                for phase in part.closed[len(was.closed) :]:
+                    logger.info(
+                        "round %s, sub-cohort %d of %d: %s over, %d of %d answered",
+                        self.round_id[:8],
+                        part.number + 1,
+                        len(self.state.subcohorts),
+                        phase.phase,
+                        phase.answered,
+                        phase.expected,
+                    )
 
     def _execute(self, work: Work, outputs: tuple[Log | Send, ...]) -> None:
         for output in outputs:

@@ -12,6 +12,8 @@ import secrets
 import threading
 from collections.abc import Callable, Sequence
 
+from structlog.contextvars import bound_contextvars
+
 from aggregator.clock import Clock, Moment
 from aggregator.conductor import Conductor
 from aggregator.downloads import Downloads
@@ -203,17 +205,18 @@ class Service:
         device_id, channel = place
         if channel == "status" and not delivery.payload:
             return  # a retained status was cleared
-        try:
-            message, body = decode_from_device(delivery.payload)
-            if channel != _channel(message):
-                raise ProtocolError(f"a {message.type} on the channel {channel}")
-            if not self._is_enrolled(work, device_id):
-                logger.warning("a message of %s, which is not enrolled", device_id)
-                return
-            self._conductor.traffic.up(device_id, len(delivery.payload))
-            self._dispatch(work, device_id, message, body)
-        except ProtocolError as error:
-            logger.warning("dropped a message of %s: %s", device_id, error)
+        with bound_contextvars(device=device_id):
+            try:
+                message, body = decode_from_device(delivery.payload)
+                if channel != _channel(message):
+                    raise ProtocolError(f"a {message.type} on the channel {channel}")
+                if not self._is_enrolled(work, device_id):
+                    logger.warning("a message of %s, which is not enrolled", device_id)
+                    return
+                self._conductor.traffic.up(device_id, len(delivery.payload))
+                self._dispatch(work, device_id, message, body)
+            except ProtocolError as error:
+                logger.warning("dropped a message of %s: %s", device_id, error)
 
     def _is_enrolled(self, work: Work, device_id: str) -> bool:
         return work.writer.device(device_id) is not None
@@ -233,7 +236,8 @@ class Service:
         elif isinstance(message, BlobChunk):
             self._conductor.chunk(work, device_id, message, body)
         else:
-            self._conductor.message(work, device_id, message)
+            with bound_contextvars(round=message.round_id):
+                self._conductor.message(work, device_id, message)
 
     # --- what is due
 
@@ -255,28 +259,35 @@ class Service:
         if at.clock < self._store_again:
             return
         for round_id in self._conductor.over():
-            work = Work(self._repository, at)
-            try:
-                with work:
-                    self._conductor.finish(work, round_id)
-            except StoreUnavailable as error:
-                # Of this round alone, which waits: nothing of it is lost, and the others go on.
-                logger.error("round %s waits for the artefact store: %s", round_id[:8], error)
-                self.trouble = str(error)
-                self._store_again = at.clock + STORE_PAUSE_SECONDS
-                return
-            except (StorageUnavailable, Superseded, OSError):
-                self._loaded = False
-                raise
-            except Exception as error:
-                logger.exception("round %s cannot be released", round_id)
-                work = Work(self._repository, at)
-                with work:
-                    self._conductor.abort(work, round_id, "release-failed", type(error).__name__)
-            with self._repository.read() as reader:
-                self._conductor.forget(reader, round_id)
-            self._flush(work)
+            with bound_contextvars(round=round_id):
+                if not self._end_round(round_id, at):
+                    return
         self.trouble = ""
+
+    def _end_round(self, round_id: str, at: Moment) -> bool:
+        """Ends one round; returns False when it has to wait for the artefact store."""
+        work = Work(self._repository, at)
+        try:
+            with work:
+                self._conductor.finish(work, round_id)
+        except StoreUnavailable as error:
+            # Of this round alone, which waits: nothing of it is lost, and the others go on.
+            logger.error("round %s waits for the artefact store: %s", round_id[:8], error)
+            self.trouble = str(error)
+            self._store_again = at.clock + STORE_PAUSE_SECONDS
+            return False
+        except (StorageUnavailable, Superseded, OSError):
+            self._loaded = False
+            raise
+        except Exception as error:
+            logger.exception("round %s cannot be released", round_id)
+            work = Work(self._repository, at)
+            with work:
+                self._conductor.abort(work, round_id, "release-failed", type(error).__name__)
+        with self._repository.read() as reader:
+            self._conductor.forget(reader, round_id)
+        self._flush(work)
+        return True
 
 
 def _channel(message: FromDevice) -> topics.UpChannel:

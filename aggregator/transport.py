@@ -22,11 +22,13 @@ class Delivery:
 
     Attributes:
         token: what the transport needs to acknowledge it.
+        arrived: when it came, on the monotonic clock; 0 where nobody measures.
     """
 
     topic: str
     payload: bytes
     token: object = None
+    arrived: float = 0.0
 
 
 Inbound = Connected | Disconnected | Delivery

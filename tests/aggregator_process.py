@@ -32,10 +32,12 @@ class ServiceProcess:
 
     Attributes:
         program: what the interpreter runs, before the arguments of the command.
+        options: more arguments of the command.
     """
 
     def __init__(self, state: Path, broker: str) -> None:
         self.program: tuple[str, ...] = COMMAND
+        self.options: tuple[str, ...] = ()
         self._state = state
         self._broker = broker
         self._process: subprocess.Popen[bytes] | None = None
@@ -45,7 +47,11 @@ class ServiceProcess:
         command = [sys.executable, *self.program, "aggregator", "run"]
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
-                [*command, "--state", str(self._state), "--broker", self._broker, "--listen", "127.0.0.1:0"],
+                [
+                    *command,
+                    *("--state", str(self._state), "--broker", self._broker, "--listen", "127.0.0.1:0"),
+                    *self.options,
+                ],
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env={**os.environ, "PYTHONWARNINGS": "default"},

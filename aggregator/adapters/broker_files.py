@@ -29,6 +29,7 @@ from protocol.broker_address import BrokerAddress
 
 CONFIGURATION_FILE = "mosquitto.conf"
 IDENTITY_CERTIFICATE = "aggregator.pem"
+SERVER_CERTIFICATE = broker.CERTIFICATE_FILE
 IDENTITY_KEY = "aggregator-key.pem"
 
 

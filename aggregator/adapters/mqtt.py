@@ -276,7 +276,9 @@ class MqttTransport:
                 logger.warning("dropped %d bytes on %s", len(message.payload), message.topic)
                 client.ack(message.mid, message.qos)
                 return
-            self._hand_over(Delivery(message.topic, bytes(message.payload), token), connection)
+            self._hand_over(
+                Delivery(message.topic, bytes(message.payload), token, time.monotonic()), connection
+            )
 
         client.on_connect = on_connect
         client.on_disconnect = on_disconnect

@@ -17,6 +17,7 @@ from sqlalchemy import (
     Row,
     Select,
     Table,
+    case,
     delete,
     func,
     insert,
@@ -39,6 +40,7 @@ from aggregator.records import (
     Device,
     DeviceFilter,
     Evaluation,
+    FleetSize,
     LedgerEntry,
     LogEntry,
     Round,
@@ -163,6 +165,14 @@ class _Reader(AccessReader, NoiseReader, RolloutReader):
 
     def devices(self) -> tuple[Device, ...]:
         return tuple(_device(row) for row in self._all(select(s.devices).order_by(s.devices.c.device_id)))
+
+    def fleet_size(self) -> FleetSize:
+        online, excluded = (
+            func.count(case((condition, 1)))
+            for condition in (s.devices.c.online, s.devices.c.excluded.is_not(None))
+        )
+        row = self._connection.execute(select(func.count(), online, excluded).select_from(s.devices)).one()
+        return FleetSize(*row)
 
     def devices_page(self, which: DeviceFilter, *, after: str, limit: int) -> tuple[Device, ...]:
         query = select(s.devices).where(s.devices.c.device_id > after)

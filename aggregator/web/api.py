@@ -9,11 +9,13 @@ from fastapi import APIRouter, FastAPI
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from aggregator.telemetry.metered import MeteredApi
 from aggregator.web import (
     access_routes,
     event_routes,
     fleet_routes,
     login_routes,
+    metrics_routes,
     model_routes,
     problems,
     rollout_routes,
@@ -61,9 +63,12 @@ def create_app(context: Context) -> FastAPI:
         api.include_router(router)
     app.include_router(api)
     app.include_router(login_routes.router)
+    app.include_router(metrics_routes.looking)
     problems.install(app)
     app.add_middleware(EntityTags)
     app.add_middleware(BodyLimit, limits=context.limits)
+    if context.metrics is not None:
+        app.add_middleware(MeteredApi, metrics=context.metrics)
     return app
 
 

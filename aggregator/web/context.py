@@ -12,6 +12,7 @@ from fastapi import FastAPI, Request
 from aggregator.access.roles import Principal, Role
 from aggregator.fleet.authority import Authority
 from aggregator.operations import Operator
+from aggregator.telemetry.metrics import ServiceMetrics
 from aggregator.web.events import EventFeed
 from aggregator.web.limits import Limits, RateLimiter
 from aggregator.web.oidc import Oidc
@@ -64,6 +65,7 @@ class Context:
         operator: the operations; its authority holds no CA key.
         enrolling: loads the authority with the CA's key, for the one enrolment that needs it.
         vitals: of the service; None when none runs in this process.
+        metrics: what it counts; None when none runs in this process.
     """
 
     operator: Operator
@@ -73,6 +75,7 @@ class Context:
     local: LocalKey | None = None
     oidc: Oidc | None = None
     vitals: Callable[[], Vitals] | None = None
+    metrics: ServiceMetrics | None = None
     limiter: RateLimiter = field(init=False)
 
     def __post_init__(self) -> None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 from aggregator.records import (
     Campaign,
@@ -21,8 +21,15 @@ from aggregator.records import (
 from aggregator.repository import Reader, Repository, Writer
 from aggregator.rollout.machine import Progress
 from aggregator.rounds.report import RoundReport
-from aggregator.web.events import EventFeed
 from protocol.messages import DeviceStatus
+
+
+class Listener(Protocol):
+    """Somebody who is told, such as an `EventFeed`."""
+
+    def publish(self, kind: str, data: Mapping[str, Any]) -> None:
+        """Takes in an event; never blocks, never raises."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -30,7 +37,8 @@ class ObservedRepository:
     """Passes everything on; what a committed transaction changed becomes events, in its order."""
 
     inner: Repository
-    feed: EventFeed
+    feed: Listener
+    others: tuple[Listener, ...] = ()
 
     def read(self) -> AbstractContextManager[Reader]:
         """See `Repository`."""
@@ -44,7 +52,8 @@ class ObservedRepository:
             # What it does not watch it passes on: together that is a writer.
             yield cast(Writer, observer)
         for kind, data in observer.seen:
-            self.feed.publish(kind, data)
+            for listener in (self.feed, *self.others):
+                listener.publish(kind, data)
 
     def close(self) -> None:
         """See `Repository`."""

@@ -20,6 +20,7 @@ from aggregator.fleet import server_certificate
 from aggregator.fleet.authority import Authority
 from aggregator.operations import Operator
 from aggregator.private_file import replace_private
+from aggregator.telemetry.metrics import ServiceMetrics
 from aggregator.web.api import create_app
 from aggregator.web.context import Context, LocalKey, Vitals
 from aggregator.web.events import EventFeed
@@ -44,6 +45,7 @@ def serving(
     names: Sequence[str] = (),
     files: CertificateFiles | None = None,
     oidc: OidcSettings | None = None,
+    metrics: ServiceMetrics | None = None,
 ) -> Iterator[ApiServer]:
     """Serves the API while the block lasts.
 
@@ -57,6 +59,7 @@ def serving(
         names: by which clients may call it, besides this machine's own.
         files: a certificate from elsewhere; by default the fleet's CA issues one.
         oidc: how people sign in; None for tokens only.
+        metrics: what the service counts.
 
     Raises:
         CannotListen, EnrolmentRefused, UnusableKeys: it says what to do.
@@ -72,6 +75,7 @@ def serving(
         local=LocalKey.of(token, user),
         oidc=None if oidc is None else Oidc(oidc),
         vitals=vitals,
+        metrics=metrics,
     )
     found = directory / FILE
     with ApiServer(create_app(context), listen, files) as server:

@@ -18,6 +18,7 @@ from aggregator.records import (
     Device,
     DeviceFilter,
     Evaluation,
+    FleetSize,
     LedgerEntry,
     LogEntry,
     NoiseTree,
@@ -191,6 +192,19 @@ def test_devices(repository: Repository) -> None:
         writer.set_exclusion("barn-1", None)
     with repository.read() as reader:
         assert reader.device("barn-1") == replace(seen, online=False, excluded=None, last_seen=6.0)
+
+
+def test_the_size_of_the_fleet(repository: Repository) -> None:
+    with repository.read() as reader:
+        assert reader.fleet_size() == FleetSize(0, 0, 0)
+    with repository.write() as writer:
+        for name in ("barn-1", "barn-2", "barn-3"):
+            writer.add_device(replace(DEVICE, device_id=name))
+        for name in ("barn-1", "barn-2"):
+            writer.note_status(name, DeviceStatus(session=b"s" * 32, online=True, models={}), 2.0)
+        writer.set_exclusion("barn-2", "lied")
+    with repository.read() as reader:
+        assert reader.fleet_size() == FleetSize(enrolled=3, online=2, excluded=1)
 
 
 def test_a_device_is_enrolled_once(repository: Repository) -> None:
