@@ -23,7 +23,7 @@ from protocol import ring
 from protocol.codec import decode_from_device, encode
 from protocol.secagg import server
 from protocol.secagg.masking import PARALLEL_WORDS, remove_masks
-from protocol.secagg.packing import SlicePacker
+from protocol.secagg.packing import SliceAdder, SlicePacker, sum_words
 from protocol.secagg.prg import SLICE_WORDS
 from protocol.secagg.server_state import Failed, Recovered, ServerContext, ServerState
 
@@ -88,7 +88,9 @@ def serve(
     report = Report()
     state: ServerState = server.begin(context)
     upload: list[tuple[int, bytes]] = []
-    total, packer = np.zeros(length, np.uint32), SlicePacker(bits)
+    adder = SliceAdder(bits, min(length, SLICE_WORDS))
+    counts = {start: min(SLICE_WORDS, length - start) for start in range(0, length, SLICE_WORDS)}
+    sums = {start: np.zeros(sum_words(count, bits), np.uint64) for start, count in counts.items()}
     while True:
         command, *arguments = connection.recv()
         if command == "message":
@@ -110,7 +112,7 @@ def serve(
             # As the aggregator does it: an upload is added once it is complete.
             with _timed(report, "unpack and add inputs"):
                 for start, packed in upload:
-                    packer.add(total[start : start + SLICE_WORDS], packed)
+                    adder.add(sums[start], packed, counts[start])
                 state = server.handle(state, server.InputStored(arguments[0]))
             upload.clear()
         elif command == "close":
@@ -121,6 +123,12 @@ def serve(
         else:
             assert isinstance(state, Recovered), "the round is not over"
             assert not state.misbehaved, "an honest client was blamed"
+            total, packer = np.empty(length, np.uint32), SlicePacker(bits, min(length, SLICE_WORDS))
+            with _timed(report, "unpack and add inputs"):
+                for start, count in counts.items():
+                    size = ring.packed_size(count, bits)
+                    packed = memoryview(sums.pop(start).tobytes())[:size]
+                    packer.unpack(packed, total[start : start + count])
             _finish(connection, report, state, total, bits, repeats, workers)
             return
 

@@ -1,6 +1,7 @@
 """The one vector of a sub-cohort that the aggregator keeps: the sum of the masked inputs so far.
 
-Those of a round's sub-cohorts lie one behind the other, each beginning at a whole slice, in the repository.
+Those of a round's sub-cohorts lie one behind the other, each beginning at a whole slice, in the repository,
+packed as the inputs are.
 An input is added in the transaction that enters it into the exactly-once ledger and drops its chunks: it is
 in the sum once or not at all, whatever is killed when.
 """
@@ -17,12 +18,12 @@ from aggregator.repository import Reader, Writer
 from protocol import ring
 from protocol.dp.mechanism import EncodingParameters
 from protocol.fields import BlobRef
-from protocol.secagg.packing import SlicePacker
+from protocol.secagg.packing import SliceAdder, SlicePacker, sum_words
 
 SLICE = 65_536
 """Elements in a slice: a multiple of `ring.GROUP`, so that slices begin at whole bytes."""
 
-_ELEMENT = np.dtype("<u4")
+_WORD = np.dtype("<u8")
 
 
 class UnusableInput(Exception):
@@ -60,14 +61,15 @@ def add_input(
     """
     _check(writer.chunks(round_id, device_id), blob, encoding)
     writer.note_input(round_id, device_id, blob.sha256)
-    packer = SlicePacker(encoding.bits, min(encoding.length, SLICE))
+    adder = SliceAdder(encoding.bits, min(encoding.length, SLICE))
     start, place = 0, _place(encoding, subcohort)
     for packed in _regroup(writer.chunks(round_id, device_id), SLICE // ring.GROUP * encoding.bits):
         count = min(SLICE, encoding.length - start)
         before = writer.sum_slice(round_id, place + start)
-        total = np.zeros(count, np.uint32) if before is None else np.frombuffer(before, _ELEMENT).copy()
-        packer.add(total, packed)
-        writer.put_sum_slice(round_id, place + start, total.astype(_ELEMENT, copy=False).tobytes())
+        words = sum_words(count, encoding.bits)
+        total = np.zeros(words, np.uint64) if before is None else np.frombuffer(before, _WORD).copy()
+        adder.add(total, packed, count)
+        writer.put_sum_slice(round_id, place + start, total.astype(_WORD, copy=False).tobytes())
         start += count
     writer.drop_upload(round_id, device_id)
 
@@ -78,17 +80,20 @@ def load_sum(
     """Reads the whole partial sum of one sub-cohort.
 
     Returns:
-        uint32, shape (encoding.length,), modulo 2^32.
+        uint32, shape (encoding.length,), modulo 2^bits.
 
     Raises:
         ValueError: no input was added, or the slices are of another encoding.
     """
     total, place = np.empty(encoding.length, np.uint32), _place(encoding, subcohort)
+    packer = SlicePacker(encoding.bits, min(encoding.length, SLICE))
     for start in range(0, encoding.length, SLICE):
         data = reader.sum_slice(round_id, place + start)
         if data is None:
             raise ValueError(f"the partial sum of round {round_id} has no slice at {start}")
-        total[start : start + SLICE] = np.frombuffer(data, _ELEMENT)
+        count = min(SLICE, encoding.length - start)
+        size = ring.packed_size(count, encoding.bits)
+        packer.unpack(memoryview(data)[:size], total[start : start + count])
     return total
 
 
