@@ -5,6 +5,7 @@
         site/               packages, as `PYTHONPATH` takes them
         bin/covey-edge      starts the client with the system's Python
         systemd/            the units that run it
+        share/              setup.sh and install.sh, which put it in its place
 
 Nothing is compiled and nothing runs: a bundle for arm64 is made on any machine, and twice the same.
 """
@@ -31,6 +32,7 @@ EPOCH = 1_735_689_600
 """Time stamp of every file in a bundle: two builds have the same bytes."""
 _PROJECT = Path(__file__).parents[2]
 _UNITS = _PROJECT / "deploy" / "systemd"
+_INSTALLERS = _PROJECT / "deploy" / "device"
 _OWN = ("protocol", "models", "edge_client")
 _EXPORTER_ONLY = ("layers", "architectures", "zoo", "datasets")
 """Folders of `models` that need TensorFlow or hold what a device gets from its fleet."""
@@ -108,6 +110,7 @@ def build_bundle(target: Target, folder: Path) -> Path:
         launcher.write_text(_LAUNCHER.format(python=target.python))
         launcher.chmod(0o755)
         shutil.copytree(_UNITS, tree / "systemd")
+        shutil.copytree(_INSTALLERS, tree / "share")
         description = {
             "version": __version__,
             "target": target.name,

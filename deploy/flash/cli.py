@@ -10,12 +10,15 @@ from typing import Annotated
 
 import typer
 
+from aggregator.cli_options import Where, service
 from deploy.flash import run
 from deploy.flash.card import WriteError
 from deploy.flash.fat import BootPartitionError
 from deploy.flash.firstboot import Mechanism, Provision, ProvisionError, Wifi
 from deploy.flash.payload import DEFAULT_DATA, Client, payload, read_tickets, usual_bundles
 from deploy.flash.source import Image, ImageError
+from deploy.flash.ssh import Remote, RemoteError, install
+from deploy.flash.ssh import hostname as own_hostname
 from deploy.flash.targets import RefusedTarget
 
 _REFUSED = 3
@@ -32,8 +35,12 @@ def flash(
         ),
     ] = None,
     hostname: Annotated[
-        str, typer.Option(help="Name of the device, in its network and its fleet; {n} counts.")
-    ] = "covey-{n}",
+        str | None,
+        typer.Option(
+            help="Name of the device, in its network and its fleet; {n} counts.",
+            show_default="covey-{n}; with --ssh its own",
+        ),
+    ] = None,
     device: Annotated[
         Path | None, typer.Option(help="The card, as /dev/sdX: erased.", show_default=False)
     ] = None,
@@ -49,6 +56,17 @@ def flash(
             help="Only provision this mounted boot partition.",
             show_default=False,
         ),
+    ] = None,
+    ssh: Annotated[
+        str | None,
+        typer.Option(
+            help="Install on this running device, USER@HOST or ssh://USER@HOST:PORT, and enrol it.",
+            show_default=False,
+        ),
+    ] = None,
+    ssh_config: Annotated[
+        Path | None,
+        typer.Option(exists=True, dir_okay=False, help="For --ssh: as ssh -F.", show_default=False),
     ] = None,
     ticket: Annotated[
         Path | None,
@@ -108,6 +126,7 @@ def flash(
             help="Allow disks above 256 GB, and parts of LVM and RAID. What is mounted stays refused.",
         ),
     ] = False,
+    state: Where = None,
 ) -> None:
     """Writes an image and lets the device join its fleet at the first boot, without a keyboard.
 
@@ -120,32 +139,35 @@ def flash(
 
       covey flash raspios.img.xz --out "card-{n}.img" --hostname "barn-{n}" --count 20 --ticket barn.tickets
 
+      covey flash --ssh pi@barn-1.local --broker mqtts://hub.example
+
       covey flash --boot-dir /Volumes/bootfs --hostname barn-1 --wifi orchard:SE --broker mqtts://hub.example
     """
-    if (device is not None) + (out is not None) + (boot_dir is not None) != 1:
-        raise typer.BadParameter("one of --device, --out and --boot-dir says where to")
-    if (image is None) != (boot_dir is not None):
-        raise typer.BadParameter("IMAGE goes with --device and --out, and not with --boot-dir")
-    if count > 1 and (boot_dir is not None or (out is not None and run.NUMBER not in str(out))):
+    alone = boot_dir is not None or ssh is not None
+    if sum(where is not None for where in (device, out, boot_dir, ssh)) != 1:
+        raise typer.BadParameter("one of --device, --out, --boot-dir and --ssh says where to")
+    if (image is None) != alone:
+        raise typer.BadParameter("IMAGE goes with --device and --out only")
+    if count > 1 and (alone or (out is not None and run.NUMBER not in str(out))):
         raise typer.BadParameter(f"several devices need --device, or --out with {run.NUMBER} in its name")
     try:
         if ticket is None and broker is None:
             raise ProvisionError("without a --ticket, say where the fleet meets: --broker mqtts://HOST")
-        names = run.device_names(hostname, count, first)
         tickets: Sequence[str | None] = (
             [None] * count if ticket is None else read_tickets(_text(ticket, "tickets"), count)
         )
         client = Client(tuple(bundle or usual_bundles()), broker, data)
+        if ssh is not None:
+            _over_ssh(Remote(ssh, ssh_config), client, hostname, tickets[0], state)
+            return
+        names = run.device_names(hostname or f"covey-{run.NUMBER}", count, first)
         network = None if wifi is None else Wifi.parse(wifi, _wifi_password(wifi_password_file, ticket))
         keys = tuple(line for path in ssh_key or () for line in path.read_text().splitlines() if line.strip())
         # All of them before the first card is written: the twentieth name may be too long.
         provisions = [Provision(name, str(uuid.uuid4()), user, keys, network) for name in names]
         opened = None if image is None else Image.open(image)
-        if opened is not None:
-            with run.bar("checksum", opened.path.stat().st_size) as step:
-                checked = opened.check(sha256, step)
-            if checked is None:
-                _say(f"there is no checksum to compare {opened.path} with: --sha256 gives one")
+        if opened is not None and opened.check(sha256) is None:
+            _say(f"there is no checksum to compare {opened.path} with: --sha256 gives one")
         for index, (provision, its_ticket) in enumerate(zip(provisions, tickets, strict=True)):
             name = provision.hostname
             files = payload(client, name, its_ticket)
@@ -171,9 +193,23 @@ def flash(
     except RefusedTarget as error:
         _say(f"refused: {error}")
         raise typer.Exit(_REFUSED) from error
-    except (ProvisionError, ImageError, WriteError, BootPartitionError) as error:
+    except (ProvisionError, RemoteError, ImageError, WriteError, BootPartitionError) as error:
         _say(str(error))
         raise typer.Exit(1) from error
+
+
+def _over_ssh(
+    remote: Remote, client: Client, hostname: str | None, ticket: str | None, state: Path | None
+) -> None:
+    name = hostname or own_hostname(remote)
+    Provision(name, "")  # refuses names that no device can have
+
+    def enrol(request: bytes) -> bytes:
+        with service(state) as operator:
+            return operator.enrol(request).to_bytes()
+
+    fresh = install(remote, payload(client, name, ticket), enrol, ticket=ticket is not None)
+    _say(f"{name} {'has the client now' if fresh else 'had the client'}, is enrolled, and runs")
 
 
 def _wifi_password(file: Path | None, ticket: Path | None) -> str | None:

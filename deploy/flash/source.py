@@ -8,7 +8,7 @@ import re
 import shutil
 import subprocess
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -72,7 +72,7 @@ class Image:
         except (lzma.LZMAError, zipfile.BadZipFile, EOFError) as error:
             raise ImageError(f"{self.path} is damaged: download it again") from error
 
-    def check(self, expected: str | None, progress: Callable[[int], None] = lambda _: None) -> str | None:
+    def check(self, expected: str | None) -> str | None:
         """Compares the file's SHA-256 with the given one, else with the one in FILE.sha256 beside it.
 
         Returns:
@@ -93,7 +93,6 @@ class Image:
         with self.path.open("rb") as file:
             for block in _read(file):
                 digest.update(block)
-                progress(len(block))
         if digest.hexdigest() != expected:
             raise ImageError(f"{self.path} has another checksum than it should: download it again")
         return expected
