@@ -9,9 +9,10 @@ import math
 import os
 import signal
 import subprocess
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pytest
@@ -26,6 +27,7 @@ from edge_client.adapters.tflite import TfliteTrainer
 from edge_client.training import TrainingConfig
 from models import zoo
 from models.examples import Examples
+from models.manifest import ModelManifest
 from protocol import ring
 from protocol.dp.mechanism import decode, derive_encoding, encode
 from protocol.dp.parameters import PrivacyMode, PrivacyParameters
@@ -40,8 +42,22 @@ pytestmark = [
 
 CLIENTS, ROUNDS, EPOCHS, RATE, SERVER_RATE = 6, 4, 3, 0.2, 0.02
 BETA1, BETA2, TAU = 0.9, 0.99, 1e-3
+CONFIG = TrainingConfig(EPOCHS, RATE)
 Vector = NDArray[np.float32]
-Oracle = dict[str, NDArray[np.float32]]
+Oracle = dict[str, Vector]
+
+
+class Model(Protocol):
+    """A bundled model, or one that was just exported."""
+
+    @property
+    def manifest(self) -> ModelManifest: ...
+
+    @property
+    def graph(self) -> bytes: ...
+
+    @property
+    def weights(self) -> Vector: ...
 
 
 def tff(command: str, given: Path, result: Path) -> None:
@@ -63,45 +79,60 @@ def tff(command: str, given: Path, result: Path) -> None:
     assert code == 0, log.read_text()[-3000:]
 
 
-@pytest.fixture(scope="module")
-def people() -> list[Examples]:
-    """Clients with one batch of digits each, so that no order of examples matters."""
+def digits(counts: Sequence[int]) -> list[Examples]:
+    """Clients with so many digits each."""
     from sklearn.datasets import load_digits
 
     images, labels = load_digits(return_X_y=True)
-    size = zoo.load("digits").manifest.train_batch_size
     return [
         Examples(
             f"client-{index}",
-            images[start : start + size].reshape(-1, 8, 8, 1).astype(np.float32),
-            labels[start : start + size].astype(np.int32),
+            images[start : start + count].reshape(-1, 8, 8, 1).astype(np.float32),
+            labels[start : start + count].astype(np.int32),
         )
-        for index in range(CLIENTS)
+        for index, count in enumerate(counts)
         for start in [index * 130]
     ]
 
 
-@pytest.fixture(scope="module")
-def oracle(
-    people: list[Examples], tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, NDArray[np.float32]]:
-    """TFF's weights after every round, by algorithm."""
-    directory = tmp_path_factory.mktemp("tff")
-    model = zoo.load("digits")
+def oracle_of(
+    model: Model, name: str, people: list[Examples], directory: Path, *, batched: bool = False
+) -> Oracle:
+    """TFF's weights after every round, by algorithm; `batched`: in the order in which ours see examples."""
     (mean,), (std,) = model.manifest.input.mean, model.manifest.input.std
+    seen = {}
+    for client, person in enumerate(people):
+        count, generator = len(person), CONFIG.generator()
+        orders = np.stack(
+            [generator.permutation(count) if batched else np.arange(count) for _ in range(EPOCHS)]
+        )
+        seen[f"x{client}"] = ((person.x - mean) / std).astype(np.float32)[orders]
+        seen[f"y{client}"] = person.y[orders]
     np.savez(
         directory / "task.npz",
-        x=np.stack([(person.x - mean) / std for person in people]).astype(np.float32),
-        y=np.stack([person.y for person in people]),
+        model=name,
+        clients=len(people),
+        batch=model.manifest.train_batch_size,
         weights=model.weights,
-        epochs=EPOCHS,
         rounds=ROUNDS,
         rate=RATE,
         server_rate=SERVER_RATE,
+        **seen,
     )
     tff("train", directory / "task.npz", directory / "result.npz")
     with np.load(directory / "result.npz") as result:
         return {name: result[name] for name in result.files}
+
+
+@pytest.fixture(scope="module")
+def people() -> list[Examples]:
+    """Clients with one batch of digits each, so that no order of examples matters."""
+    return digits([zoo.load("digits").manifest.train_batch_size] * CLIENTS)
+
+
+@pytest.fixture(scope="module")
+def oracle(people: list[Examples], tmp_path_factory: pytest.TempPathFactory) -> Oracle:
+    return oracle_of(zoo.load("digits"), "digits", people, tmp_path_factory.mktemp("tff"))
 
 
 @functools.cache
@@ -111,11 +142,11 @@ def trainer() -> TfliteTrainer:
 
 
 def mean_update(
-    weights: NDArray[np.float32], people: list[Examples], *, encoded: bool
-) -> NDArray[np.float32]:
+    weights: Vector, people: list[Examples], *, encoded: bool, by: TfliteTrainer | None = None
+) -> Vector:
     """One round on the devices' real trainer; the mean is plain, or goes through encoding and ring."""
-    config = TrainingConfig(EPOCHS, RATE)
-    updates = [trainer().train(weights, person, config, config.generator()).delta for person in people]
+    run = by or trainer()
+    updates = [run.train(weights, person, CONFIG, CONFIG.generator()).delta for person in people]
     if not encoded:
         return np.mean(updates, axis=0, dtype=np.float64).astype(np.float32)
     privacy = PrivacyParameters(
@@ -147,19 +178,41 @@ def test_fedavg_gives_the_weights_of_tff(
         np.testing.assert_allclose(state.parameters, expected, atol=tolerance, rtol=0)
 
 
-def test_four_rounds_of_fedavg_in_a_row_stay_near_those_of_tff(
-    oracle: Oracle, people: list[Examples]
-) -> None:
-    """Where an activation is all but 0, the last bit decides whether a rectifier or a maximum switches: one
-    such switch moved a weight by 3 10^-4 in the second round, and each round amplifies it."""
-    algorithm = FedAvg()
-    start = zoo.load("digits").weights
-    state = algorithm.init(start)
-    for _ in oracle["fedavg"]:
-        state = algorithm.apply(state, mean_update(state.parameters, people, encoded=False))
-    moved = np.linalg.norm(oracle["fedavg"][-1] - start)
-    assert np.linalg.norm(state.parameters - oracle["fedavg"][-1]) < 0.02 * moved
-    assert moved > 0.5, "it did train"
+@pytest.fixture(scope="module")
+def smooth() -> Model:
+    tf = pytest.importorskip("tensorflow")
+    from models.export import export
+    from tests.smooth_digits import build
+
+    tf.keras.utils.set_random_seed(5)
+    like = zoo.load("digits").manifest
+    return export(
+        build(),
+        name="smooth",
+        labels=like.labels,
+        scaling=like.input,
+        train_batch_size=like.train_batch_size,
+    )
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_rounds_in_a_row_give_the_weights_of_tff(smooth: Model, tmp_path: Path) -> None:
+    """Without a kink, rounds on end are equal to float32's precision, with several and with partial batches.
+
+    ReLU and maxima amplify the last bit: where two entries of a window are closer than float32 can tell, the
+    order of a sum decides which of them gets the gradient. In the digits model they are 7 10^-9 apart in the
+    first step of the second round at client 1: with examples in one order its step is 10^-3 off that in
+    float64, with XNNPACK as without, and 2 10^-8 in every other step and with the other order. So that model
+    is compared round by round, above.
+    """
+    people = digits([32, 7, 45, 64, 33, 20])
+    oracle = oracle_of(smooth, "smooth", people, tmp_path, batched=True)
+    run, algorithm = TfliteTrainer(smooth.manifest, smooth.graph), FedAvg()
+    state = algorithm.init(smooth.weights)
+    for expected in oracle["fedavg"]:
+        state = algorithm.apply(state, mean_update(state.parameters, people, encoded=False, by=run))
+        np.testing.assert_allclose(state.parameters, expected, atol=1e-6, rtol=0)
+    assert np.linalg.norm(oracle["fedavg"][-1] - smooth.weights) > 0.5, "it did train"
 
 
 @pytest.mark.parametrize(("encoded", "tolerance"), [(False, 5e-6), (True, 2e-5)])

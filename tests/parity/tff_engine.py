@@ -6,6 +6,7 @@ python tests/parity/tff_engine.py parameters CASES.json RESULT.json
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 from pathlib import Path
@@ -16,7 +17,10 @@ import tensorflow as tf
 import tensorflow_federated as tff
 from tensorflow_federated.python.aggregators import distributed_dp
 
-from models.architectures.digits import build
+from models.architectures import digits
+from tests import smooth_digits
+
+MODELS = {"digits": digits.build, "smooth": smooth_digits.build}
 
 
 def flat(tensors: list[Any]) -> np.ndarray:
@@ -29,13 +33,20 @@ def shaped(vector: np.ndarray, like: list[Any]) -> list[np.ndarray]:
     return [part.reshape(tensor.shape) for part, tensor in zip(parts, like, strict=True)]
 
 
+def epochs(x: np.ndarray, y: np.ndarray, batch: int) -> Any:
+    """The batches of one client; none spans two epochs, and the last of each may be smaller."""
+    each = [tf.data.Dataset.from_tensor_slices(epoch).batch(batch) for epoch in zip(x, y, strict=True)]
+    return functools.reduce(lambda before, after: before.concatenate(after), each)
+
+
 def train(task_file: Path, result_file: Path) -> None:
-    """Trains the digits model; one full batch per client and epoch, so that no order of examples matters."""
+    """Trains a model on what each client sees in its epochs: x0 (epochs, n, 8, 8, 1), y0, x1..."""
     task = np.load(task_file)
     clients = [
-        tf.data.Dataset.from_tensor_slices((x, y)).batch(len(x)).repeat(int(task["epochs"]))
-        for x, y in zip(task["x"], task["y"], strict=True)
+        epochs(task[f"x{client}"], task[f"y{client}"], int(task["batch"]))
+        for client in range(task["clients"])
     ]
+    build = MODELS[str(task["model"])]
 
     def model_fn() -> Any:
         return tff.learning.models.from_keras_model(
