@@ -129,6 +129,10 @@ class Client:
         """Who the service takes this client for."""
         return self._get("/whoami", schemas.Whoami)
 
+    def sign_in_link(self) -> schemas.SignInLink:
+        """Makes a link that signs a browser in to the console as this client, once."""
+        return self._send("POST", "/sign-in-links", schemas.SignInLink)
+
     def create_token(self, request: schemas.TokenRequest) -> schemas.NewToken:
         """Makes a token; its secret is shown this once."""
         return self._send("POST", "/tokens", schemas.NewToken, json=request.model_dump(mode="json"))

@@ -32,7 +32,9 @@ class Principal:
     Attributes:
         name: for the audit log: `token:3f2a91c07d5e laptop`, `oidc:ada@example.org`, `local:root`.
         role: the most that they may do.
+        token: public id of the token that they came with; None for people, and for who can read the state.
     """
 
     name: str
     role: Role
+    token: str | None = None

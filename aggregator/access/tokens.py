@@ -85,7 +85,16 @@ def check(token: str, record: TokenRecord | None, now: float) -> Role:
     secret = _parse(token)[1]
     expected = bytes(32) if record is None else record.secret_sha256
     matches = hmac.compare_digest(_hash(secret), expected)
-    if record is None or not matches:
+    return check_record(record if matches else None, now)
+
+
+def check_record(record: TokenRecord | None, now: float) -> Role:
+    """Checks that a token is still one; returns its role. For who has shown its secret before.
+
+    Raises:
+        InvalidToken: no such token, revoked or expired.
+    """
+    if record is None:
         raise InvalidToken("this token is not one of this aggregator's: ask its admin for one")
     if record.revoked_at is not None:
         raise InvalidToken("this token was revoked: ask an admin for a new one")

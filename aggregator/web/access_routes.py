@@ -5,11 +5,13 @@ from __future__ import annotations
 from importlib.metadata import version
 from typing import Annotated
 
-from fastapi import Path, Query, Response
+from fastapi import Path, Query, Request, Response
 
 from aggregator.access.roles import Role
 from aggregator.web import schemas
 from aggregator.web.admission import By, guarded
+from aggregator.web.context import context_of
+from aggregator.web.sessions import LINK_SECONDS
 
 looking = guarded(Role.VIEWER, tag="access")
 managing = guarded(Role.ADMIN, tag="access")
@@ -26,6 +28,16 @@ def show_me(by: By) -> schemas.Whoami:
         fleet=by.operator.authority.fleet,
         covey=version("covey"),
     )
+
+
+@looking.post("/sign-in-links", name="make-sign-in-link", status_code=201)
+def make_sign_in_link(by: By, request: Request, response: Response) -> schemas.SignInLink:
+    """Makes a link that signs a browser in as you: once, within ten minutes."""
+    context = context_of(request)
+    now = context.operator.clock.moment().unix
+    code = context.sessions.make_link(by.principal, now)
+    response.headers["Cache-Control"] = "no-store"
+    return schemas.SignInLink(path=f"/auth/link?code={code}", expires_at=now + LINK_SECONDS)
 
 
 @managing.get("/tokens", name="list-tokens")

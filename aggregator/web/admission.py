@@ -15,13 +15,14 @@ from fastapi.security import HTTPBearer
 
 from aggregator.access.audit import AuditedRepository
 from aggregator.access.roles import Principal, Role
-from aggregator.access.tokens import InvalidToken, check, token_id
+from aggregator.access.tokens import InvalidToken, check, check_record, token_id
 from aggregator.operations import Operator
 from aggregator.records import AuditEntry
 from aggregator.web.context import Context, context_of
 from aggregator.web.local import PREFIX as LOCAL_PREFIX
-from aggregator.web.oidc import SESSION_COOKIE, looks_like_jwt
+from aggregator.web.oidc import looks_like_jwt
 from aggregator.web.problems import ApiProblem, documented
+from aggregator.web.sessions import SESSION_COOKIE
 
 _SAFE = frozenset({"GET", "HEAD", "OPTIONS"})
 _bearer = HTTPBearer(auto_error=False, description="A token of `covey token create`, or of the OIDC issuer.")
@@ -150,14 +151,19 @@ def by_token(token: str, context: Context) -> Principal:
         record = reader.token(public)
     role = check(token, record, context.operator.clock.moment().unix)
     label = "" if record is None else record.label
-    return Principal(f"token:{public} {label}".rstrip(), role)
+    return Principal(f"token:{public} {label}".rstrip(), role, public)
 
 
 def _by_session(request: Request, context: Context) -> Principal:
     cookie = request.cookies.get(SESSION_COOKIE)
-    if context.oidc is None or cookie is None:
+    if cookie is None:
         raise InvalidToken("say who you are: `Authorization: Bearer covey_...` (see `covey token create`)")
-    principal = context.oidc.session(cookie, context.operator.clock.moment().unix)
+    now = context.operator.clock.moment().unix
+    principal = context.sessions.find(cookie, now)
+    if principal.token is not None:
+        # A session is worth no more than the token that opened it.
+        with context.operator.repository.read() as reader:
+            check_record(reader.token(principal.token), now)
     if request.method not in _SAFE and not same_origin(request):
         # A cookie goes along with whatever a page of another site sends; such a page cannot set this header.
         raise ApiProblem("cross-site", "a browser's request must come from the console's own pages")

@@ -16,6 +16,7 @@ from aggregator.telemetry.metrics import ServiceMetrics
 from aggregator.web.events import EventFeed
 from aggregator.web.limits import Limits, RateLimiter
 from aggregator.web.oidc import Oidc
+from aggregator.web.sessions import Sessions
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,7 @@ class Context:
     oidc: Oidc | None = None
     vitals: Callable[[], Vitals] | None = None
     metrics: ServiceMetrics | None = None
+    sessions: Sessions = field(default_factory=Sessions)
     limiter: RateLimiter = field(init=False)
 
     def __post_init__(self) -> None:

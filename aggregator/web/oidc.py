@@ -7,7 +7,6 @@ at most once a minute, when a token is signed by none of them.
 
 from __future__ import annotations
 
-import hashlib
 import hmac
 import secrets
 import threading
@@ -28,9 +27,7 @@ from aggregator.access.tokens import InvalidToken
 from aggregator.web.oidc_settings import OidcSettings
 from aggregator.web.problems import ApiProblem
 
-SESSION_COOKIE = "covey_session"
 LOGIN_COOKIE = "covey_login"
-SESSION_SECONDS = 8 * 3600
 LOGIN_SECONDS = 600
 _KEYS_SECONDS = 600
 _RENEW_SECONDS = 60
@@ -48,15 +45,9 @@ class _Pending:
     expires: float
 
 
-@dataclass(frozen=True)
-class _Session:
-    principal: Principal
-    expires: float
-
-
 @dataclass
 class Oidc:
-    """One issuer. Any thread may call it; sessions last as long as the process, at most."""
+    """One issuer. Any thread may call it."""
 
     settings: OidcSettings
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -64,7 +55,6 @@ class Oidc:
     _keys: KeySet | None = None
     _fetched: float = float("-inf")
     _pending: dict[str, _Pending] = field(default_factory=dict)
-    _sessions: dict[bytes, _Session] = field(default_factory=dict)
 
     # --- bearer tokens
 
@@ -145,8 +135,8 @@ class Oidc:
             self._pending[state] = _Pending(verifier, nonce, now + LOGIN_SECONDS)
         return str(address), state
 
-    def callback(self, redirect: str, code: str, state: str, cookie: str, now: float) -> str:
-        """Ends signing in; returns the session's secret for the browser's cookie.
+    def callback(self, redirect: str, code: str, state: str, cookie: str, now: float) -> Principal:
+        """Ends signing in; returns who it is.
 
         Args:
             redirect: as given to `login`.
@@ -167,28 +157,7 @@ class Oidc:
         claims = self._claims(str(answer.get("id_token") or ""), now)
         if not hmac.compare_digest(str(claims.get("nonce", "")).encode(), pending.nonce.encode()):
             raise InvalidToken("the issuer answered another sign-in: begin again")
-        session = secrets.token_urlsafe(32)
-        with self._lock:
-            self._sessions = {k: s for k, s in self._sessions.items() if s.expires > now}
-            self._sessions[_hash(session)] = _Session(self._principal(claims), now + SESSION_SECONDS)
-        return session
-
-    def session(self, secret: str, now: float) -> Principal:
-        """Whose session this is.
-
-        Raises:
-            InvalidToken: nobody's, or it is over.
-        """
-        with self._lock:
-            found = self._sessions.get(_hash(secret))
-        if found is None or found.expires <= now:
-            raise InvalidToken("this session is over: sign in again at /auth/login")
-        return found.principal
-
-    def logout(self, secret: str) -> None:
-        """Ends a session."""
-        with self._lock:
-            self._sessions.pop(_hash(secret), None)
+        return self._principal(claims)
 
     # --- the issuer
 
@@ -251,7 +220,3 @@ def _get(address: str) -> Any:
         return answer.json()
     except (httpx.HTTPError, ValueError) as error:
         raise ApiProblem("unavailable", f"the OIDC issuer does not answer: {type(error).__name__}") from error
-
-
-def _hash(secret: str) -> bytes:
-    return hashlib.sha256(secret.encode()).digest()

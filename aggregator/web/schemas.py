@@ -345,6 +345,17 @@ class Whoami(ApiModel):
     covey: str
 
 
+class SignInLink(ApiModel):
+    """Signs a browser in, once.
+
+    Attributes:
+        path: to open at the service's address; whoever opens it first is signed in.
+    """
+
+    path: Annotated[str, Field(repr=False)]
+    expires_at: float
+
+
 class Health(ApiModel):
     """Whether the service runs, and whether it can do its work."""
 

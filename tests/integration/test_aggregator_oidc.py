@@ -27,9 +27,10 @@ from joserfc.jwk import RSAKey
 
 from aggregator.access.roles import Role
 from aggregator.web.listen import ListenAddress
-from aggregator.web.oidc import LOGIN_COOKIE, SESSION_COOKIE, Oidc
+from aggregator.web.oidc import LOGIN_COOKIE, Oidc
 from aggregator.web.oidc_settings import OidcSettings
 from aggregator.web.server import ApiServer
+from aggregator.web.sessions import SESSION_COOKIE
 from tests.api_bench import Api, api, csr
 
 V1 = "/api/v1"
@@ -111,9 +112,10 @@ def sign_in(browser: httpx.Client, who: str) -> httpx.Response:
 
 def test_a_person_signs_in_acts_and_signs_out(bench: Api, browser: httpx.Client) -> None:
     done = sign_in(browser, "bob")
-    assert (done.status_code, done.headers["location"]) == (303, "/")
+    # A page of its own, which goes on: after a redirect from the issuer, a strict cookie would stay behind.
+    assert done.status_code == 200 and 'content="0;url=/"' in done.text
     cookie = next(h for h in done.headers.get_list("set-cookie") if h.startswith(SESSION_COOKIE))
-    assert "HttpOnly" in cookie and "SameSite=lax" in cookie
+    assert "HttpOnly" in cookie and "SameSite=strict" in cookie
     me = browser.get(f"{V1}/whoami").json()
     assert (me["name"], me["role"]) == ("oidc:bob@example.org", "operator")
     assert browser.get(f"{V1}/audit").status_code == 403
@@ -139,7 +141,7 @@ def test_a_person_signs_in_acts_and_signs_out(bench: Api, browser: httpx.Client)
 
     secret = browser.cookies[SESSION_COOKIE]
     assert browser.post("/auth/logout").status_code == 403
-    assert browser.post("/auth/logout", headers={"Origin": own}).status_code == 204
+    assert browser.post("/auth/logout", headers={"Origin": own}).status_code == 303
     again = httpx.get(f"{own}{V1}/whoami", cookies={SESSION_COOKIE: secret})
     assert again.status_code == 401 and "sign in again" in again.json()["detail"]
 
@@ -168,7 +170,7 @@ def test_a_sign_in_that_somebody_else_began_is_refused(browser: httpx.Client) ->
     assert stolen.status_code == 401 and "begin again" in stolen.json()["detail"]
     assert SESSION_COOKIE not in browser.cookies
     back = begin(browser, "bob")
-    assert browser.get(back).status_code == 303
+    assert browser.get(back).status_code == 200
     assert browser.get(back).status_code == 401  # once
     forged = browser.get("/auth/callback", params={"code": "x", "state": "y"})
     assert forged.status_code == 401
@@ -189,7 +191,7 @@ def test_the_code_goes_back_with_the_verifier_of_its_challenge(
     address = start.headers["location"]
     back = post(address, data={"sub": "bob"}).headers["location"]
     monkeypatch.setattr("aggregator.web.oidc.httpx.post", recorded)
-    assert browser.get(back).status_code == 303
+    assert browser.get(back).status_code == 200
     (verifier,) = parse_qs(bodies[0])["code_verifier"]
     digest = base64.urlsafe_b64encode(hashlib.sha256(verifier.encode()).digest()).rstrip(b"=").decode()
     assert parse_qs(urlsplit(address).query)["code_challenge"] == [digest]
