@@ -118,6 +118,11 @@ class Operator(RolloutOperations):
         with self.repository.read() as reader:
             return reader.devices_page(which, after=after, limit=limit)
 
+    def count_devices(self, which: DeviceFilter) -> int:
+        """How many devices fit."""
+        with self.repository.read() as reader:
+            return reader.count_devices(which)
+
     def device(self, device_id: str) -> Device:
         """One device.
 

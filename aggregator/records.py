@@ -288,12 +288,16 @@ class DeviceFilter:
         online: whether it is.
         client_version: of Covey on the device.
         answers_with: (model, version) that it answers predictions with.
+        text: in its id, in a label or in its client's version.
+        excluded: whether it is.
     """
 
     label: str | None = None
     online: bool | None = None
     client_version: str | None = None
     answers_with: tuple[str, int] | None = None
+    text: str | None = None
+    excluded: bool | None = None
 
 
 @dataclass(frozen=True)

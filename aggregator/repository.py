@@ -105,6 +105,10 @@ class Reader(Protocol):
         """How many devices there are."""
         ...
 
+    def count_devices(self, which: DeviceFilter) -> int:
+        """How many enrolled devices fit."""
+        ...
+
     # --- versions
     def version(self, model: str, version: int) -> Version | None:
         """One version of a model."""

@@ -21,7 +21,6 @@ from sqlalchemy import (
     delete,
     func,
     insert,
-    or_,
     select,
     update,
 )
@@ -30,6 +29,7 @@ from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, SQLAlchemyErro
 from aggregator.adapters import sql_schema as s
 from aggregator.adapters.sql_access import AccessReader, AccessWriter
 from aggregator.adapters.sql_claim import Claim
+from aggregator.adapters.sql_devices import fitting
 from aggregator.adapters.sql_engine import MODE, Mode, contended, erase_log, open_engine, reason
 from aggregator.adapters.sql_migration import check_schema
 from aggregator.adapters.sql_noise import NoiseReader, NoiseWriter
@@ -176,19 +176,12 @@ class _Reader(AccessReader, NoiseReader, RolloutReader):
 
     def devices_page(self, which: DeviceFilter, *, after: str, limit: int) -> tuple[Device, ...]:
         query = select(s.devices).where(s.devices.c.device_id > after)
-        if which.label is not None:
-            # Labels hold no quotation mark, so the quoted label is found nowhere else in the list.
-            query = query.where(s.devices.c.labels.contains(json.dumps(which.label), autoescape=True))
-        if which.online is not None:
-            query = query.where(s.devices.c.online == which.online)
-        if which.client_version is not None:
-            query = query.where(s.devices.c.client_version == which.client_version)
-        if which.answers_with is not None:
-            model, version = which.answers_with
-            item = f"{json.dumps(model)}: {version}"
-            models = (s.devices.c.models.contains(item + end, autoescape=True) for end in (",", "}"))
-            query = query.where(or_(*models))
+        query = fitting(query, which)
         return tuple(_device(row) for row in self._all(query.order_by(s.devices.c.device_id).limit(limit)))
+
+    def count_devices(self, which: DeviceFilter) -> int:
+        query = fitting(select(func.count()).select_from(s.devices), which)
+        return int(self._connection.execute(query).scalar_one())
 
     def version(self, model: str, version: int) -> Version | None:
         row = self._one(

@@ -451,7 +451,16 @@ def test_a_page_of_devices_by_label_presence_and_version(repository: Repository)
     assert names(DeviceFilter(answers_with=("w", 1))) == []
     assert names(DeviceFilter(answers_with=("w", 12))) == ["barn-1", "shed-1"]
     assert names(DeviceFilter(client_version="0.2")) == []
+    assert names(DeviceFilter(text="north")) == ["barn-1", "shed-1"]
+    assert names(DeviceFilter(text="shed")) == names(DeviceFilter(text="barn_x")) == ["shed-1"]
+    assert names(DeviceFilter(text="%")) == names(DeviceFilter(text="barn?")) == []
+    with repository.write() as writer:
+        writer.set_exclusion("barn-2", "broken")
+    assert names(DeviceFilter(excluded=True)) == ["barn-2"]
+    assert names(DeviceFilter(excluded=False)) == ["barn-1", "shed-1"]
     with repository.read() as reader:
+        assert reader.count_devices(DeviceFilter()) == 3
+        assert reader.count_devices(DeviceFilter(online=True, text="barn")) == 2
         device = reader.device("barn-1")
     assert device is not None and device.labels == ("barn", "site=north")
 
