@@ -1,4 +1,4 @@
-"""The application: `create_app(context)`. What joins it later, such as a console, mounts into the result."""
+"""The application: `create_app(context)`: the API, and the console for people."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ from aggregator.web import (
     rollout_routes,
     round_routes,
 )
+from aggregator.web.console import acting, assets, pages
+from aggregator.web.console.shell import Shell
 from aggregator.web.context import Context
 from aggregator.web.limits import BodyLimit
 from aggregator.web.schemas import PREFIX, Problem
@@ -64,8 +66,11 @@ def create_app(context: Context) -> FastAPI:
     app.include_router(api)
     app.include_router(login_routes.router)
     app.include_router(metrics_routes.looking)
+    for pages_of in (pages.looking, pages.anybody, acting.asking, acting.acting, assets.router):
+        app.include_router(pages_of, include_in_schema=False)
     problems.install(app)
     app.add_middleware(EntityTags)
+    app.add_middleware(Shell, owner=app)
     app.add_middleware(BodyLimit, limits=context.limits)
     if context.metrics is not None:
         app.add_middleware(MeteredApi, metrics=context.metrics)

@@ -11,6 +11,7 @@ import asyncio
 import json
 import secrets
 import threading
+import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
@@ -29,11 +30,13 @@ class Event:
         kind: `device`, `version`, `rollout`, `pin`, `campaign`, `round`, or what a later part of the service
             names.
         data: JSON; names the resource and what changed.
+        at: seconds since 1970.
     """
 
     number: int
     kind: str
     data: Mapping[str, Any]
+    at: float
 
 
 @dataclass
@@ -41,6 +44,7 @@ class EventFeed:
     """The events of one process; any thread publishes, any event loop listens."""
 
     kept: int = KEPT
+    clock: Callable[[], float] = time.time
     epoch: str = field(default_factory=lambda: secrets.token_hex(4))
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _events: deque[Event] = field(init=False)
@@ -56,7 +60,7 @@ class EventFeed:
         """Tells everybody; never blocks."""
         with self._lock:
             self._number += 1
-            self._events.append(Event(self._number, kind, data))
+            self._events.append(Event(self._number, kind, data, self.clock()))
             wake = tuple(self._listeners.values())
         for each in wake:
             each()
@@ -91,6 +95,16 @@ class EventFeed:
                 return None
             missing = self._number - number
             return tuple(self._events)[-missing:] if missing > 0 else ()
+
+    def latest(self, most: int) -> tuple[Event, ...]:
+        """The latest events that are kept, newest first."""
+        with self._lock:
+            return tuple(reversed(self._events))[:most]
+
+    @property
+    def closed(self) -> bool:
+        """Whether the service stops."""
+        return self._closed
 
     def id_of(self, number: int) -> str:
         """What a listener gives back to go on after this event."""
