@@ -61,6 +61,11 @@ class FleetBroker:
                 assert time.monotonic() < deadline, self.log_file.read_text()
                 time.sleep(0.02)
 
+    @property
+    def pid(self) -> int:
+        assert self._process is not None
+        return self._process.pid
+
     def stop(self) -> None:
         if self._process is not None:
             self._process.terminate()

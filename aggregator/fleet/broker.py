@@ -39,7 +39,8 @@ _QUEUED_BYTES = 256 * 2**20
 # Paths are relative, so that one directory serves a unit of systemd, a container and a shell alike.
 # Practically no limit by count: a slow subscriber would lose acknowledged messages to it without notice.
 # Not 0 for none: mosquitto 2.0.11 then hangs up on who publishes what it may not, in place of refusing that.
-# Queues are saved at every change, so that a restart forgets little; nothing relies on it.
+# Saved every minute: each time syncs everything to the disk, and the broker serves nobody meanwhile. Nothing
+# relies on it: devices and the aggregator say again after a reconnect what the broker may have forgotten.
 _CONFIGURATION = """\
 # mosquitto 2 for the fleet {fleet}; `covey aggregator broker` writes it anew.
 # Start it in this directory: mosquitto -c mosquitto.conf
@@ -67,8 +68,7 @@ set_tcp_nodelay true
 
 persistence true
 persistence_location {data}/
-autosave_on_changes true
-autosave_interval 1
+autosave_interval 60
 
 log_dest stderr
 log_type error
