@@ -24,7 +24,7 @@ def wait(client: Client, campaign_id: str, what: str) -> None:
         if now != said:
             output.hint(now)
             said = now
-        if campaign.status not in ("waiting", "running"):
+        if campaign.status not in ("waiting", "running", "paused"):
             return
         time.sleep(POLL_SECONDS)
 
@@ -37,7 +37,7 @@ def nothing_yet(campaign: Campaign, round_: Round | None, what: str) -> None:
     """
     if round_ is not None and round_.status == "aborted":
         output.fail(f"{what} aborted: {round_.code}: {round_.detail}")
-    elif campaign.status in ("waiting", "running"):
+    elif campaign.status in ("waiting", "running", "paused"):
         output.hint(f"{what} has no result yet: {campaign.note or campaign.status}")
         return
     else:

@@ -307,6 +307,18 @@ class Client:
         """One campaign."""
         return self._get(f"/campaigns/{_part(campaign_id)}", schemas.Campaign)
 
+    def pause_campaign(self, campaign_id: str) -> schemas.Campaign:
+        """Begins no more rounds of a campaign until it is resumed."""
+        return self._send("POST", f"/campaigns/{_part(campaign_id)}/pause", schemas.Campaign)
+
+    def resume_campaign(self, campaign_id: str) -> schemas.Campaign:
+        """Goes on with a paused campaign."""
+        return self._send("POST", f"/campaigns/{_part(campaign_id)}/resume", schemas.Campaign)
+
+    def cancel_campaign(self, campaign_id: str) -> schemas.Campaign:
+        """Ends a campaign for good."""
+        return self._send("POST", f"/campaigns/{_part(campaign_id)}/cancel", schemas.Campaign)
+
     def campaigns(self, *, active: bool = False) -> tuple[schemas.Campaign, ...]:
         """Campaigns, oldest first."""
         found = self._pages("/campaigns", schemas.Page[schemas.Campaign], limit=1000, active=active)

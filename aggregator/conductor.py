@@ -67,7 +67,7 @@ class Conductor:
         self._running: dict[str, RunningRound] = {}
         self._ended: OrderedDict[str, tuple[RoundEnd, frozenset[str]]] = OrderedDict()
         self._patience: dict[str, float] = {}
-        self._defects: dict[str, str] = {}
+        self._dropped: dict[str, tuple[str, str]] = {}
         self._lost: dict[str, tuple[Round, str]] = {}
         self._restored = False
 
@@ -75,7 +75,7 @@ class Conductor:
         """Forgets everything and reads it again from the repository."""
         self._running.clear()
         self._ended.clear()
-        self._defects.clear()
+        self._dropped.clear()
         self._lost.clear()
         with repository.read() as reader:
             for record in reader.rounds(last=REMEMBERED):
@@ -156,7 +156,7 @@ class Conductor:
             for device_id in sorted(self._presence.online()):
                 self.presence_changed(work, device_id, Change.BORN)
         for round_id, running in self._running.items():
-            if running.state.ended or round_id in self._defects:
+            if running.state.ended or round_id in self._dropped:
                 continue
             try:
                 running.apply(work, Tick())
@@ -165,7 +165,7 @@ class Conductor:
             except Exception as error:
                 # Of this round alone: the others, and the messages of this batch, must not suffer for it.
                 logger.exception("round %s stumbled and is given up", round_id)
-                self._defects[round_id] = type(error).__name__
+                self._dropped[round_id] = ("defect", type(error).__name__)
 
     def save_reports(self, work: Work) -> None:
         """Saves the report of every round that has changed, for whoever watches."""
@@ -183,12 +183,21 @@ class Conductor:
 
     # --- endings
 
+    def drop_cancelled(self, reader: Reader) -> None:
+        """Gives up the rounds whose campaign was cancelled, unless their privacy is spent already."""
+        for round_id, running in self._running.items():
+            if running.state.ended or running.state.spent or round_id in self._dropped:
+                continue
+            campaign = reader.campaign(running.record.campaign_id)
+            if campaign is not None and campaign.status == "cancelled":
+                self._dropped[round_id] = ("cancelled", "its campaign was cancelled")
+
     def over(self) -> tuple[str, ...]:
         """The rounds that wait for `finish`."""
         ended = (
             round_id
             for round_id, running in self._running.items()
-            if running.state.ended or round_id in self._defects
+            if running.state.ended or round_id in self._dropped
         )
         return (*self._lost, *ended)
 
@@ -197,8 +206,8 @@ class Conductor:
         if round_id in self._lost:
             give_up(work, *self._lost[round_id])
             return
-        if round_id in self._defects:
-            self.abort(work, round_id, "defect", self._defects[round_id])
+        if round_id in self._dropped:
+            self.abort(work, round_id, *self._dropped[round_id])
             return
         running = self._running[round_id]
         self._finisher.finish(work, running, dict(self.traffic.read(running.state.invited)))
@@ -217,7 +226,7 @@ class Conductor:
         running = self._running.pop(round_id, None)
         if running is not None:
             self.traffic.clear(running.state.invited)
-        self._defects.pop(round_id, None)
+        self._dropped.pop(round_id, None)
         self._lost.pop(round_id, None)
         record = reader.round(round_id)
         if record is not None:
@@ -245,25 +254,32 @@ class Conductor:
         """Starts the next round of every campaign whose turn it is.
 
         A model is trained by one campaign at a time, because each round goes on from the version of the one
-        before. Evaluations of a model are one at a time beside that, and so are queries. A device is in one
-        round only. Queries and evaluations go first, or the rounds of a long campaign would leave them no
-        devices until its end.
+        before; one that waits for its time lets others go. Evaluations of a model are one at a time beside
+        that, and so are queries. A device is in one round only. Queries and evaluations go first, or the
+        rounds of a long campaign would leave them no devices until its end.
         """
         busy = {_lane(running.record.model, running.state.plan.task) for running in self._running.values()}
         lanes = [(_lane(campaign.model, asked_by(campaign)), campaign) for campaign in campaigns]
         for lane, campaign in sorted(lanes, key=lambda each: each[0].trains):
             if lane in busy:
                 continue
-            busy.add(lane)
             if campaign.started >= campaign.rounds:
+                if not _wanted(work, campaign):
+                    continue
                 work.writer.update_campaign(campaign.campaign_id, "finished")
                 work.writer.fell_noise_tree(campaign.campaign_id)
                 self._patience.pop(campaign.campaign_id, None)
                 logger.info("campaign %s finished", campaign.campaign_id[:8])
                 continue
+            if campaign.due_at is not None and work.at.unix < campaign.due_at:
+                # Others may use the time: each round goes on from the newest version there is.
+                continue
+            busy.add(lane)
             try:
                 self._serve(work, campaign)
             except (BudgetRefused, ProtocolError, LostBase, ValueError) as error:
+                if not _wanted(work, campaign):
+                    continue
                 work.writer.update_campaign(campaign.campaign_id, "failed", str(error)[:300])
                 work.writer.fell_noise_tree(campaign.campaign_id)
                 logger.error("campaign %s failed: %s", campaign.campaign_id[:8], error)
@@ -289,7 +305,7 @@ class Conductor:
             self._patience.pop(campaign.campaign_id, None)
             count = len(available) if len(online) >= minimum else len(online)
             note = f"waiting for devices: {count} of at least {minimum} {found.who}"[:300]
-            if campaign.note != note:
+            if campaign.note != note and _wanted(work, campaign):
                 work.writer.update_campaign(campaign.campaign_id, campaign.status, note)
             return
         since = self._patience.setdefault(campaign.campaign_id, work.at.clock)
@@ -302,6 +318,8 @@ class Conductor:
         ):
             return
         del self._patience[campaign.campaign_id]
+        if not _wanted(work, campaign):
+            return
         self._start(work, campaign, settings, available)
 
     def _start(
@@ -340,6 +358,9 @@ class Conductor:
         if tree is not None and (known is None or known.tree != tree.tree):
             work.writer.plant_noise_tree(NoiseTree(campaign.campaign_id, tree.tree, self._entropy()))
         self._running[round_id] = RunningRound.begin(work, record, drawn, assignment, self._trust)
+        if settings.schedule is not None:
+            # From now, not from the firing that this round serves: what was missed is not made up for.
+            work.writer.set_due(campaign.campaign_id, settings.schedule.after(work.at.unix))
         with bound_contextvars(round=round_id, campaign=campaign.campaign_id):
             logger.info(
                 "round %s (%d of %d) started: %s, %d devices",
@@ -361,6 +382,12 @@ class Conductor:
         if version is None:
             raise LostBase(f"{model} has no such version: publish one with `covey model publish`")
         return manifest_of(version)
+
+
+def _wanted(work: Work, campaign: Campaign) -> bool:
+    """Whether a campaign is still to go on: it may have been paused or cancelled since it was read."""
+    now = work.writer.campaign(campaign.campaign_id)
+    return now is not None and now.status in ("waiting", "running")
 
 
 @dataclass(frozen=True)

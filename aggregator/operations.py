@@ -18,7 +18,16 @@ from aggregator.clock import Clock
 from aggregator.evaluations import EvaluationRequest
 from aggregator.fleet.authority import Authority, requested_name
 from aggregator.queries import QueryRequest
-from aggregator.records import AuditEntry, Campaign, Device, DeviceFilter, Round, RoundStatus, Version
+from aggregator.records import (
+    AuditEntry,
+    Campaign,
+    CampaignStatus,
+    Device,
+    DeviceFilter,
+    Round,
+    RoundStatus,
+    Version,
+)
 from aggregator.refusals import NoSuch as NoSuch
 from aggregator.refusals import OperationRefused as OperationRefused
 from aggregator.refusals import there as _there
@@ -300,6 +309,7 @@ class Operator(RolloutOperations):
             rounds=rounds,
             settings=settings.to_bytes(),
             created_at=self.clock.moment().unix,
+            due_at=_due(settings, self.clock.moment().unix),
         )
         writer.add_campaign(campaign)
         return campaign
@@ -312,12 +322,60 @@ class Operator(RolloutOperations):
         """
         with self.repository.read() as reader:
             campaign = reader.campaign(campaign_id)
-        return _there(campaign, f"no campaign {campaign_id}: see `covey round status`")
+        return _there(campaign, f"no campaign {campaign_id}: see `covey campaign list`")
 
     def campaigns(self, *, active: bool = False) -> tuple[Campaign, ...]:
         """Campaigns, oldest first; with `active`, only those that have rounds to run."""
         with self.repository.read() as reader:
-            return reader.campaigns("waiting", "running") if active else reader.campaigns()
+            return reader.campaigns("waiting", "running", "paused") if active else reader.campaigns()
+
+    def pause_campaign(self, campaign_id: str) -> Campaign:
+        """Lets a campaign begin no more rounds until it is resumed; a round that runs goes to its end.
+
+        Raises:
+            OperationRefused: no such campaign, or it has ended or is paused.
+        """
+        return self._move(campaign_id, ("waiting", "running"), "paused")
+
+    def resume_campaign(self, campaign_id: str) -> Campaign:
+        """Lets a paused campaign go on; with a schedule, from its next firing.
+
+        Raises:
+            OperationRefused: no such campaign, or it is not paused.
+        """
+        return self._move(campaign_id, ("paused",), "running")
+
+    def cancel_campaign(self, campaign_id: str) -> Campaign:
+        """Ends a campaign: a round of it that runs is aborted, unless its devices were asked to unmask.
+
+        Raises:
+            OperationRefused: no such campaign, or it has ended.
+        """
+        return self._move(campaign_id, ("waiting", "running", "paused"), "cancelled")
+
+    def _move(
+        self, campaign_id: str, allowed: tuple[CampaignStatus, ...], status: CampaignStatus
+    ) -> Campaign:
+        with self.repository.write() as writer:
+            campaign = _there(
+                writer.campaign(campaign_id), f"no campaign {campaign_id}: see `covey campaign list`"
+            )
+            if campaign.status not in allowed:
+                raise OperationRefused(
+                    f"campaign {campaign_id[:8]} is {campaign.status}: only one that is "
+                    f"{' or '.join(allowed)} can become {status}"
+                )
+            if status == "running":
+                if not campaign.started:
+                    status = "waiting"
+                # A firing that the pause swallowed is not made up for: it would start at an hour that nobody
+                # asked for.
+                settings = CampaignSettings.from_bytes(campaign.settings)
+                writer.set_due(campaign_id, _due(settings, self.clock.moment().unix))
+            if status == "cancelled":
+                writer.fell_noise_tree(campaign_id)
+            writer.update_campaign(campaign_id, status)
+            return _there(writer.campaign(campaign_id), f"no campaign {campaign_id}")
 
     def rounds(
         self,
@@ -424,3 +482,7 @@ class Operator(RolloutOperations):
                 if device.online:
                     gone = DeviceStatus(session=bytes(32), online=False, models={})
                     writer.note_status(device.device_id, gone, device.last_seen or now)
+
+
+def _due(settings: CampaignSettings, now: float) -> float | None:
+    return None if settings.schedule is None else settings.schedule.after(now)

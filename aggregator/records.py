@@ -10,7 +10,7 @@ from protocol.conditions import Conditions
 from protocol.fields import BlobRef
 from protocol.messages import VersionFailure
 
-CampaignStatus = Literal["waiting", "running", "finished", "failed", "cancelled"]
+CampaignStatus = Literal["waiting", "running", "paused", "finished", "failed", "cancelled"]
 RoundStatus = Literal["running", "completed", "aborted"]
 Stage = Literal["candidate", "canary", "stable", "withdrawn"]
 """How far a version has come: made, with a part of the fleet, for all of it, or taken back for good."""
@@ -128,6 +128,7 @@ class Campaign:
         rounds: how many rounds are to be run, completed or not.
         started: how many rounds have begun.
         note: why it failed, or what it waits for.
+        due_at: no round begins before, seconds since 1970; None without a schedule.
     """
 
     campaign_id: str
@@ -138,6 +139,7 @@ class Campaign:
     status: CampaignStatus = "waiting"
     started: int = 0
     note: str = ""
+    due_at: float | None = None
 
 
 @dataclass(frozen=True)

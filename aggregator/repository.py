@@ -350,6 +350,14 @@ class Writer(Reader, Protocol):
         """
         ...
 
+    def set_due(self, campaign_id: str, at: float | None) -> None:
+        """Says when the next round of a campaign is due, in seconds since 1970.
+
+        Raises:
+            NotFound: no such campaign.
+        """
+        ...
+
     def begin_round(self, round_: Round) -> None:
         """Adds a running round and counts it in its campaign, whose status becomes `running`.
 

@@ -246,6 +246,7 @@ class Service:
         campaigns: tuple[Campaign, ...]
         with self._repository.read() as reader:
             campaigns = reader.campaigns("waiting", "running")
+            self._conductor.drop_cancelled(reader)
             newest = reader.newest_versions()
         for version in newest:
             # Published meanwhile, by an operator or by a round.

@@ -18,6 +18,7 @@ from aggregator.rounds.planning import (
     CampaignSettings,
 )
 from aggregator.rounds.selector import InvalidSelector, parse
+from aggregator.schedule import UTC, schedule_of
 from models.recipes import RECIPES, Recipe
 from protocol.dp.parameters import (
     AdaptiveClipping,
@@ -70,6 +71,8 @@ class CampaignRequest:
             every round noise of its own.
         example_clip_norm: mode example: L2 bound of one example's gradient; by default 1.
         sampling_probability: mode example: chance of an example to be in one step; by default 0.1.
+        schedule: cron expression that says when rounds are due; by default one follows on the other.
+        time_zone: of the schedule, an IANA name.
         where: which devices, such as `power=mains,battery>=50`; everybody by default.
         rest_rounds: whoever was in one of so many rounds before yields to the others.
         over_select: invite so many times the cohort; the first to check in make the roster.
@@ -99,6 +102,8 @@ class CampaignRequest:
     restart_every: int | None = None
     example_clip_norm: float | None = None
     sampling_probability: float | None = None
+    schedule: str | None = None
+    time_zone: str = UTC
     where: str = ""
     rest_rounds: int = DEFAULT_REST_ROUNDS
     over_select: float = 1.0
@@ -132,6 +137,7 @@ class CampaignRequest:
                 deadlines=self.deadlines,
                 gather_seconds=self.gather_seconds,
                 selection_seed=seed_of(self.seed),
+                schedule=schedule_of(self.schedule, self.time_zone),
                 where=parse(self.where),
                 rest_rounds=self.rest_rounds,
                 over_select=self.over_select,

@@ -370,6 +370,10 @@ class _Writer(_Reader, AccessWriter, NoiseWriter, RolloutWriter):
         statement = update(s.campaigns).where(s.campaigns.c.campaign_id == campaign_id)
         self._change(statement.values(status=status, note=note), f"no campaign {campaign_id}")
 
+    def set_due(self, campaign_id: str, at: float | None) -> None:
+        statement = update(s.campaigns).where(s.campaigns.c.campaign_id == campaign_id)
+        self._change(statement.values(due_at=at), f"no campaign {campaign_id}")
+
     def begin_round(self, round_: Round) -> None:
         statement = update(s.campaigns).where(s.campaigns.c.campaign_id == round_.campaign_id)
         statement = statement.values(status="running", started=s.campaigns.c.started + 1, note="")

@@ -22,7 +22,7 @@ from sqlalchemy import (
     UniqueConstraint,
 )
 
-REVISION = "0008"
+REVISION = "0009"
 """The newest migration: what a database must have to be used."""
 
 NAME = String(63).with_variant(String(63, collation="C"), "postgresql")
@@ -113,6 +113,7 @@ campaigns = Table(
     Column("status", String(16), nullable=False),
     Column("started", Integer, nullable=False),
     Column("note", Text, nullable=False),
+    Column("due_at", Float),
 )
 
 noise_trees = Table(

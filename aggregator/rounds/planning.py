@@ -11,6 +11,7 @@ from pydantic import Field, ValidationError
 from aggregator.clock import Moment
 from aggregator.records import Campaign
 from aggregator.rounds.selector import Selector
+from aggregator.schedule import Schedule
 from models.assignment import Answering, Assignment, Evaluating, Training
 from models.manifest import ModelManifest
 from protocol.dp.parameters import MetricSlot, PrivacyParameters
@@ -72,6 +73,8 @@ class CampaignSettings(Schema):
     """With the minimum online, how long to wait for a full cohort before a round starts without it."""
     selection_seed: Bytes32
     """Cohorts are drawn from this and the round's number, so that a draw can be repeated."""
+    schedule: Schedule | None = None
+    """When rounds are due; without one, each follows on the one before."""
     where: Selector = ()
     """Only devices that fit are invited."""
     rest_rounds: Annotated[int, Field(ge=0, le=1000)] = 0
@@ -102,12 +105,18 @@ class CampaignSettings(Schema):
         return hashlib.sha256(self.selection_seed + number.to_bytes(8, "big")).digest()
 
 
-def asked_by(campaign: Campaign) -> TrainingParameters | VersionToEvaluate | QueryTask | None:
-    """What a campaign asks; None for one of another Covey's, which cannot be read."""
+def readable(campaign: Campaign) -> CampaignSettings | None:
+    """The settings of a campaign; None for those of another Covey's, which cannot be read."""
     try:
-        return CampaignSettings.from_bytes(campaign.settings).asks
+        return CampaignSettings.from_bytes(campaign.settings)
     except MalformedMessage:
         return None
+
+
+def asked_by(campaign: Campaign) -> TrainingParameters | VersionToEvaluate | QueryTask | None:
+    """What a campaign asks; None for one that cannot be read."""
+    settings = readable(campaign)
+    return None if settings is None else settings.asks
 
 
 def assign(settings: CampaignSettings, base: ModelManifest | None) -> Assignment:

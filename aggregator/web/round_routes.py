@@ -69,6 +69,24 @@ def show_campaign(by: By, campaign: CampaignId) -> schemas.Campaign:
     return schemas.Campaign.of(by.operator.campaign(campaign))
 
 
+@acting.post("/campaigns/{campaign}/pause", name="pause-campaign", responses=documented("refused"))
+def pause_campaign(by: By, campaign: CampaignId) -> schemas.Campaign:
+    """Begins no more rounds until it is resumed; a round that runs goes to its end."""
+    return schemas.Campaign.of(by.operator.pause_campaign(campaign))
+
+
+@acting.post("/campaigns/{campaign}/resume", name="resume-campaign", responses=documented("refused"))
+def resume_campaign(by: By, campaign: CampaignId) -> schemas.Campaign:
+    """Goes on with a paused campaign; with a schedule, from its next firing."""
+    return schemas.Campaign.of(by.operator.resume_campaign(campaign))
+
+
+@acting.post("/campaigns/{campaign}/cancel", name="cancel-campaign", responses=documented("refused"))
+def cancel_campaign(by: By, campaign: CampaignId) -> schemas.Campaign:
+    """Ends a campaign for good; a round of it that runs is aborted."""
+    return schemas.Campaign.of(by.operator.cancel_campaign(campaign))
+
+
 @looking.get("/rounds", name="list-rounds")
 def list_rounds(
     by: By,

@@ -12,8 +12,9 @@ from aggregator.access.roles import Role
 from aggregator.access.tokens import TokenRecord
 from aggregator.operations import RoundView
 from aggregator.records import CampaignStatus, RoundStatus, Stage
-from aggregator.rounds.planning import VersionToEvaluate, asked_by
+from aggregator.rounds.planning import VersionToEvaluate, readable
 from aggregator.rounds.report import RoundReport
+from aggregator.rounds.selector import written
 from protocol.conditions import Conditions
 from protocol.fields import Slug
 from protocol.messages import VersionFailure
@@ -175,6 +176,9 @@ class Campaign(ApiModel):
         model: which is trained or evaluated; None for a query.
         query: what is asked by a query.
         evaluates: number of the version that is evaluated.
+        schedule: cron expression and time zone; empty when rounds follow on one another.
+        due_at: no round begins before, seconds since 1970.
+        where: which devices it takes; empty for all.
         note: why it failed, or what it waits for.
     """
 
@@ -182,6 +186,9 @@ class Campaign(ApiModel):
     model: str | None
     query: QueryTask | None = None
     evaluates: int | None = None
+    schedule: str = ""
+    due_at: float | None = None
+    where: str = ""
     status: CampaignStatus
     rounds: int
     started: int
@@ -191,12 +198,16 @@ class Campaign(ApiModel):
     @classmethod
     def of(cls, c: records.Campaign) -> Self:
         """From the record."""
-        asks = asked_by(c)
+        settings = readable(c)
+        asks = None if settings is None else settings.asks
         return cls(
             campaign=c.campaign_id,
             model=c.model,
             query=asks if isinstance(asks, QueryTask) else None,
             evaluates=asks.version if isinstance(asks, VersionToEvaluate) else None,
+            schedule="" if settings is None or settings.schedule is None else str(settings.schedule),
+            due_at=c.due_at,
+            where="" if settings is None else written(settings.where),
             status=c.status,
             rounds=c.rounds,
             started=c.started,

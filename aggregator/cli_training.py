@@ -1,0 +1,241 @@
+"""The options of every command that asks for rounds of training."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from aggregator.cli_options import OverSelect, WhichDevices
+from aggregator.operations import OperationRefused
+from aggregator.settings import DEFAULT_DELTA, DEFAULT_REST_ROUNDS, CampaignRequest, given, invalid
+from protocol.dp.parameters import PrivacyMode
+from protocol.plan import SUBCOHORT_LIMIT, Deadlines
+
+_LIMITS = Deadlines()
+DEFAULT_COHORT = 10
+MAX_PLAN_BYTES = 1_000_000
+
+
+class PlannedPrivacy(BaseModel):
+    """The figures of `covey privacy plan --json` that a campaign takes over."""
+
+    model_config = ConfigDict(frozen=True)
+
+    mode: PrivacyMode
+    rounds: int
+    delta: float
+    noise_multiplier: float
+    clip_norm: float
+    cohort: int | None = None
+    min_survivors: int
+    bits: int | None
+    restart_every: int | None = None
+    sampling_probability: float | None = None
+
+    @classmethod
+    def load(cls, path: Path) -> PlannedPrivacy:
+        """Reads a plan.
+
+        Raises:
+            BadParameter: it cannot be read.
+            OperationRefused: it says what is wrong with it.
+        """
+        try:
+            with path.open("rb") as file:
+                return cls.model_validate_json(file.read(MAX_PLAN_BYTES))
+        except OSError as error:
+            modes = ", ".join(PrivacyMode)
+            raise typer.BadParameter(
+                f"one of {modes}, or a file that can be read: {path}: {error.strerror}",
+                param_hint="--privacy",
+            ) from error
+        except ValidationError as error:
+            raise OperationRefused(
+                f"{path} is not what `covey privacy plan --json` writes: {invalid(error)}"
+            ) from error
+
+
+def training_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Gives a command the options of training, in front of its own; it takes them as its first argument."""
+    own = list(inspect.signature(command, eval_str=True).parameters.values())[1:]
+    shared = inspect.signature(campaign_request, eval_str=True).parameters
+
+    @functools.wraps(command)
+    def wrapped(**options: Any) -> None:
+        training = {name: options.pop(name) for name in shared}
+        command(campaign_request(**training), **options)
+
+    parameters = [*shared.values(), *own]
+    wrapped.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    wrapped.__annotations__ = {p.name: p.annotation for p in parameters}
+    return wrapped
+
+
+def campaign_request(
+    model: Annotated[str, typer.Option(help="The model to train.")],
+    rounds: Annotated[
+        int | None, typer.Option(min=1, help="How many rounds.", show_default="the model's recipe")
+    ] = None,
+    cohort: Annotated[
+        int | None, typer.Option(min=2, help="Devices in a full cohort.", show_default="10, or the plan's")
+    ] = None,
+    minimum: Annotated[
+        int | None,
+        typer.Option(
+            min=2, help="Check-ins that a roster needs.", show_default="above 2/3 of a (sub-)cohort"
+        ),
+    ] = None,
+    min_survivors: Annotated[
+        int | None,
+        typer.Option(min=2, help="Masked inputs that a sum needs.", show_default="as many as --minimum"),
+    ] = None,
+    subcohort_limit: Annotated[
+        int, typer.Option(min=2, help="Split a larger cohort: its parts hide, and fail, by themselves.")
+    ] = SUBCOHORT_LIMIT,
+    local_epochs: Annotated[
+        int | None, typer.Option(min=1, help="Passes over local data.", show_default="the model's recipe")
+    ] = None,
+    lr: Annotated[
+        float | None, typer.Option(help="Local learning rate.", show_default="the model's recipe")
+    ] = None,
+    privacy: Annotated[
+        str,
+        typer.Option(
+            metavar="MODE|FILE",
+            help="Who adds noise: none, central, distributed, local, example; or what "
+            "`covey privacy plan --json` wrote, whose figures count where no option says otherwise.",
+        ),
+    ] = "none",
+    noise_multiplier: Annotated[
+        float | None,
+        typer.Option(min=0.0, help="Noise over sensitivity.", show_default="1 where there is noise"),
+    ] = None,
+    clip_norm: Annotated[
+        float | None, typer.Option(help="L2 bound of one update.", show_default="the model's recipe")
+    ] = None,
+    adaptive_clip: Annotated[
+        float | None,
+        typer.Option(help="Let C follow this quantile of the updates' norms.", show_default="C is fixed"),
+    ] = None,
+    bits: Annotated[
+        int | None,
+        typer.Option(min=8, max=32, help="Bits of one coordinate on the wire.", show_default="by the cohort"),
+    ] = None,
+    delta: Annotated[
+        float | None, typer.Option(help="The delta at which epsilon is stated.", show_default="1e-5")
+    ] = None,
+    max_epsilon: Annotated[
+        float | None,
+        typer.Option(help="Start no round that would take the fleet beyond it.", show_default="no limit"),
+    ] = None,
+    restart_every: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Central mode: noise of a tree over so many rounds (DP-FTRL); no device is in two of them.",
+            show_default="every round has noise of its own",
+        ),
+    ] = None,
+    example_clip: Annotated[
+        float | None, typer.Option(help="Mode example: L2 bound of one example's gradient.", show_default="1")
+    ] = None,
+    sampling: Annotated[
+        float | None,
+        typer.Option(help="Mode example: chance of an example to be in one step.", show_default="0.1"),
+    ] = None,
+    gather: Annotated[
+        float, typer.Option(min=0.0, help="Seconds to wait for a full cohort.", rich_help_panel="Deadlines")
+    ] = 3.0,
+    advertise_seconds: Annotated[
+        float, typer.Option(min=0.1, help="Check-in.", rich_help_panel="Deadlines")
+    ] = _LIMITS.advertise_keys,
+    share_seconds: Annotated[
+        float, typer.Option(min=0.1, help="Exchange of shares.", rich_help_panel="Deadlines")
+    ] = _LIMITS.share_keys,
+    input_seconds: Annotated[
+        float, typer.Option(min=0.1, help="Training and upload.", rich_help_panel="Deadlines")
+    ] = _LIMITS.masked_input,
+    check_seconds: Annotated[
+        float, typer.Option(min=0.1, help="Consistency check.", rich_help_panel="Deadlines")
+    ] = _LIMITS.consistency_check,
+    unmask_seconds: Annotated[
+        float, typer.Option(min=0.1, help="Unmasking.", rich_help_panel="Deadlines")
+    ] = _LIMITS.unmasking,
+    offline_grace: Annotated[
+        float,
+        typer.Option(
+            min=0.0, help="How long a device that is offline is waited for.", rich_help_panel="Deadlines"
+        ),
+    ] = _LIMITS.offline_grace,
+    fedprox_mu: Annotated[
+        float | None,
+        typer.Option(min=0.0, help="Weight of FedProx on the devices.", show_default="the model's recipe"),
+    ] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Draws the cohorts.", show_default="random")] = None,
+    where: WhichDevices = "",
+    rest: Annotated[
+        int, typer.Option(min=0, max=1000, help="Who was in one of so many rounds before yields to others.")
+    ] = DEFAULT_REST_ROUNDS,
+    over_select: OverSelect = 1.0,
+) -> CampaignRequest:
+    """What the options ask for.
+
+    Raises:
+        BadParameter, OperationRefused: the privacy is neither a mode nor a plan.
+    """
+    mode = PrivacyMode(privacy) if privacy in set(PrivacyMode) else None
+    plan = None if mode is not None else PlannedPrivacy.load(Path(privacy))
+    if plan is not None:
+        mode = plan.mode
+        rounds, cohort, delta = given(rounds, plan.rounds), cohort or plan.cohort, given(delta, plan.delta)
+        noise_multiplier = given(noise_multiplier, plan.noise_multiplier)
+        if mode is PrivacyMode.EXAMPLE:
+            # Its clip norm is that of an example, and no fewest survivors matter to an example.
+            example_clip = given(example_clip, plan.clip_norm)
+            sampling = sampling if sampling is not None else plan.sampling_probability
+        else:
+            clip_norm = given(clip_norm, plan.clip_norm)
+            bits = bits if bits is not None else plan.bits
+            min_survivors = given(min_survivors, plan.min_survivors)
+            minimum = given(minimum, min_survivors)
+            restart_every = restart_every if restart_every is not None else plan.restart_every
+    return CampaignRequest(
+        model=model,
+        rounds=rounds,
+        cohort=given(cohort, DEFAULT_COHORT),
+        minimum=minimum,
+        min_survivors=min_survivors,
+        subcohort_limit=subcohort_limit,
+        local_epochs=local_epochs,
+        learning_rate=lr,
+        proximal_mu=fedprox_mu,
+        privacy=given(mode, PrivacyMode.NONE),
+        noise_multiplier=noise_multiplier,
+        clip_norm=clip_norm,
+        adaptive_quantile=adaptive_clip,
+        bits=bits,
+        delta=given(delta, DEFAULT_DELTA),
+        deadlines=Deadlines(
+            advertise_keys=advertise_seconds,
+            share_keys=share_seconds,
+            masked_input=input_seconds,
+            consistency_check=check_seconds,
+            unmasking=unmask_seconds,
+            offline_grace=offline_grace,
+        ),
+        gather_seconds=gather,
+        epsilon_limit=max_epsilon,
+        restart_every=restart_every,
+        example_clip_norm=example_clip,
+        sampling_probability=sampling,
+        where=where,
+        rest_rounds=rest,
+        over_select=over_select,
+        seed=seed,
+    )
