@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 from cryptography import x509
 from numpy.typing import NDArray
+from pydantic import TypeAdapter
 
 from edge_client import cli
 from edge_client.adapters.blobs import Blobs
@@ -25,11 +27,14 @@ from edge_client.models import Library
 from edge_client.personalisation import Personal, PersonalConfig
 from edge_client.personalisation import personalise as fine_tuned
 from edge_client.training import LocalTrainer
+from models.assignment import described
 from models.examples import InvalidExamples
 from models.manifest import ModelManifest
 from models.weights import decode_local, decode_weights, entry_vectors
+from protocol.plan import Task
 
 TrainerFactory = Callable[[ModelManifest, bytes], LocalTrainer]
+_TASK: TypeAdapter[Task] = TypeAdapter(Task)
 
 
 class ReportError(Exception):
@@ -170,7 +175,7 @@ def privacy_text(answer: dict[str, Any]) -> str:
         (
             _time(entry["at"]),
             entry["round_id"][:8],
-            _asked(entry["task"]),
+            described(_TASK.validate_json(json.dumps(entry["task"]))),
             entry["event"]["mode"],
             f"{entry['event']['clip_norm']:g}",
             f"{entry['event']['noise_multiplier']:g}",
@@ -198,12 +203,6 @@ def privacy_text(answer: dict[str, Any]) -> str:
         )
         lines.append(f"one example of the device: {_spent_line(answer, example)}")
     return "\n".join(lines)
-
-
-def _asked(task: dict[str, Any]) -> str:
-    if task["kind"] == "query":
-        return f"{task['question']['kind']} of {task['field']}"
-    return f"{task['model']} v{task['base_version']}"
 
 
 def _spent_line(answer: dict[str, Any], unit: dict[str, Any]) -> str:

@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import math
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_client.events import Evaluate
+from edge_client import report
+from edge_client.adapters.store import DeviceStore
+from edge_client.events import Evaluate, SaveContribution
+from edge_client.ledger import LedgerEntry
+from edge_client.main import enrol, initialise
 from protocol.dp.parameters import MetricSlot, PrivacyMode, PrivacyParameters
 from protocol.errors import MalformedMessage
 from protocol.evaluation import NonFiniteFigure, evaluation_vector, mean_figures
 from protocol.messages import Refusal
 from protocol.plan import EvaluateTask, Plan
+from protocol.round_encoding import contribution_event, round_encoding
 from tests import edge_fleet
 from tests.edge_fleet import Aggregator, FakeDevice
+from tests.unit.test_edge_enrolment import bundle_for
 
 SLOTS = (MetricSlot(name="loss", bound=4.0, share=0.6), MetricSlot(name="accuracy", bound=1.0, share=0.8))
 TASK = EvaluateTask(model="watch", version=1, manifest_sha256="a" * 64, slots=SLOTS)
@@ -129,3 +137,21 @@ def test_figures_that_are_not_finite_end_the_round_for_the_device() -> None:
     assert len(aggregator.received) == 3
     (left,) = [note for note in devices[0].notes if note.event == "round-aborted"]
     assert left.fields["code"] == "evaluation-not-finite"
+
+
+def test_the_owner_sees_what_a_device_told_of_a_version(tmp_path: Path) -> None:
+    now, asked = int(time.time()), plan()
+    enrol(tmp_path, bundle_for(initialise(tmp_path, "barn-1"), "barn-1", now=now))
+    entry = LedgerEntry(
+        round_id=asked.round_id,
+        at=now,
+        fleet=asked.fleet,
+        task=asked.task,
+        plan_sha256="a" * 64,
+        signer="b" * 64,
+        delta=1e-5,
+        event=contribution_event(asked, round_encoding(asked, bytes(32), len(SLOTS))),
+    )
+    with DeviceStore.open(tmp_path) as store:
+        store.apply([SaveContribution(entry)])
+    assert "evaluation of watch v1" in report.privacy_text(report.privacy(tmp_path, now))
