@@ -58,21 +58,25 @@ TrainerFactory = Callable[[ModelManifest, bytes], LocalTrainer]
 ModelCheck = Callable[[ModelManifest, bytes, bytes], None]
 
 _LOG = logging.getLogger("covey.edge.worker")
-# The first class that an error is an instance of decides.
-_CODES: tuple[tuple[type[Exception], str, bool], ...] = (
-    (StorageFull, "disk-full", True),
-    (StorageError, "storage", True),
-    (TrainingDiverged, "non-finite-update", False),
-    (NonFiniteUpdate, "non-finite-update", False),
-    (ExamplesRejected, "data-unusable", False),
-    (InvalidExamples, "data-unusable", False),
-    (ModelRejected, "model-unusable", False),
-    (WeightsRejected, "model-unusable", False),
-    (InvalidWeights, "model-unusable", False),
-    (UnreadableField, "field-unreadable", False),
-    (InvalidFields, "field-unreadable", False),
-    (PrivacyError, "encoding-failed", False),
-    (MemoryError, "out-of-memory", True),
+_DIVERGED = "training gave no finite update"
+_UNUSABLE = "the examples on the device cannot be used"
+_FULL, _BROKEN = "no space is left", "the device's storage fails"
+# The first class that an error is an instance of decides. A fault travels to the aggregator: where an error's
+# text may tell of data (a weight before any noise, the name of a recording), a fixed one stands for it.
+_CODES: tuple[tuple[type[Exception], str, bool, str | None], ...] = (
+    (StorageFull, "disk-full", True, _FULL),
+    (StorageError, "storage", True, _BROKEN),
+    (TrainingDiverged, "non-finite-update", False, _DIVERGED),
+    (NonFiniteUpdate, "non-finite-update", False, _DIVERGED),
+    (ExamplesRejected, "data-unusable", False, _UNUSABLE),
+    (InvalidExamples, "data-unusable", False, _UNUSABLE),
+    (ModelRejected, "model-unusable", False, None),
+    (WeightsRejected, "model-unusable", False, None),
+    (InvalidWeights, "model-unusable", False, None),
+    (UnreadableField, "field-unreadable", False, None),
+    (InvalidFields, "field-unreadable", False, "the declaration of fields cannot be used"),
+    (PrivacyError, "encoding-failed", False, "the contribution cannot be encoded"),
+    (MemoryError, "out-of-memory", True, None),
 )
 
 
@@ -84,10 +88,10 @@ def tflite_trainer(manifest: ModelManifest, graph: bytes) -> LocalTrainer:
 
 
 def fault_of(error: Exception) -> Fault:
-    """Names what went wrong; only errors that are known to be harmless say more than their type."""
-    for kind, code, transient in _CODES:
+    """Names what went wrong, without a word of data; only errors known to be harmless say it themselves."""
+    for kind, code, transient, told in _CODES:
         if isinstance(error, kind):
-            return Fault(code, str(error)[:300], transient)
+            return Fault(code, str(error)[:300] if told is None else told, transient)
     # Says nothing about a version: a broken installation must not condemn it for ever.
     return Fault("training-failed", type(error).__name__, transient=True)
 
@@ -190,6 +194,14 @@ class Worker:
                 if fault.code == "training-failed":
                     # A defect of the client: the owner needs to see where. No traceback shows data.
                     _LOG.exception("job-failed job=%s", type(job).__name__)
+                else:
+                    # For the owner, who may know more than the aggregator.
+                    _LOG.warning(
+                        "job-failed job=%s code=%s reason=%r",
+                        type(job).__name__,
+                        fault.code,
+                        str(error)[:300],
+                    )
                 event = _failed(job, fault)
             self._deliver(event)
 

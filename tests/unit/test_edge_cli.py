@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 import edge_client
 from edge_client import report
@@ -235,3 +236,33 @@ def test_the_worker_turns_every_failure_into_a_fault(tmp_path: Path) -> None:
     assert [fault.code for fault in faults] == ["non-finite-update", "storage"]
     # What an unexpected error says might hold data: only its type goes out.
     assert fault_of(RuntimeError("x = [1, 2, 3]")).detail == "RuntimeError"
+
+
+def test_what_the_aggregator_is_told_of_a_failure_holds_no_data(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    state = Fleet(tmp_path).enrolled("barn-1", PERMISSIVE)
+    install_watch(state)
+    data = tmp_path / "data"
+    data.mkdir()
+    x = np.ones((40, *WATCH.manifest.input.shape), np.float32)
+    labels = np.arange(40, dtype=np.int32) % len(WATCH.manifest.labels)
+    events: list[Event] = []
+
+    def run_job(x: NDArray[np.float32], y: NDArray[np.int32], rate: float) -> None:
+        np.savez(data / "grandmother.npz", x=x, y=y)
+        with DeviceStore.open(state) as store:
+            worker = Worker(store.blobs, NpzDirectory(data), FieldReader(state, data), events.append)
+            worker.start()
+            worker.submit(Train("a" * 32, WATCH.manifest, TrainingConfig(3, rate)))
+            worker.stop(60.0)
+
+    run_job(x, labels + 90, 0.1)
+    run_job(x * np.float32(np.nan), labels, 0.1)
+    run_job(x, labels, 1e30)
+    faults = [event.fault for event in events if isinstance(event, WorkFailed)]
+    assert [fault.code for fault in faults] == ["data-unusable", "data-unusable", "non-finite-update"]
+    for fault in faults:
+        assert "grandmother" not in fault.detail and not any(map(str.isdigit, fault.detail)), fault
+    # The owner's log says more.
+    assert "grandmother.npz" in caplog.text
