@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 
 from protocol.errors import IllegalEvent
@@ -13,6 +14,7 @@ from protocol.secagg.growing import GrowingMap
 from protocol.secagg.key_agreement import load_private, public_key
 from protocol.secagg.masking import Mask, pairwise_mask, seed_commitment, self_mask
 from protocol.secagg.parameters import NoGraph, parameters
+from protocol.secagg.prg import derive_key
 from protocol.secagg.server_state import (
     Advertising,
     Checking,
@@ -128,9 +130,12 @@ def _close_unmasking(state: Unmasking) -> ServerState:
             shares[owner][holder + 1] = share
     masks: list[Mask] = []
     wrong: dict[int, frozenset[int]] = {}
+    # On the complete graph all secrets have the same holders.
+    salt = _share_check_salt(state) if cohort.graph.complete else None
     try:
         for index in state.sharers:
-            secret, bad = recover(shares[index], cohort.graph.threshold, _secret_check(state, index))
+            check = _secret_check(state, index)
+            secret, bad = recover(shares[index], cohort.graph.threshold, check, salt=salt)
             if index in state.survivors:
                 masks.append(self_mask(secret, name, index).inverse())
             else:
@@ -149,6 +154,18 @@ def _close_unmasking(state: Unmasking) -> ServerState:
     named = frozenset(holder for holders in wrong.values() for holder in holders)
     lied = frozenset(cohort.members[index].device_id for index in liars(cohort.graph, wrong))
     return Recovered(state.context, cohort, state.survivors, tuple(masks), named, lied)
+
+
+def _share_check_salt(state: Unmasking) -> bytes:
+    """A salt that follows from every share that came, so that nobody could choose one knowing it.
+
+    Fiat and Shamir 1986 (doi 10.1007/3-540-47721-7_12): no randomness of the aggregator's own is needed.
+    """
+    content = hashlib.sha256()
+    for holder, answer in state.answers.items():
+        content.update(b"".join(index.to_bytes(4, "big") for index in (holder, len(answer), *answer)))
+        content.update(b"".join(answer.values()))
+    return derive_key(content.digest(), purpose="share-check", context=state.cohort.roster_hash)
 
 
 def _secret_check(state: Unmasking, index: int) -> Callable[[bytes], bool]:

@@ -93,37 +93,50 @@ def garbage(x: int) -> bytes:
     return b"\x00" + hashlib.sha256(b"garbage" + x.to_bytes(4, "big")).digest()
 
 
+SALTS = pytest.mark.parametrize("salt", [None, bytes(range(32))], ids=["one by one", "many secrets"])
+
+
+@SALTS
 @pytest.mark.parametrize("liars", [{1}, {43}, {1, 2, 3, 4, 5, 6, 7, 8}, {9, 17, 30}])
-def test_liars_among_many_holders_are_located_whoever_they_are(liars: set[int]) -> None:
+def test_liars_among_many_holders_are_located_whoever_they_are(liars: set[int], salt: bytes | None) -> None:
     """Trying subsets in order would need 10^11 of them to get rid of the first of 43 holders."""
     shares = {x: garbage(x) if x in liars else share for x, share in shared(43, 27).items()}
-    assert recover(shares, 27, lambda candidate: candidate == SECRET) == (SECRET, liars)
+    assert recover(shares, 27, lambda candidate: candidate == SECRET, salt=salt) == (SECRET, liars)
 
 
-def test_one_liar_is_found_by_the_one_spare_share() -> None:
+@SALTS
+def test_one_liar_is_found_by_the_one_spare_share(salt: bytes | None) -> None:
     for liar in range(1, 29):
         shares = {**shared(28, 27), liar: garbage(liar)}
-        secret, wrong = recover(shares, 27, lambda candidate: candidate == SECRET)
+        secret, wrong = recover(shares, 27, lambda candidate: candidate == SECRET, salt=salt)
         assert (secret, wrong) == (SECRET, {liar})
 
 
-def test_more_liars_than_can_be_located_are_found_by_trying_subsets() -> None:
+@SALTS
+def test_more_liars_than_can_be_located_are_found_by_trying_subsets(salt: bytes | None) -> None:
     shares = {x: garbage(x) if x in {2, 5, 6} else share for x, share in shared(8, 5).items()}
-    assert recover(shares, 5, lambda candidate: candidate == SECRET) == (SECRET, {2, 5, 6})
+    assert recover(shares, 5, lambda candidate: candidate == SECRET, salt=salt) == (SECRET, {2, 5, 6})
 
 
-def test_consistent_shares_of_another_secret_are_refused_at_once() -> None:
+@SALTS
+def test_consistent_shares_of_another_secret_are_refused_at_once(salt: bytes | None) -> None:
     tried = []
     with pytest.raises(UnrecoverableSecret):
-        recover(shared(43, 27), 27, lambda candidate: bool(tried.append(candidate)))
+        recover(shared(43, 27), 27, lambda candidate: bool(tried.append(candidate)), salt=salt)
     assert tried == [SECRET]
 
 
 @pytest.mark.parametrize(("holders", "threshold"), [(1, 1), (2, 2), (9, 1), (20, 20), (64, 43), (100, 67)])
 @pytest.mark.parametrize("first", [1, 16_000, 2**20 - 99])
-def test_every_shape_of_sharing_recovers(holders: int, threshold: int, first: int) -> None:
+@SALTS
+def test_every_shape_of_sharing_recovers(
+    holders: int, threshold: int, first: int, salt: bytes | None
+) -> None:
     shares = shared(holders, threshold, first=first)
-    assert recover(shares, threshold, lambda candidate: candidate == SECRET) == (SECRET, frozenset())
+    assert recover(shares, threshold, lambda candidate: candidate == SECRET, salt=salt) == (
+        SECRET,
+        frozenset(),
+    )
     assert combine(dict(list(shares.items())[-threshold:])) == SECRET
 
 
