@@ -53,7 +53,7 @@ from protocol.secagg.packing import SlicePacker
 from protocol.secagg.parameters import GraphAssumptions, GraphParameters, parameters
 from protocol.secagg.prg import Keystream
 from protocol.secagg.roster_check import verify_roster
-from protocol.secagg.sealed_shares import seal, unseal
+from protocol.secagg.sealed_shares import channel, seal, unseal
 from protocol.secagg.shamir import split
 from tests.secagg_round import ROUND_ID, certificate, client_context, entropy, identity
 
@@ -234,8 +234,7 @@ class StandIns:
                 sealed=bytes(82)
                 if peer != MEASURED
                 else seal(
-                    state.keys.encryption_private,
-                    receiver,
+                    channel(state.keys.encryption_private, receiver, self.roster_hash, index, peer).sealing,
                     self.roster_hash,
                     index,
                     peer,
@@ -290,11 +289,7 @@ class StandIns:
     def _shares_of(self, owner: int, holder: int) -> tuple[bytes, bytes]:
         if owner != MEASURED:
             return self._shares[owner][holder]
-        return unseal(
-            self._states[holder].keys.encryption_private,
-            self._states[owner].answer.encryption_key,
-            self.roster_hash,
-            owner,
-            holder,
-            self._sealed[holder],
-        )
+        private = self._states[holder].keys.encryption_private
+        public = self._states[owner].answer.encryption_key
+        key = channel(private, public, self.roster_hash, holder, owner).opening
+        return unseal(key, self.roster_hash, owner, holder, self._sealed[holder])

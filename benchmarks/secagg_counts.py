@@ -23,8 +23,9 @@ def counts(case: Case, masks: int) -> dict[str, int]:
     # Share-holders who answer, for an average secret; weights are made once where all secrets share them.
     answers = survivors if graph.complete else round(near * survivors / n)
     distinct = 1 if graph.complete else n
-    weights = answers * answers + 3 * answers
-    recovery = answers * (2 + answers - graph.threshold)
+    weights = answers * answers + 3 * answers + graph.complete * answers * (answers - graph.threshold)
+    # The checks of all shares at once, or one for each spare share.
+    recovery = answers * (2 if graph.complete else 2 + answers - graph.threshold)
     return {
         "client: keystream bytes": client.keystream_bytes,
         "client: field products": client.field_products,

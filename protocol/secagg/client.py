@@ -3,7 +3,7 @@
 Theory of operation. A state is one frozen dataclass a phase; `handle(state, event)` returns the next state
 and the message to send, if any. The table `TRANSITIONS` is the whole machine:
 
-    Advertised  --RosterReceived-->     SharesSent    answers ShareKeys
+    Advertised  --RosterReceived-->     SharesSent    answers ShareKeys (private encryption key erased)
     SharesSent  --SharesReceived-->     Masking       (the masks are known from here on)
     Masking     --InputMasked-->        InputSent     (private mask key erased)
     InputSent   --SurvivorsReceived-->  SetSigned     answers ConsistencySignature
@@ -63,7 +63,7 @@ from protocol.secagg.key_agreement import load_private, public_key
 from protocol.secagg.masking import seed_commitment
 from protocol.secagg.prg import Keystream, derive_key
 from protocol.secagg.roster_check import require, verify_roster
-from protocol.secagg.sealed_shares import seal, unseal
+from protocol.secagg.sealed_shares import channel, seal, unseal
 from protocol.secagg.shamir import split
 
 Answer = ShareKeys | ConsistencySignature | UnmaskingShares | ClientAbort | None
@@ -207,29 +207,22 @@ def _share_keys(state: Advertised, event: RosterReceived) -> tuple[ClientState, 
         )
         for name, secret in (("key", state.keys.mask_private), ("seed", seed))
     )
-    encryption_private = load_private(state.keys.encryption_private)
-    sealed = tuple(
-        AddressedShares(
-            peer=index,
-            sealed=seal(
-                encryption_private,
-                peer.encryption_key,
-                membership.roster_hash,
-                membership.index,
-                index,
-                (key_shares[index], seed_shares[index]),
-            ),
-        )
-        for index, peer in sorted(membership.peers.items())
-    )
+    own, name = membership.index, membership.roster_hash
+    private = load_private(state.keys.encryption_private)
+    sealed, opening_keys = [], {}
+    for peer in sorted(membership.peers):
+        keys = channel(private, membership.peers[peer].encryption_key, name, own, peer)
+        shares = key_shares[peer], seed_shares[peer]
+        sealed.append(AddressedShares(peer=peer, sealed=seal(keys.sealing, name, own, peer, shares)))
+        opening_keys[peer] = keys.opening
     answer = ShareKeys(
         round_id=state.context.round_id,
-        roster_hash=membership.roster_hash,
-        seed_commitment=seed_commitment(seed, membership.roster_hash, membership.index),
-        shares=sealed,
+        roster_hash=name,
+        seed_commitment=seed_commitment(seed, name, own),
+        shares=tuple(sealed),
     )
-    secrets = OwnSecrets(seed, seed_shares.get(membership.index))
-    return SharesSent(state.context, state.keys, membership, secrets, answer), answer
+    secrets = OwnSecrets(seed, seed_shares.get(own), opening_keys)
+    return SharesSent(state.context, state.keys.mask_private, membership, secrets, answer), answer
 
 
 def _receive_shares(state: SharesSent, event: SharesReceived) -> tuple[ClientState, Answer]:
@@ -243,14 +236,13 @@ def _receive_shares(state: SharesSent, event: SharesReceived) -> tuple[ClientSta
         "too-few-shares",
         f"only {len(delivered)} neighbours shared their keys",
     )
-    return Masking(state.context, state.keys, membership, state.secrets, delivered), None
+    return Masking(state.context, state.mask_private, membership, state.secrets, delivered), None
 
 
 def _send_input(state: Masking, event: InputMasked) -> tuple[ClientState, Answer]:
     return (
         InputSent(
             state.context,
-            state.keys.encryption_private,
             state.membership,
             state.secrets,
             state.delivered,
@@ -284,7 +276,6 @@ def _sign_set(state: InputSent, event: SurvivorsReceived) -> tuple[ClientState, 
     return (
         SetSigned(
             context,
-            state.encryption_private,
             membership,
             state.secrets,
             state.delivered,
@@ -316,16 +307,10 @@ def _unmask(state: SetSigned, event: UnmaskRequested) -> tuple[ClientState, Answ
     own_share = state.secrets.seed_share
     seed_shares = [] if own_share is None else [PeerShare(peer=membership.index, share=own_share)]
     key_shares = []
-    encryption_private = load_private(state.encryption_private)
     for peer, sealed in state.delivered.items():
         try:
             key_share, seed_share = unseal(
-                encryption_private,
-                membership.peers[peer].encryption_key,
-                membership.roster_hash,
-                peer,
-                membership.index,
-                sealed,
+                state.secrets.opening_keys[peer], membership.roster_hash, peer, membership.index, sealed
             )
         except BadSignature:
             # A peer that sealed garbage must not stop the round: the other holders' shares suffice.

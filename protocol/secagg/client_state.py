@@ -94,11 +94,17 @@ class Membership:
 
 @dataclass(frozen=True)
 class OwnSecrets:
-    """The self-mask seed, and the client's own share of it, which it holds on the complete graph only."""
+    """The self-mask seed, and what gives the shares away.
+
+    Attributes:
+        seed_share: the client's own share of it, which it holds on the complete graph only.
+        opening_keys: roster index -> key that opens what this neighbour sealed.
+    """
 
     __pydantic_config__ = _STORABLE
     seed: bytes = field(repr=False)
     seed_share: bytes | None = field(repr=False)
+    opening_keys: dict[int, bytes] = field(repr=False)
 
 
 @dataclass(frozen=True)
@@ -117,7 +123,7 @@ class SharesSent:
 
     __pydantic_config__ = _STORABLE
     context: RoundContext
-    keys: RoundKeys
+    mask_private: bytes = field(repr=False)
     membership: Membership
     secrets: OwnSecrets
     answer: ShareKeys
@@ -134,7 +140,7 @@ class Masking:
 
     __pydantic_config__ = _STORABLE
     context: RoundContext
-    keys: RoundKeys
+    mask_private: bytes = field(repr=False)
     membership: Membership
     secrets: OwnSecrets
     delivered: dict[int, bytes]
@@ -142,7 +148,7 @@ class Masking:
     def masks(self) -> tuple[Mask, ...]:
         """The self-mask and one pairwise mask for each neighbour that shared its keys."""
         own, roster_hash = self.membership.index, self.membership.roster_hash
-        private = load_private(self.keys.mask_private)
+        private = load_private(self.mask_private)
         return (
             self_mask(self.secrets.seed, roster_hash, own),
             *(
@@ -158,7 +164,6 @@ class InputSent:
 
     __pydantic_config__ = _STORABLE
     context: RoundContext
-    encryption_private: bytes = field(repr=False)
     membership: Membership
     secrets: OwnSecrets
     delivered: dict[int, bytes]
@@ -171,7 +176,6 @@ class SetSigned:
 
     __pydantic_config__ = _STORABLE
     context: RoundContext
-    encryption_private: bytes = field(repr=False)
     membership: Membership
     secrets: OwnSecrets
     delivered: dict[int, bytes]

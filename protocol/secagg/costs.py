@@ -97,8 +97,8 @@ def device_costs(graph: GraphParameters, dimension: int, bits: int) -> DeviceCos
         control_up_bytes=sum(len(encode(message)) for message in up),
         control_down_bytes=sum(len(encode(message)) for message in down),
         keystream_bytes=4 * dimension * (near + 1),
-        # Two key pairs; then, for each neighbour, sealing, opening and the pairwise mask.
-        x25519=2 + 3 + 3 * near,
+        # Two key pairs, made and loaded; then, for each neighbour, the shares' channel and the pairwise mask.
+        x25519=4 + 2 * near,
         signatures=2,
         verifications=2 * near + graph.threshold - graph.complete,
         field_products=2 * holders * (graph.threshold - 1),

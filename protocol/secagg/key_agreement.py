@@ -49,14 +49,22 @@ def check_public_key(public: bytes) -> None:
         raise BadSignature("an X25519 key is of low order")
 
 
-def agree(private: PrivateKey, public: bytes, *, purpose: str, context: bytes) -> bytes:
-    """Derives the 32-byte key that two clients share, for one purpose and context.
+def exchange(private: PrivateKey, public: bytes) -> bytes:
+    """Computes the 32 secret bytes that two clients share; keys are derived from them, never these used.
 
     Raises:
         BadSignature: `public` is a low-order point, which no honest client advertises.
     """
     try:
-        shared = load_private(private).exchange(X25519PublicKey.from_public_bytes(public))
+        return load_private(private).exchange(X25519PublicKey.from_public_bytes(public))
     except ValueError as error:
         raise BadSignature("a peer advertised a key of low order") from error
-    return derive_key(shared, purpose=purpose, context=context)
+
+
+def agree(private: PrivateKey, public: bytes, *, purpose: str, context: bytes) -> bytes:
+    """Derives the 32-byte key that two clients share, for one purpose and context.
+
+    Raises:
+        BadSignature: as `exchange`.
+    """
+    return derive_key(exchange(private, public), purpose=purpose, context=context)

@@ -106,7 +106,7 @@ def test_a_closed_round_leaves_no_secret_behind(tmp_path: Path) -> None:
         assert memory.active is None and memory.used == {ROUND} and len(memory.contributed_at) == 1
         assert not (tmp_path / "uploads" / ROUND).exists()
         # secure_delete and the emptied log: not in any file of the directory any more.
-        secret = state[state.index(b'"encryption_private"') :][:60]
+        secret = state[state.index(b'"opening_keys"') :][:60]
         assert secret not in _bytes_of(tmp_path)
 
 

@@ -431,7 +431,7 @@ def test_each_phase_forgets_what_it_no_longer_needs() -> None:
     cohort.deliver()
     state = cohort.clients[VICTIM]
     assert isinstance(state, Masking)
-    mask_private, seed = state.keys.mask_private, state.secrets.seed
+    mask_private, seed = state.mask_private, state.secrets.seed
     cohort.upload()
 
     def stored(secret: bytes) -> bool:
@@ -477,7 +477,7 @@ def test_secrets_do_not_show_in_a_repr() -> None:
     cohort.deliver()
     state = cohort.clients[VICTIM]
     assert isinstance(state, Masking)
-    for secret in (state.keys.mask_private, state.keys.encryption_private, state.secrets.seed):
+    for secret in (state.mask_private, *state.secrets.opening_keys.values(), state.secrets.seed):
         assert repr(secret) not in repr(state)
     assert not any(repr(mask.key) in repr(state.masks()) for mask in state.masks())
 

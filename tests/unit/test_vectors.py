@@ -13,7 +13,7 @@ from protocol.codec import decode_to_device
 from protocol.errors import BadSignature, MalformedMessage
 from protocol.secagg.key_agreement import agree
 from protocol.secagg.roster import members_from_bytes, root_from_path
-from protocol.secagg.sealed_shares import unseal
+from protocol.secagg.sealed_shares import channel, unseal
 from protocol.secagg.shamir import UnrecoverableSecret, combine
 from tests.vectors.generate import graphs, make
 
@@ -42,13 +42,18 @@ def test_the_sealed_shares_open_for_their_receiver_only() -> None:
     from protocol.secagg.key_agreement import public_key
 
     public = public_key(bytes.fromhex(vector["private"]))
-    arguments = (bytes.fromhex(vector["receiver_private"]), public, bytes.fromhex(vector["roster_hash"]))
+    private, roster_hash = bytes.fromhex(vector["receiver_private"]), bytes.fromhex(vector["roster_hash"])
+
+    def opened(sender: int, receiver: int, sealed: bytes) -> tuple[bytes, bytes]:
+        key = channel(private, public, roster_hash, receiver, sender).opening
+        return unseal(key, roster_hash, sender, receiver, sealed)
+
     sealed = bytes.fromhex(vector["sealed"])
-    key_share, seed_share = unseal(*arguments, vector["sender"], vector["receiver"], sealed)
+    key_share, seed_share = opened(vector["sender"], vector["receiver"], sealed)
     assert (key_share.hex(), seed_share.hex()) == (vector["key_share"], vector["seed_share"])
     for sender, receiver, data in ((2, 4, sealed), (4, 3, sealed), (4, 2, sealed[:-1] + b"\x00")):
         with pytest.raises(BadSignature):
-            unseal(*arguments, sender, receiver, data)
+            opened(sender, receiver, data)
 
 
 def test_bad_vectors_are_refused() -> None:

@@ -21,7 +21,7 @@ from protocol.secagg.key_agreement import agree, public_key
 from protocol.secagg.masking import pairwise_mask, seed_commitment, self_mask
 from protocol.secagg.parameters import GraphAssumptions, parameters
 from protocol.secagg.prg import Keystream, derive_key
-from protocol.secagg.sealed_shares import seal
+from protocol.secagg.sealed_shares import channel, seal
 from protocol.secagg.server_state import Recovered
 from protocol.secagg.shamir import PRIME, split
 from tests.secagg_round import PLAN_HASH, ROUND_ID, Cohort, entropy
@@ -33,6 +33,7 @@ def primitives() -> dict[str, Any]:
     """Each building block by itself."""
     key = derive_key(SECRET, purpose="pairwise-mask", context=CONTEXT)
     mine, theirs = entropy("mine"), entropy("theirs")
+    keys = channel(mine, public_key(theirs), ROSTER, 4, 2)
     shares = split(SECRET, 3, [1, 2, 3, 5, 8], Keystream(entropy("coefficients")))
     high = PRIME.to_bytes(33, "big").hex()
     return {
@@ -67,7 +68,7 @@ def primitives() -> dict[str, Any]:
             "receiver": 2,
             "key_share": shares[0].hex(),
             "seed_share": shares[1].hex(),
-            "sealed": seal(mine, public_key(theirs), ROSTER, 4, 2, (shares[0], shares[1])).hex(),
+            "sealed": seal(keys.sealing, ROSTER, 4, 2, (shares[0], shares[1])).hex(),
             "receiver_private": theirs.hex(),
         },
         "masks": {
