@@ -3,7 +3,7 @@
     covey-VERSION-TARGET.tar.xz
         bundle.json         version, target, Python, and the digest of every file
         site/               packages, as `PYTHONPATH` takes them
-        bin/covey-edge      starts the client with the system's Python
+        bin/covey-edge      starts the client with the system's Python; covey-update changes it
         systemd/            the units that run it
         share/              setup.sh and install.sh, which put it in its place
 
@@ -79,8 +79,9 @@ _LAUNCHER = """\
 # Columns in tracebacks are memory that a device can do without.
 here=$(dirname "$(dirname "$(readlink -f "$0")")")
 export PYTHONPATH="$here/site" PYTHONNOUSERSITE=1 PYTHONDONTWRITEBYTECODE=1 PYTHONNODEBUGRANGES=1
-exec python{python} -m edge_client.main "$@"
+exec python{python} -m {module} "$@"
 """
+_PROGRAMS = {"covey-edge": "edge_client.main", "covey-update": "edge_client.updater"}
 
 
 def build_bundle(target: Target, folder: Path) -> Path:
@@ -105,10 +106,11 @@ def build_bundle(target: Target, folder: Path) -> Path:
         _copy_own(site)
         _drop_unused(site)
         _strip(site)
-        launcher = tree / "bin" / "covey-edge"
-        launcher.parent.mkdir()
-        launcher.write_text(_LAUNCHER.format(python=target.python))
-        launcher.chmod(0o755)
+        (tree / "bin").mkdir()
+        for name, module in _PROGRAMS.items():
+            launcher = tree / "bin" / name
+            launcher.write_text(_LAUNCHER.format(python=target.python, module=module))
+            launcher.chmod(0o755)
         shutil.copytree(_UNITS, tree / "systemd")
         shutil.copytree(_INSTALLERS, tree / "share")
         description = {

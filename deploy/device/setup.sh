@@ -57,6 +57,12 @@ if [ -n "$bundle" ]; then
         sync
     fi
 fi
+# What updates go back to, and run from.
+if [ ! -e "$opt/good" ] && [ -e "$opt/current" ]; then
+    ln -sfn "$(readlink "$opt/current")" "$opt/good.new"
+    mv -fT "$opt/good.new" "$opt/good"
+    sync
+fi
 [ -x "$opt/current/bin/covey-edge" ] ||
     fail "there is no client for $codename in $here: covey flash --bundle covey-VERSION-$codename-arm64.tar.xz"
 
@@ -77,7 +83,7 @@ mkdir -p "$root/usr/local/bin"
 ln -sfn /opt/covey/current/bin/covey-edge "$root/usr/local/bin/covey-edge"
 sync
 systemctl daemon-reload
-systemctl enable --quiet covey-edge.service
+systemctl enable --quiet covey-edge.service covey-update.service covey-update.path
 
 # --- into the fleet ---------------------------------------------------------------------------------------
 edge=$opt/current/bin/covey-edge
@@ -93,9 +99,11 @@ sync
 
 # --- the card keeps no way in, and this is not run again ---------------------------------------------------
 if [ -f "$state/enrolment.json" ]; then
+    # Root's own copy of whom this device obeys: updates are checked against this one.
+    place "$state/enrolment.json" "$root/etc/covey/enrolment.json" 644
     rm -f "$here/enrolment.ticket"
     say "enrolled as $COVEY_DEVICE_ID: starting the client"
-    systemctl restart --no-block covey-edge.service
+    systemctl restart --no-block covey-edge.service covey-update.path
 else
     say "waiting to be enrolled: covey flash --ssh USER@$COVEY_DEVICE_ID"
 fi

@@ -30,7 +30,8 @@ _ENROL = (
     'file=$(mktemp) && trap \'rm -f "$file"\' EXIT && cat > "$file" && chmod 644 "$file"'
     " && setpriv --reuid=covey --regid=covey --clear-groups"
     ' /opt/covey/current/bin/covey-edge enroll --state /var/lib/covey --bundle "$file" >&2'
-    " && systemctl restart --no-block covey-edge.service"
+    ' && install -m 644 "$file" /etc/covey/enrolment.json'
+    " && systemctl restart --no-block covey-edge.service covey-update.path"
 )
 
 

@@ -16,7 +16,7 @@ from deploy.flash.payload import SETUP, Client, payload
 STUBBED = ("systemctl", "useradd", "chown", "id", "setpriv", "sync")
 """What would change this machine; the rest of setup.sh's programs are the real ones."""
 REAL = (
-    "basename", "chmod", "cp", "dirname", "grep", "ln", "mkdir", "mv", "rm", "sha256sum", "tar",
+    "basename", "chmod", "cp", "dirname", "grep", "ln", "mkdir", "mv", "readlink", "rm", "sha256sum", "tar",
 )  # fmt: skip
 EDGE = """\
 #!/bin/sh
@@ -118,13 +118,14 @@ def device(folder: Path, archive: Path, ticket: str | None = "good-ticket") -> R
 
 
 def assert_set_up(root: Root, archive: Path) -> None:
-    assert (root.opt / "current").readlink() == Path("versions/0.1.0")
+    for link in ("current", "good"):
+        assert (root.opt / link).readlink() == Path("versions/0.1.0")
     assert [path.name for path in (root.opt / "versions").iterdir()] == ["0.1.0"]
     assert (root.opt / "current/bin/covey-edge").read_text() == EDGE
     assert (root.folder / "etc/systemd/system/covey-edge.service").read_text() == "[Unit]\n"
     assert "COVEY_BROKER=mqtts://hub.example:8883" in (root.folder / "etc/covey/edge.env").read_text()
     assert (root.state / "enrolment.json").read_text() == "bundle\n"
-    assert "systemctl enable --quiet covey-edge.service" in root.calls()
+    assert "systemctl enable --quiet covey-edge.service covey-update" in root.calls()
     assert list(root.boot.iterdir()) == [], "the card keeps no ticket, and nothing that runs again"
 
 
@@ -135,6 +136,7 @@ def test_a_first_boot_installs_enrols_and_takes_the_ticket_away(tmp_path: Path) 
     assert done.returncode == 0, done.stdout + done.stderr
     assert_set_up(root, archive)
     assert "systemctl restart --no-block covey-edge.service" in root.calls()
+    assert (root.folder / "etc/covey/enrolment.json").read_text() == "bundle\n"
 
 
 def test_a_power_cut_before_any_step_leaves_a_device_that_goes_on(tmp_path: Path) -> None:

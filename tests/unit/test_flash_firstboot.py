@@ -7,7 +7,6 @@ import tomllib
 from pathlib import Path
 
 import pytest
-import yaml
 
 from deploy.flash.firstboot import (
     Mechanism,
@@ -18,6 +17,8 @@ from deploy.flash.firstboot import (
     choose_mechanism,
     wpa_key,
 )
+
+yaml = pytest.importorskip("yaml")
 
 KEY = 'ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIJ8 it\'s "me" $(touch /tmp/no)'
 INSTANCE = "6e3b2c8e-4a43-4a8d-bb4f-5d4a6f8f3a11"

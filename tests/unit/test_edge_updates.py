@@ -1,0 +1,276 @@
+"""Client updates: what is taken, what is refused, and a SIGKILL before every change to the file system."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import signal
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from deploy.bundle.build import TARGETS
+from deploy.bundle.signing import sign_bundle
+from edge_client.adapters.versions import UnusableBundle, Versions
+from edge_client.updater import run
+from edge_client.updating import UpdateRefused
+from protocol.client_release import RELEASE_KIND, ClientRelease
+from protocol.identity import SignedDocument, key_id
+
+TARGET = "bookworm-arm64"
+OPERATOR = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
+SIGNERS = {key_id(OPERATOR.public_key()): OPERATOR.public_key()}
+
+
+class FakeService:
+    """A service that stays up for the versions that are well."""
+
+    def __init__(self, folder: Path, sick: set[str] = frozenset(), broken: set[str] = frozenset()) -> None:  # type: ignore[assignment]
+        self.folder, self.sick, self.broken = folder, sick, broken
+        self.started: list[str] = []
+
+    def self_test(self, version: Path) -> str | None:
+        return "it does not start" if version.name in self.broken else None
+
+    def start(self, version: Path) -> None:
+        self.started.append(version.name)
+
+    def healthy(self) -> bool:
+        return (self.folder / "current").readlink().name not in self.sick
+
+
+def bundle(version: str, described: str | None = None) -> bytes:
+    files = {"bin/covey-edge": f"version {version}".encode(), "systemd/covey-edge.service": b"[Unit]\n"}
+    description = {
+        "version": described or version,
+        "target": TARGET,
+        "files": {name: hashlib.sha256(content).hexdigest() for name, content in files.items()},
+    }
+    files["bundle.json"] = json.dumps(description).encode()
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:xz") as archive:
+        for name, content in files.items():
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            archive.addfile(entry, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+class Device:
+    """A simulated root: installed clients, and the inbox of the client."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.inbox = folder / "opt", folder / "updates"
+        self.inbox.mkdir(parents=True)
+        (folder / "first").write_bytes(bundle("0.1.0"))
+        store = Versions(self.folder)
+        store.install("0.1.0", folder / "first")
+        store.point("current", "0.1.0")
+        store.point("good", "0.1.0")
+
+    def offer(
+        self,
+        version: str,
+        content: bytes | None = None,
+        key: Ed25519PrivateKey = OPERATOR,
+        target: str = TARGET,
+    ) -> None:
+        content = bundle(version) if content is None else content
+        release = ClientRelease(
+            version=version, target=target, sha256=hashlib.sha256(content).hexdigest(), size=len(content)
+        )
+        document = SignedDocument.create(key, RELEASE_KIND, release.to_bytes())
+        (self.inbox / "bundle.tar.xz").write_bytes(content)
+        (self.inbox / "release.json").write_text(document.model_dump_json())
+        (self.inbox / "ready").touch()
+
+    def run(self, service: FakeService | None = None) -> str:
+        return run(self.folder, self.inbox, SIGNERS, TARGET, service or FakeService(self.folder))
+
+    def runs(self) -> str:
+        """The version that would start now; its files are whole."""
+        current = self.folder / "current"
+        version = current.readlink().name
+        assert (current / "bin/covey-edge").read_text() == f"version {version}"
+        assert (current / "bundle.json").is_file() and (current / "systemd/covey-edge.service").is_file()
+        return version
+
+    def versions(self) -> set[str]:
+        return {path.name for path in (self.folder / "versions").iterdir()}
+
+
+@pytest.fixture
+def device(tmp_path: Path) -> Device:
+    return Device(tmp_path)
+
+
+def test_a_healthy_update_is_kept_beside_the_one_before(device: Device) -> None:
+    for version, kept in (
+        ("0.2.0", {"0.1.0", "0.2.0"}),
+        ("0.10.0", {"0.2.0", "0.10.0"}),
+    ):
+        device.offer(version)
+        assert device.run() == version == device.runs()
+        assert device.versions() == kept
+    assert not (device.folder / "trial").exists() and not (device.inbox / "ready").exists()
+
+
+def test_one_that_does_not_stay_up_gives_way_and_is_not_tried_again(device: Device) -> None:
+    device.offer("0.2.0")
+    service = FakeService(device.folder, sick={"0.2.0"})
+    assert device.run(service) == "0.1.0" == device.runs()
+    assert service.started == ["0.2.0", "0.2.0", "0.1.0"] or service.started == ["0.2.0", "0.1.0"]
+    assert device.versions() == {"0.1.0"}
+    device.offer("0.2.0")
+    with pytest.raises(UpdateRefused, match="failed on this device before"):
+        device.run()
+    device.offer("0.3.0")
+    assert device.run() == "0.3.0"
+
+
+def test_one_that_fails_its_self_test_never_runs(device: Device) -> None:
+    device.offer("0.2.0")
+    service = FakeService(device.folder, broken={"0.2.0"})
+    with pytest.raises(UpdateRefused, match="it does not start"):
+        device.run(service)
+    assert service.started == [] and device.runs() == "0.1.0" and device.versions() == {"0.1.0"}
+
+
+def test_what_the_bundle_builder_signs_is_taken(device: Device, tmp_path: Path) -> None:
+    path = device.inbox / "bundle.tar.xz"
+    path.write_bytes(bundle("0.2.0"))
+    sign_bundle(path, TARGETS[TARGET], OPERATOR, "0.2.0").rename(device.inbox / "release.json")
+    (device.inbox / "ready").touch()
+    assert device.run() == "0.2.0" == device.runs()
+
+
+def test_what_the_operator_did_not_sign_is_not_installed(device: Device) -> None:
+    stranger = Ed25519PrivateKey.generate()
+    cases: list[tuple[dict[str, object], type[Exception]]] = [
+        ({"version": "0.2.0", "key": stranger}, UpdateRefused),
+        ({"version": "0.1.0"}, UpdateRefused),
+        ({"version": "0.0.9"}, UpdateRefused),
+        ({"version": "0.2.0", "target": "trixie-arm64"}, UpdateRefused),
+        ({"version": "0.2.0", "content": bundle("0.2.0", described="0.3.0")}, UnusableBundle),
+        ({"version": "0.2.0", "content": bundle("0.2.0")[:200]}, UnusableBundle),
+        ({"version": "0.2.0", "content": b"no archive"}, UnusableBundle),
+    ]
+    for offer, error in cases:
+        device.offer(**offer)  # type: ignore[arg-type]
+        with pytest.raises(error):
+            device.run()
+        assert device.runs() == "0.1.0" and device.versions() == {"0.1.0"}, offer
+        assert not (device.inbox / "ready").exists()
+
+
+def test_a_bundle_that_is_changed_after_signing_or_is_a_link_is_not_installed(
+    device: Device, tmp_path: Path
+) -> None:
+    device.offer("0.2.0")
+    (device.inbox / "bundle.tar.xz").write_bytes(bundle("0.3.0"))
+    with pytest.raises(UnusableBundle, match="signed"):
+        device.run()
+    device.offer("0.2.0")
+    (device.inbox / "bundle.tar.xz").rename(tmp_path / "secret")
+    (device.inbox / "bundle.tar.xz").symlink_to(tmp_path / "secret")
+    with pytest.raises(UnusableBundle, match="cannot open"):
+        device.run()
+
+
+def test_an_archive_cannot_write_outside_its_folder(device: Device, tmp_path: Path) -> None:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:xz") as archive:
+        entry = tarfile.TarInfo("../../../escaped")
+        entry.size = 4
+        archive.addfile(entry, io.BytesIO(b"evil"))
+    device.offer("0.2.0", buffer.getvalue())
+    with pytest.raises(UnusableBundle):
+        device.run()
+    assert not list(tmp_path.rglob("escaped"))
+
+
+CHANGES = ("mkdir", "rename", "replace", "symlink", "unlink", "rmdir", "fsync", "write", "chmod", "utime")
+"""Everything by which the updater changes the file system."""
+
+
+def killed(device: Device, before: int, sick: set[str]) -> int:
+    """Updates in a process of its own that is killed before its N-th change; returns how many it made."""
+    reading, writing = os.pipe()
+    report = os.write  # the one below counts itself
+    child = os.fork()
+    if child == 0:
+        count = 0
+
+        def counted(function: Callable[..., Any]) -> Callable[..., Any]:
+            def wrapper(*arguments: Any, **options: Any) -> Any:
+                nonlocal count
+                count += 1
+                if count == before:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return function(*arguments, **options)
+
+            return wrapper
+
+        os.fsync = lambda _: None  # a kill loses nothing that was written, flushed or not
+        try:
+            for name in CHANGES:
+                setattr(os, name, counted(getattr(os, name)))
+            service = FakeService(device.folder, sick=sick)
+            service.start = counted(service.start)  # type: ignore[method-assign]
+            service.healthy = counted(service.healthy)  # type: ignore[method-assign]
+            device.run(service)
+            report(writing, str(count).encode())
+        finally:
+            os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading, "rb") as pipe:
+        said = pipe.read()
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status) == (before > 0)
+    return int(said or 0)
+
+
+@pytest.mark.parametrize("sick", ["", "0.2.0"], ids=["a version that stays up", "a version that does not"])
+def test_a_power_cut_before_any_change_leaves_a_client_that_works(
+    tmp_path: Path, sick: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+    wanted = "0.1.0" if sick else "0.2.0"
+    probe = Device(tmp_path / "probe")
+    probe.offer("0.2.0")
+    steps = killed(probe, 0, {sick})
+    assert steps > 25 and probe.runs() == wanted
+    for step in range(1, steps + 1):
+        device = Device(tmp_path / f"cut-{step}")
+        device.offer("0.2.0")
+        killed(device, step, {sick})
+        assert device.runs() in ("0.1.0", "0.2.0"), f"step {step}: the next boot has a whole client"
+        assert (device.folder / "good" / "bin/covey-edge").is_file(), "the updater can run"
+        # The next boot, and the path unit when the update still lies there; refused is what it was then.
+        for _ in range(2):
+            try:
+                device.run(FakeService(device.folder, sick={sick}))
+            except UpdateRefused as error:
+                assert sick or "not newer" in str(error), (step, error)
+        assert device.runs() == wanted, step
+        assert not (device.folder / "trial").exists()
+        assert device.versions() <= {"0.1.0", "0.2.0"}
+        assert device.versions() >= {wanted}
+
+
+def test_a_version_that_takes_the_power_with_it_is_given_up(device: Device) -> None:
+    device.offer("0.2.0")
+    store = Versions(device.folder)
+    (device.folder.parent / "new").write_bytes(bundle("0.2.0"))
+    store.install("0.2.0", device.folder.parent / "new")
+    store.begin_trial("0.2.0", 2)
+    store.point("current", "0.2.0")
+    (device.inbox / "ready").unlink()
+    assert device.run() == "0.1.0" == device.runs()
+    assert store.refused("0.2.0")
