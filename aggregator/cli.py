@@ -19,7 +19,7 @@ from aggregator import cli_output as output
 from aggregator import main as covey
 from aggregator.adapters.keyfiles import UnusableKeys
 from aggregator.cli_access import audit_log as audit_log_command
-from aggregator.cli_access import login, logout, token_app, whoami
+from aggregator.cli_access import console, login, logout, token_app, whoami
 from aggregator.cli_audit import audit
 from aggregator.cli_campaigns import campaign_app
 from aggregator.cli_evaluation import evaluate
@@ -101,6 +101,7 @@ app.add_typer(token_app, name="token")
 app.command("audit-log")(audit_log_command)
 app.command("audit")(audit)
 app.command("evaluate")(evaluate)
+app.command("console")(console)
 app.command("login")(login)
 app.command("logout")(logout)
 app.command("whoami")(whoami)

@@ -1,4 +1,4 @@
-"""The commands `covey login`, `logout`, `whoami`, `token ...` and `audit-log`: who does what, and who did."""
+"""The commands `covey login`, `logout`, `whoami`, `console`, `token ...`, `audit-log`: who may, and who did."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import typer
 from aggregator import cli_output as output
 from aggregator import profile as profiles
 from aggregator.access.roles import Role
-from aggregator.cli_options import Form, Json, Output, Where, service
+from aggregator.cli_options import Form, Json, Output, Where, idle, service
 from aggregator.client import Client
 from aggregator.operations import OperationRefused
 from aggregator.private_file import replace_private
@@ -81,6 +81,18 @@ def whoami(state: Where = None, json: Json = False, form: Output = Form.TABLE) -
             output.dump(me)
         else:
             output.line(f"{me.name}, {me.role}, in {me.fleet} (covey {me.covey})")
+
+
+def console(state: Where = None) -> None:
+    """Prints a link to the console that signs a browser in as you: once, within ten minutes.
+
+    Example: covey console --state agg
+    """
+    if idle(state):
+        raise OperationRefused("no service runs here, so there is no console: start `covey aggregator run`")
+    with service(state) as client:
+        output.line(client.url + client.sign_in_link().path)
+    output.hint("it works once, within ten minutes; whoever opens it is signed in as you")
 
 
 @token_app.command("create")

@@ -97,7 +97,9 @@ def _admit(request: Request, role: Role, action: str) -> Admitted:
     try:
         principal = authenticate(request, context)
     except InvalidToken:
-        context.limiter.failure(address)
+        if "authorization" in request.headers or SESSION_COOKIE in request.cookies:
+            # Who shows nothing guesses nothing: browsers come that way before they sign in.
+            context.limiter.failure(address)
         raise
     context.limiter.principal(principal.name)
     if request.method in _SAFE and principal.role.allows(role):

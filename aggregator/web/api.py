@@ -21,7 +21,7 @@ from aggregator.web import (
     rollout_routes,
     round_routes,
 )
-from aggregator.web.console import acting, assets, pages
+from aggregator.web.console import acting, assets, pages, rollouts
 from aggregator.web.console.shell import Shell
 from aggregator.web.context import Context
 from aggregator.web.limits import BodyLimit
@@ -66,8 +66,16 @@ def create_app(context: Context) -> FastAPI:
     app.include_router(api)
     app.include_router(login_routes.router)
     app.include_router(metrics_routes.looking)
-    for pages_of in (pages.looking, pages.anybody, acting.asking, acting.acting, assets.router):
-        app.include_router(pages_of, include_in_schema=False)
+    for router in (
+        pages.looking,
+        pages.anybody,
+        acting.asking,
+        acting.acting,
+        rollouts.asking,
+        rollouts.acting,
+        assets.router,
+    ):
+        app.include_router(router, include_in_schema=False)
     problems.install(app)
     app.add_middleware(EntityTags)
     app.add_middleware(Shell, owner=app)

@@ -30,7 +30,7 @@ from tests.api_bench import Api, api, csr
 pytest.importorskip("selenium")
 from tests.console_bench import seed_fleet, seed_rounds
 
-PAGES = ("/", "/fleet", "/rounds", "/models", "/campaigns", "/queries", "/privacy", "/log")
+PAGES = ("/", "/fleet", "/rounds", "/models", "/rollouts", "/campaigns", "/queries", "/privacy", "/log")
 HTML = {"Accept": "text/html"}
 SAME = {"Sec-Fetch-Site": "same-origin"}
 ATTACK = "<script>alert(1)</script><img src=x onerror=alert(2)>\"'--></style>"
@@ -83,7 +83,8 @@ def test_a_session_is_worth_what_its_token_is(bench: Api) -> None:
     forged = browser | {"Sec-Fetch-Site": "cross-site"}
     assert bench.call("POST", "/fleet/barn-1/include", None, headers=forged).status_code == 403
     bench.context.operator.revoke_token(token.split("_")[1])
-    assert bench.call("GET", "/", None, headers=browser).status_code == 303
+    over = bench.call("GET", "/", None, headers=browser)
+    assert over.status_code == 303 and cookie_of(over)[SESSION_COOKIE].value == ""
 
     short = sign_in(bench, bench.token(Role.ADMIN, seconds=60))
     bench.clock.now += 60
@@ -142,6 +143,7 @@ def test_empty_pages_say_what_to_do_next(bench: Api) -> None:
         ("/fleet", "covey device enroll"),
         ("/rounds", "covey round start"),
         ("/models", "covey model publish"),
+        ("/rollouts", "covey model publish"),
         ("/campaigns", "covey model publish"),
         ("/queries", "covey query mean"),
         ("/privacy", "covey privacy plan"),
@@ -283,10 +285,51 @@ def test_buttons_ask_and_leave_the_same_trace_as_the_api(bench: Api) -> None:
     assert refused.status_code == 409 and "covey model publish" in refused.text
 
 
+def test_a_version_is_rolled_out_and_taken_back_by_buttons(bench: Api) -> None:
+    operator = bench.context.operator
+    seed_fleet(operator, 20)
+    seed_rounds(operator, 2, running=False)
+    newest = operator.versions()[-1].version
+    browser = sign_in(bench, Role.OPERATOR)
+    where = f"/models/watch/{newest}/roll-out"
+    assert f'href="{where}"' in page(bench, "/models", browser)
+    assert "A failed gate halts it" in page(bench, where, browser)
+    for percent in ("5;x", "100,5"):
+        data = {"percent": percent, "gate": "", "group": ""}
+        assert bench.call("POST", where, None, data=data, headers=browser).status_code in (409, 422)
+    data = {"percent": "25,100", "gate": "errors<0.01 accuracy>=0.8", "group": "site=north"}
+    assert bench.call("POST", where, None, data=data, headers=browser).status_code == 303
+    (view,) = operator.rollouts()
+    assert (view.record.status, view.settings.percents, view.settings.group) == (
+        "running",
+        (25, 100),
+        "site=north",
+    )
+    shown = page(bench, "/rollouts", browser)
+    assert "errors&lt;0.01" in shown and "site=north" in shown
+    rollout = f"/rollouts/{view.record.rollout_id}"
+    for turn, action, status in (
+        ("pause", "pause-rollout", "paused"),
+        ("resume", "resume-rollout", "running"),
+        ("rollback", "roll-back-rollout", "rolled-back"),
+    ):
+        assert f'href="{rollout}/{turn}"' in page(bench, "/rollouts", browser)
+        assert "<dialog open" in page(bench, f"{rollout}/{turn}", browser)
+        reason = {} if turn == "resume" else {"reason": "it is hot"}
+        done = bench.call("POST", f"{rollout}/{turn}", None, data=reason, headers=browser)
+        assert (done.status_code, operator.rollouts()[0].record.status) == (303, status)
+        assert operator.audit_log(limit=1)[0].action == action
+    assert 'href="/rollouts/' not in page(bench, "/rollouts", browser)
+    again = bench.call("POST", f"{rollout}/halt", None, data={"reason": "x"}, headers=browser)
+    assert again.status_code == 409 and "covey rollout status" in again.text
+    assert bench.call("POST", f"/models/watch/{newest}/withdraw", None, headers=browser).status_code == 303
+    assert operator.versions()[-1].stage == "withdrawn"
+
+
 def test_a_viewer_sees_no_buttons_and_is_refused_anyway(bench: Api) -> None:
     seed_fleet(bench.context.operator, 3)
     browser = sign_in(bench, Role.VIEWER)
-    for path in ("/fleet/barn-00000", "/campaigns"):
+    for path in ("/fleet/barn-00000", "/campaigns", "/models", "/rollouts"):
         assert 'class="actions"' not in page(bench, path, browser)
     assert "What people did" not in page(bench, "/log", browser)
     assert "needs the role operator" in page(bench, "/fleet/barn-00000/exclude", browser, 403)

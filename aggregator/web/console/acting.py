@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated
 
 from fastapi import Form, Request, Response
 from fastapi.responses import HTMLResponse, RedirectResponse
@@ -12,8 +11,8 @@ from fastapi.responses import HTMLResponse, RedirectResponse
 from aggregator.access.roles import Role
 from aggregator.settings import CampaignRequest
 from aggregator.web import schemas
-from aggregator.web.admission import Admitted, By, guarded
-from aggregator.web.console.rendering import page
+from aggregator.web.admission import By, guarded
+from aggregator.web.console.asking import REASON, Field, ask
 from aggregator.web.fleet_routes import SLUG, DeviceId
 from aggregator.web.problems import ApiProblem
 from protocol.dp.parameters import PrivacyMode
@@ -25,30 +24,6 @@ _LABEL = re.compile(r"[a-z0-9][a-z0-9._=-]{0,62}")
 _MODES = [mode.value for mode in PrivacyMode if mode is not PrivacyMode.EXAMPLE]
 
 
-@dataclass(frozen=True)
-class Field:
-    """What a form asks for.
-
-    Attributes:
-        kind: of input, as HTML names it.
-        step: of a number; `any` for one with a fraction.
-        choices: of a list; none for a text.
-    """
-
-    name: str
-    label: str
-    value: str = ""
-    kind: str = "text"
-    step: str = "1"
-    required: bool = False
-    choices: tuple[str, ...] = ()
-
-
-def _ask(request: Request, by: Admitted, title: str, consequence: str, **more: Any) -> Response:
-    values = {"fields": (), "danger": False, "action": request.url.path} | more
-    return page(request, "confirm.html", by, title=title, consequence=consequence, **values)
-
-
 # --- devices
 
 
@@ -56,13 +31,13 @@ def _ask(request: Request, by: Admitted, title: str, consequence: str, **more: A
 def ask_exclude(by: By, request: Request, device: DeviceId) -> Response:
     """Asks before a device is excluded."""
     by.operator.device(device)
-    return _ask(
+    return ask(
         request,
         by,
         f"Exclude {device} from rounds?",
         "It is selected for no round that starts from now on, until somebody includes it again. "
         "It keeps its model, and answers predictions. A round that runs goes on with it.",
-        fields=(Field("reason", "Reason, for those who look later", "by the operator", required=True),),
+        fields=(REASON,),
         button="Exclude",
         danger=True,
         back=f"/fleet/{device}",
@@ -80,7 +55,7 @@ def exclude(by: By, device: DeviceId, reason: Annotated[schemas.Text, Form(min_l
 def ask_include(by: By, request: Request, device: DeviceId) -> Response:
     """Asks before a device is included."""
     found = by.operator.device(device)
-    return _ask(
+    return ask(
         request,
         by,
         f"Include {device} again?",
@@ -101,7 +76,7 @@ def include(by: By, device: DeviceId) -> Response:
 def ask_label(by: By, request: Request, device: DeviceId) -> Response:
     """Asks for the labels of a device."""
     found = by.operator.device(device)
-    return _ask(
+    return ask(
         request,
         by,
         f"Labels of {device}",
@@ -133,7 +108,7 @@ def label(by: By, device: DeviceId, labels: Annotated[str, Form(max_length=2400)
 def ask_start(by: By, request: Request) -> Response:
     """Asks what rounds to run."""
     models = tuple(dict.fromkeys(version.model for version in by.operator.versions()))
-    return _ask(
+    return ask(
         request,
         by,
         "Start rounds",

@@ -97,8 +97,10 @@ def progress(rounds: Sequence[RoundView]) -> tuple[Curve, ...]:
                 for v in mine
                 if v.report.evaluation is not None and name in v.report.evaluation.metrics
             }
+            noise = max((v.report.metric_noise.get(metric, 0.0) for v in mine), default=0.0)
+            trained_as = f"in training, ± {noise:.2g} noise" if noise else "in training"
             lines = (
-                Series("in training", tuple(sorted(trained.items()))),
+                Series(trained_as, tuple(sorted(trained.items()))),
                 Series("evaluated", tuple(sorted(evaluated.items()))),
             )
             shown = tuple(line for line in lines if line.points)

@@ -21,6 +21,7 @@ from aggregator.web.console.rendering import THEME_COOKIE, THEMES, page
 from aggregator.web.context import context_of
 from aggregator.web.fleet_routes import DeviceId
 from aggregator.web.problems import ApiProblem
+from aggregator.web.rollout_schemas import Rollout
 from aggregator.web.round_routes import RoundId
 
 looking = guarded(Role.VIEWER, tag="console")
@@ -134,6 +135,20 @@ def models(by: By, request: Request) -> Response:
         models=figures.newest(versions),
         running=running,
         charts=figures.progress(by.operator.rounds(last=ROUNDS)),
+    )
+
+
+@looking.get("/rollouts", name="show-rollouts", response_class=HTMLResponse)
+def rollouts(by: By, request: Request) -> Response:
+    """Rollouts, newest first, and what is pinned."""
+    found = [Rollout.of(view) for view in reversed(by.operator.rollouts())]
+    return page(
+        request,
+        "rollouts.html",
+        by,
+        rollouts=found[:PAGE],
+        pins=by.operator.pins(),
+        models=figures.newest(by.operator.versions()),
     )
 
 

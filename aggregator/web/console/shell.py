@@ -13,6 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from aggregator.web.console.rendering import content
 from aggregator.web.problems import MEDIA_TYPE
 from aggregator.web.schemas import PREFIX, Problem
+from aggregator.web.sessions import SESSION_COOKIE
 
 POLICY = "; ".join(
     (
@@ -91,8 +92,12 @@ def _wants_page(request: Request) -> bool:
 async def _page_of(request: Request, problem: Problem) -> Response:
     path = request.url.path
     if problem.code == "unauthenticated" and request.method == "GET" and not path.startswith("/auth/"):
-        if "hx-request" in request.headers:
-            return Response(status_code=401, headers={"HX-Redirect": "/sign-in"})
-        return RedirectResponse("/sign-in", 303)
+        live = "hx-request" in request.headers
+        headers = {"HX-Redirect": "/sign-in"}
+        response = Response(status_code=401, headers=headers) if live else RedirectResponse("/sign-in", 303)
+        if SESSION_COOKIE in request.cookies:
+            # It is over. A browser that went on to show it would seem to guess.
+            response.delete_cookie(SESSION_COOKIE)
+        return response
     html = await run_in_threadpool(content, request, "problem.html", None, problem=problem)
     return HTMLResponse(html, problem.status)
