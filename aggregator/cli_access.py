@@ -1,4 +1,4 @@
-"""The commands `covey login`, `logout`, `whoami`, `console`, `token ...`, `audit-log`: who may, and who did."""
+"""Commands `login`, `logout`, `whoami`, `console`, `token ...`, `audit-log`: who does what, and who did."""
 
 from __future__ import annotations
 

@@ -52,12 +52,18 @@ def demo(
     report: Annotated[
         Path, typer.Option(file_okay=False, metavar="DIR", help="Folder for index.html and result.json.")
     ] = Path("demo-report"),
+    open_: Annotated[
+        bool, typer.Option("--open", help="Open the console in a browser, and keep it up until Ctrl-C.")
+    ] = False,
+    keep: Annotated[bool, typer.Option("--keep", help="Keep fleet and console up until Ctrl-C.")] = False,
 ) -> None:
     """Trains one model across device processes over real MQTT, on data that stays with each device.
 
     Examples:
 
       covey demo
+
+      covey demo --open
 
       covey demo --devices 6 --rounds 5 --drop 0
 
@@ -77,6 +83,8 @@ def demo(
             folds=parse_folds(folds),
             test_people=test_people,
             report=report,
+            open=open_,
+            keep=keep or open_,
         )
     except ValidationError as error:
         first: Any = error.errors()[0]

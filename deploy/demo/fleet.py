@@ -37,6 +37,7 @@ class Fleet:
 
     Attributes:
         operator: the aggregator's operations and read-only views.
+        state: the aggregator's state directory.
         directory: of this fold; everything in it goes when the demo ends.
         aggregator: its process.
         devices: device id -> process; the people in training first, then those held out.
@@ -44,6 +45,7 @@ class Fleet:
     """
 
     operator: Operator
+    state: Path
     directory: Path
     aggregator: ChildProcess
     devices: dict[str, ChildProcess] = field(default_factory=dict)
@@ -132,7 +134,9 @@ def fleet(
             f"{name}-aggregator",
             [_SCRIPTS / "covey", "aggregator", "run", "--state", state, "--listen", "127.0.0.1:0"],
         )
-        running = Fleet(operator, directory, service, held_out=tuple(person.name for person in held_out))
+        running = Fleet(
+            operator, state, directory, service, held_out=tuple(person.name for person in held_out)
+        )
         try:
             for person in (*training, *held_out):
                 place = directory / person.name

@@ -38,6 +38,9 @@ class DemoOptions(BaseModel):
     folds: tuple[int, ...] | None = (0,)
     test_people: int = Field(default=1, ge=1)
     report: Path = Path("demo-report")
+    # Show the console in a browser; keep serving until Ctrl-C.
+    open: bool = False
+    keep: bool = False
 
     @field_validator("broker")
     @classmethod

@@ -5,6 +5,7 @@ One of two files that know both applications (the other is a simulation's), so i
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -14,11 +15,13 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
+from aggregator import main as covey
 from aggregator.operations import RoundView
 from aggregator.settings import CampaignRequest
 from deploy.broker import BrokerProcess
 from deploy.demo.accidents import Accidents, Sight
 from deploy.demo.baselines import Baselines, evaluate, run_baselines
+from deploy.demo.browsing import console_link, show_in_browser
 from deploy.demo.compose import FoldOutcome, compose
 from deploy.demo.display import Scene, shown
 from deploy.demo.fleet import Fleet, device_policy, fleet
@@ -97,15 +100,22 @@ def run_demo(options: DemoOptions, console: Console | None = None) -> DemoResult
     scene = Scene()
     outcomes = []
     try:
-        with stage(options) as ground, shown(scene, console):
-            for fold in plan_folds(options, len(people)):
-                outcomes.append(_Show(options, ground, fold, people, scene, console).run())
+        with stage(options) as ground, ExitStack() as running:
+            with shown(scene, console):
+                for fold in plan_folds(options, len(people)):
+                    running.close()
+                    show = _Show(options, ground, fold, people, scene, console)
+                    outcomes.append(show.run(running))
+            if not options.keep:
+                running.close()
+            result = compose(options, ground.broker_name, outcomes, began=began, ended=time.time())
+            page = write_report(result, options.report)
+            console.print(summary_table(result))
+            console.print(f"report: {page}")
+            if options.keep:
+                show.stay()
     except ProcessError as error:
         raise DemoError(str(error)) from error
-    result = compose(options, ground.broker_name, outcomes, began=began, ended=time.time())
-    page = write_report(result, options.report)
-    console.print(summary_table(result))
-    console.print(f"report: {page}")
     return result
 
 
@@ -121,6 +131,7 @@ class _Show:
     console: Console
     recipe: Recipe = field(init=False)
     rounds: int = field(init=False)
+    state: Path = field(init=False)
     evaluations: list[list[Evaluation]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -132,29 +143,33 @@ class _Show:
         kills = plan_kills(self.options, self.fold, self.rounds)
         self.accidents = Accidents(kills, [person.name for person in self.training])
 
-    def run(self) -> FoldOutcome:
-        """Runs the federation, then what it is compared with."""
+    def run(self, stack: ExitStack) -> FoldOutcome:
+        """Runs the federation, then what it is compared with; the fleet runs until `stack` closes."""
         mode = PrivacyMode(self.options.privacy)
         trainers = len(self.training)
         survivors = trainers - tolerated_dropouts(trainers)
         self.scene.accuracy.clear()
         self.scene.rounds, self.scene.round, self.scene.phase = self.rounds, 0, ""
         self.say(f"fold {self.fold.index}: enrolling {len(self.training) + len(self.held_out)} devices")
-        with fleet(
-            self.ground.processes,
-            self.ground.broker_url,
-            f"fold{self.fold.index}",
-            Path(zoo.__file__).parent / self.options.dataset,
-            self.training,
-            self.held_out,
-            device_policy(mode, survivors),
-        ) as running:
-            self.scene.devices = dict.fromkeys(running.devices, "starting")
-            running.wait_for_version(self.model.manifest.name, 1, START_SECONDS, self.alive)
-            self.scene.devices = dict.fromkeys(running.devices, "online")
-            self.say("every device has version 1, verified and loaded")
-            self.note_version(running, 1)
-            campaign = running.operator.start_rounds(
+        running = stack.enter_context(
+            fleet(
+                self.ground.processes,
+                self.ground.broker_url,
+                f"fold{self.fold.index}",
+                Path(zoo.__file__).parent / self.options.dataset,
+                self.training,
+                self.held_out,
+                device_policy(mode, survivors),
+            )
+        )
+        self.scene.devices = dict.fromkeys(running.devices, "starting")
+        running.wait_for_version(self.model.manifest.name, 1, START_SECONDS, self.alive)
+        self.scene.devices = dict.fromkeys(running.devices, "online")
+        self.say("every device has version 1, verified and loaded")
+        self.note_version(running, 1)
+        self.invite(running)
+        with covey.connect(running.state) as client:
+            campaign = client.start_rounds(
                 CampaignRequest(
                     model=self.model.manifest.name,
                     rounds=self.rounds,
@@ -168,16 +183,16 @@ class _Show:
                     seed=self.options.seed,
                 )
             )
-            began = time.time()
-            views = self.watch(running, campaign.campaign_id)
-            ended = time.time()
-            version = max((view.record.version or 1 for view in views), default=1)
-            running.wait_for_version(self.model.manifest.name, version, SETTLE_SECONDS, self.alive)
-            self.say(f"every device answers with version {version}")
-            right = self.predictions(running, version)
-            peak = max(child.peak_rss_bytes for child in running.devices.values())
-            versions = running.operator.versions(self.model.manifest.name)
-            runtime = next(device.runtime for device in running.operator.devices())
+        began = time.time()
+        views = self.watch(running, campaign.campaign)
+        ended = time.time()
+        version = max((view.record.version or 1 for view in views), default=1)
+        running.wait_for_version(self.model.manifest.name, version, SETTLE_SECONDS, self.alive)
+        self.say(f"every device answers with version {version}")
+        right = self.predictions(running, version)
+        peak = max(child.peak_rss_bytes for child in running.devices.values())
+        versions = running.operator.versions(self.model.manifest.name)
+        runtime = next(device.runtime for device in running.operator.devices())
         return FoldOutcome(
             fold=self.fold,
             model=self.model,
@@ -192,6 +207,23 @@ class _Show:
             runtime=runtime,
             round_seconds=ended - began,
         )
+
+    def invite(self, running: Fleet) -> None:
+        """Says where the console is, and shows it when that was asked for."""
+        link = console_link(running.state)
+        self.state = running.state
+        self.console.print(f"console: {link}", soft_wrap=True, highlight=False)
+        if self.options.open and not show_in_browser(link, running.directory):
+            self.console.print("no browser opens here: open that address in one", highlight=False)
+
+    def stay(self) -> None:
+        """Keeps the fleet and its console up until Ctrl-C."""
+        self.console.print(f"console: {console_link(self.state)}", soft_wrap=True, highlight=False)
+        self.console.print("the fleet and its console stay up until Ctrl-C", highlight=False)
+        with contextlib.suppress(KeyboardInterrupt):
+            while True:
+                self.alive()
+                time.sleep(1.0)
 
     def watch(self, running: Fleet, campaign_id: str) -> tuple[RoundView, ...]:
         """Follows the rounds to their end, and makes the accidents happen."""
