@@ -167,6 +167,18 @@ class Graph:
         """Sorted names of all operators."""
         return sorted({operator.name for graph in self.subgraphs for operator in graph.operators})
 
+    @property
+    def writers(self) -> frozenset[str]:
+        """The entry points that change variables; the others remember nothing of what they were given.
+
+        No operator of a trainable graph runs another subgraph, so an entry point's own operators tell.
+        """
+        return frozenset(
+            name
+            for name, number in self.signatures.items()
+            if any(operator.name == "ASSIGN_VARIABLE" for operator in self.subgraphs[number].operators)
+        )
+
 
 def read(data: bytes) -> Graph:
     """Check a whole file and say what is in it.
@@ -195,7 +207,10 @@ def read(data: bytes) -> Graph:
             for end in table.tables(ends, "tensors of a signature"):
                 end.text(0)
                 _check_index(end.number(1, "I", 0), count, "a signature's tensor")
-        signatures[table.text(2)] = number
+        name = table.text(2)
+        if name in signatures:
+            raise InvalidGraph("two signatures have the same name")
+        signatures[name] = number
     return Graph(subgraphs, signatures, sum(buffers))
 
 

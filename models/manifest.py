@@ -28,6 +28,9 @@ LOCAL_SIGNATURE = "start_local"
 """Gives the values that local parameters start from; only where there are any."""
 EXAMPLE_SIGNATURES = frozenset({"gradient", "apply"})
 """Entry points of DP-SGD on the device: one example's gradient, and a step by a gradient from outside."""
+WRITING_SIGNATURES = frozenset({"train", "set_weights", "apply"})
+"""The entry points that may change variables. Mode `example` rests on it: a graph that kept an example from a
+prediction or a gradient could put it, without noise, into what leaves the device."""
 
 Dimension = Annotated[int, Field(ge=1, le=2**26)]
 LossName = Literal[

@@ -110,12 +110,15 @@ def try_model(manifest: ModelManifest, graph: bytes, weights: bytes) -> None:
     from edge_client.adapters.tflite import TfliteTrainer
     from edge_client.training import Examples, HiddenExamples, TrainingConfig, TrainingError
     from models import graph_file
+    from models.manifest import WRITING_SIGNATURES
     from models.weights import InvalidWeights, decode_weights
     from protocol.dp.example import mechanism_of
     from protocol.dp.parameters import ExamplePrivacy, NoiseDistribution
 
     try:
-        graph_file.read(graph)
+        forbidden = sorted(graph_file.read(graph).writers - WRITING_SIGNATURES)
+        if forbidden:
+            raise ModelRejected(f"the entry point {forbidden[0]} changes variables, which it must not")
         trainer = TfliteTrainer(manifest, graph)
         start = decode_weights(weights, manifest)
         example = np.asarray(manifest.input.mean, np.float32)

@@ -225,6 +225,9 @@ class Worker:
             return InputWritten(job.round_id, blob, local)
         if isinstance(job, ReadField):
             return FieldRead(job.round_id, self._fields.read(job.field))
+        if isinstance(job, Train) and job.config.hidden is not None:
+            # Nothing of an earlier training without noise may be left in the graph's variables.
+            self._loaded = None
         trainer = self._trainer(job.manifest)
         weights = decode_weights(self._blobs.read(job.manifest.weights), job.manifest)
         examples = self._data.load(job.manifest)

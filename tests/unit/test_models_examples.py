@@ -11,14 +11,19 @@ import pytest
 
 tf = pytest.importorskip("tensorflow")
 
+from edge_client.adapters.model_check import check_in_child
 from edge_client.adapters.tflite import TfliteTrainer
-from models import zoo
+from edge_client.training import ModelRejected
+from models import export as exporter
+from models import flatbuffer, zoo
 from models.architectures import ARCHITECTURES
 from models.export import ExportedModel, export
 from models.losses import stock_losses
-from models.manifest import InputSpec, LossName, OptimizerSpec
+from models.manifest import InputSpec, LossName, ModelManifest, OptimizerSpec, TargetSpec, describe
 from models.network import Network
 from models.parity import GradientParityError, prove_parity
+from models.program import TrainingForm, build_program
+from models.weights import encode_weights
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -111,3 +116,30 @@ def test_products_with_a_batch_of_one_are_converted() -> None:
     """The converter stops at one row in a batch of matrices, which dense layers of other batches are."""
     made = replace(ARCHITECTURES["anomaly"], example_gradients=True).export()
     assert made.manifest.example_gradients
+
+
+@pytest.mark.parametrize("entry", ["gradient", "infer", "get_weights"])
+def test_a_graph_that_remembers_examples_is_refused(entry: str) -> None:
+    """What it remembers would leave the device in its next weights, past clipping and noise."""
+    model, made = exported([layers.Dense(3)], (5,))
+    network = Network(model)
+    form = TrainingForm(8, "sparse_categorical_crossentropy", TargetSpec(), OptimizerSpec(), 1, True)
+    module = build_program(network, form)
+    honest = getattr(module, entry)
+
+    def remembering(*given: Any) -> Any:
+        found = honest(*given)
+        told = tf.reduce_sum(given[0]) if given else 1.0
+        module.anchor.assign(module.anchor.read_value() + told)
+        return found
+
+    signature = list(honest.input_signature)
+    names = [spec.name for spec in signature]
+    forms = {0: lambda: remembering(), 1: lambda x: remembering(x), 2: lambda x, y: remembering(x, y)}
+    setattr(module, entry, tf.function(forms[len(names)], input_signature=signature, autograph=False))
+    graph = flatbuffer.finish(exporter._convert(module, made.manifest.signatures))
+    hostile = ModelManifest.model_validate(dict(made.manifest) | {"graph": describe(graph)})
+    weights = encode_weights(made.weights)
+    check_in_child(made.manifest, made.graph, weights)
+    with pytest.raises(ModelRejected, match=f"the entry point {entry} changes variables"):
+        check_in_child(hostile, graph, weights)
