@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from aggregator.cli_options import OverSelect, WhichDevices
 from aggregator.operations import OperationRefused
+from aggregator.optimizers import Server
 from aggregator.settings import DEFAULT_DELTA, DEFAULT_REST_ROUNDS, CampaignRequest, given, invalid
 from protocol.dp.parameters import PrivacyMode
 from protocol.plan import SUBCOHORT_LIMIT, Deadlines
@@ -173,6 +174,13 @@ def campaign_request(
             min=0.0, help="How long a device that is offline is waited for.", rich_help_panel="Deadlines"
         ),
     ] = _LIMITS.offline_grace,
+    optimizer: Annotated[
+        Server, typer.Option(help="How the mean update of a round moves the model.")
+    ] = Server.FEDAVG,
+    server_learning_rate: Annotated[
+        float | None,
+        typer.Option(help="Learning rate of the optimizer.", show_default="1; of the adaptive ones, 0.1"),
+    ] = None,
     fedprox_mu: Annotated[
         float | None,
         typer.Option(min=0.0, help="Weight of FedProx on the devices.", show_default="the model's recipe"),
@@ -234,6 +242,8 @@ def campaign_request(
         restart_every=restart_every,
         example_clip_norm=example_clip,
         sampling_probability=sampling,
+        optimizer=optimizer,
+        server_learning_rate=server_learning_rate,
         where=where,
         rest_rounds=rest,
         over_select=over_select,

@@ -268,6 +268,7 @@ class Conductor:
                     continue
                 work.writer.update_campaign(campaign.campaign_id, "finished")
                 work.writer.fell_noise_tree(campaign.campaign_id)
+                work.writer.forget_optimizer_memory(campaign.campaign_id)
                 self._patience.pop(campaign.campaign_id, None)
                 logger.info("campaign %s finished", campaign.campaign_id[:8])
                 continue
@@ -282,6 +283,7 @@ class Conductor:
                     continue
                 work.writer.update_campaign(campaign.campaign_id, "failed", str(error)[:300])
                 work.writer.fell_noise_tree(campaign.campaign_id)
+                work.writer.forget_optimizer_memory(campaign.campaign_id)
                 logger.error("campaign %s failed: %s", campaign.campaign_id[:8], error)
 
     def _serve(self, work: Work, campaign: Campaign) -> None:

@@ -7,16 +7,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import assert_never
 
-from aggregator.clock import Moment
+import numpy as np
+from numpy.typing import NDArray
+
 from aggregator.fleet.authority import Authority
-from aggregator.optimizers import ServerOptimizer
-from aggregator.records import Evaluation, LedgerEntry, RoundEnding, Version
+from aggregator.optimizers import OptimizerState, memory, resumed
+from aggregator.records import Evaluation, LedgerEntry, OptimizerMemory, RoundEnding, Version
 from aggregator.registry.artefacts import ArtefactStore
 from aggregator.registry.publishing import sign
+from aggregator.repository import Writer
 from aggregator.rounds import machine
 from aggregator.rounds.answer import Answer, answer
 from aggregator.rounds.evaluation import VersionEvaluation, figures
 from aggregator.rounds.partial_sum import load_sum
+from aggregator.rounds.planning import CampaignSettings
 from aggregator.rounds.release import Release, Unmask, release, together
 from aggregator.rounds.report import RoundReport, Traffic
 from aggregator.rounds.subcohort import SubcohortState
@@ -72,7 +76,6 @@ class Finisher:
 
     store: ArtefactStore
     authority: Authority
-    optimizer: ServerOptimizer
     entropy: Callable[[], bytes]
     unmask: Unmask = apply_masks
 
@@ -145,7 +148,7 @@ class Finisher:
     def _outcome(self, work: Work, running: RunningRound, released: Release) -> _Outcome:
         assignment, at = running.assignment, work.at
         if isinstance(assignment, Training):
-            version = self._make_version(running.round_id, assignment.manifest, released, at)
+            version = self._make_version(work, running, assignment.manifest, released)
             return _Outcome(released, version=version)
         survivors = [len(part.survivors) for part in running.state.recovered]
         event = _spent(running)
@@ -185,13 +188,15 @@ class Finisher:
         noise_key = self.entropy() if central else None
         return release(part.secagg, total, encoding, noise_key, self.unmask)
 
-    def _make_version(self, round_id: str, base: ModelManifest, released: Release, at: Moment) -> Version:
+    def _make_version(
+        self, work: Work, running: RunningRound, base: ModelManifest, released: Release
+    ) -> Version:
         weights = decode_weights(self.store.read(base.weights), base)
         # Every device weighs 1, which is what the user-level guarantee counts.
-        moved = self.optimizer.apply(self.optimizer.init(weights), released.mean_update)
+        moved = _step(work.writer, running.record.campaign_id, weights, released)
         data = encode_weights(moved.parameters)
         manifest = base.next_version(data)
-        version, document = sign(self.authority, manifest, now=at.unix, round_id=round_id)
+        version, document = sign(self.authority, manifest, now=work.at.unix, round_id=running.round_id)
         self.store.put(data)
         self.store.put_manifest(manifest, document)
         return version
@@ -254,6 +259,26 @@ class Finisher:
         end = RoundEnd(round_id=running.round_id, completed=outcome is not None, reason=code)
         for device_id in sorted(state.invited):
             work.send(device_id, end)
+
+
+def _step(
+    writer: Writer, campaign_id: str, weights: NDArray[np.float32], released: Release
+) -> OptimizerState:
+    """Moves the model, and keeps what the optimizer remembers in the transaction that makes the version.
+
+    A round that is aborted, or finished again after a crash, leaves the memory as it was.
+    """
+    campaign = writer.campaign(campaign_id)
+    if campaign is None:
+        raise ValueError(f"campaign {campaign_id} is gone")
+    optimizer = CampaignSettings.from_bytes(campaign.settings).server.make()
+    known = writer.optimizer_memory(campaign_id) or OptimizerMemory(campaign_id, 0)
+    before = resumed(optimizer, weights, known.rounds, known.momentum, known.second_moment)
+    moved = optimizer.apply(before, released.mean_update)
+    writer.keep_optimizer_memory(
+        OptimizerMemory(campaign_id, moved.rounds, memory(moved.momentum), memory(moved.second_moment))
+    )
+    return moved
 
 
 def _record(found: VersionEvaluation | None) -> Evaluation | None:

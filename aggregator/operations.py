@@ -374,6 +374,7 @@ class Operator(RolloutOperations):
                 writer.set_due(campaign_id, _due(settings, self.clock.moment().unix))
             if status == "cancelled":
                 writer.fell_noise_tree(campaign_id)
+                writer.forget_optimizer_memory(campaign_id)
             writer.update_campaign(campaign_id, status)
             return _there(writer.campaign(campaign_id), f"no campaign {campaign_id}")
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from enum import StrEnum
 from typing import Protocol
 
 import numpy as np
@@ -175,6 +176,57 @@ class FedYogi(_Adaptive):
     def _accumulate(self, second_moment: Vector, square: Vector) -> Vector:
         sign: Vector = np.sign(second_moment - square)
         return second_moment - np.float32(1 - self.beta2) * square * sign
+
+
+class Server(StrEnum):
+    """Names of the optimizers."""
+
+    FEDAVG = "fedavg"
+    FEDAVGM = "fedavgm"
+    FEDADAGRAD = "fedadagrad"
+    FEDADAM = "fedadam"
+    FEDYOGI = "fedyogi"
+
+
+def server_optimizer(server: Server, learning_rate: float | None) -> ServerOptimizer:
+    """The optimizer, at its own learning rate where none is given."""
+    kind = {
+        Server.FEDAVG: FedAvg,
+        Server.FEDAVGM: FedAvgM,
+        Server.FEDADAGRAD: FedAdagrad,
+        Server.FEDADAM: FedAdam,
+        Server.FEDYOGI: FedYogi,
+    }[server]
+    made: ServerOptimizer = kind() if learning_rate is None else kind(learning_rate=learning_rate)
+    return made
+
+
+def resumed(
+    optimizer: ServerOptimizer, parameters: Vector, rounds: int, momentum: bytes | None, second: bytes | None
+) -> OptimizerState:
+    """The state before a campaign's next round: its present parameters, and what its rounds left in memory.
+
+    Args:
+        parameters: of the version that the round went on from, float32, shape (d,).
+        rounds: updates applied so far.
+        momentum, second: little-endian float32 of d elements, where the optimizer has such.
+
+    Returns:
+        The first state of the optimizer where the memory does not fit: it was another's, or of a model of
+        another size, and a wrong step would be worse than none remembered.
+    """
+    first = optimizer.init(parameters)
+    found = []
+    for data, fresh in ((momentum, first.momentum), (second, first.second_moment)):
+        if (data is None) != (fresh is None) or (data is not None and len(data) != 4 * parameters.size):
+            return first
+        found.append(None if data is None else np.frombuffer(data, "<f4").astype(np.float32))
+    return OptimizerState(first.parameters, rounds, *found)
+
+
+def memory(vector: Vector | None) -> bytes | None:
+    """What `resumed` reads of a momentum or second moment."""
+    return None if vector is None else vector.astype("<f4", copy=False).tobytes()
 
 
 def _moved(state: OptimizerState, step: Vector) -> OptimizerState:

@@ -159,6 +159,21 @@ class NoiseTree:
 
 
 @dataclass(frozen=True)
+class OptimizerMemory:
+    """What a campaign's server optimizer remembers between rounds (`aggregator.optimizers`).
+
+    Attributes:
+        rounds: updates applied so far.
+        momentum, second_moment: little-endian float32, one element a parameter; None where it has none.
+    """
+
+    campaign_id: str
+    rounds: int
+    momentum: bytes | None = None
+    second_moment: bytes | None = None
+
+
+@dataclass(frozen=True)
 class Round:
     """One round of a campaign.
 

@@ -32,6 +32,7 @@ from aggregator.records import (
     LedgerEntry,
     LogEntry,
     NoiseTree,
+    OptimizerMemory,
     Pin,
     Rollout,
     Round,
@@ -185,6 +186,10 @@ class Reader(Protocol):
 
     def noise_tree(self, campaign_id: str) -> NoiseTree | None:
         """The tree that a campaign's central noise is of at present."""
+        ...
+
+    def optimizer_memory(self, campaign_id: str) -> OptimizerMemory | None:
+        """What a campaign's server optimizer remembers of its rounds."""
         ...
 
     # --- the round that is running
@@ -389,6 +394,14 @@ class Writer(Reader, Protocol):
 
     def fell_noise_tree(self, campaign_id: str) -> None:
         """Erases the key of a campaign's tree; nothing happens when there is none."""
+        ...
+
+    def keep_optimizer_memory(self, memory: OptimizerMemory) -> None:
+        """Replaces what a campaign's server optimizer remembers."""
+        ...
+
+    def forget_optimizer_memory(self, campaign_id: str) -> None:
+        """Erases it; nothing happens when there is none."""
         ...
 
     def append_log(self, round_id: str, entry: LogEntry) -> None:

@@ -20,7 +20,6 @@ from aggregator.downloads import Downloads
 from aggregator.ending import Finisher
 from aggregator.fleet.authority import Authority
 from aggregator.fleet.presence import Change, Presence
-from aggregator.optimizers import FedAvg
 from aggregator.records import Campaign
 from aggregator.registry.artefacts import ArtefactStore, StoreUnavailable
 from aggregator.repository import Repository, RepositoryError, StorageUnavailable, Superseded
@@ -73,7 +72,7 @@ class Service:
         self._transport = transport
         self._clock = clock
         self._presence = Presence()
-        finisher = Finisher(store, authority, FedAvg(), entropy, unmask)
+        finisher = Finisher(store, authority, entropy, unmask)
         self._conductor = Conductor(authority, finisher, self._presence, entropy)
         self._downloads = Downloads(store)
         self._loaded = False

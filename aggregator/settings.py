@@ -10,12 +10,14 @@ from typing import ClassVar, TypeVar
 
 from pydantic import ConfigDict, ValidationError
 
+from aggregator.optimizers import Server
 from aggregator.rounds.planning import (
     EXAMPLE_METRIC,
     GATHER_SECONDS,
     PLAIN_METRICS,
     PRIVATE_METRICS,
     CampaignSettings,
+    ServerStep,
 )
 from aggregator.rounds.selector import InvalidSelector, parse
 from aggregator.schedule import UTC, schedule_of
@@ -71,6 +73,8 @@ class CampaignRequest:
             every round noise of its own.
         example_clip_norm: mode example: L2 bound of one example's gradient; by default 1.
         sampling_probability: mode example: chance of an example to be in one step; by default 0.1.
+        optimizer: how the mean update moves the model.
+        server_learning_rate: of the optimizer; its own by default.
         schedule: cron expression that says when rounds are due; by default one follows on the other.
         time_zone: of the schedule, an IANA name.
         where: which devices, such as `power=mains,battery>=50`; everybody by default.
@@ -102,6 +106,8 @@ class CampaignRequest:
     restart_every: int | None = None
     example_clip_norm: float | None = None
     sampling_probability: float | None = None
+    optimizer: Server = Server.FEDAVG
+    server_learning_rate: float | None = None
     schedule: str | None = None
     time_zone: str = UTC
     where: str = ""
@@ -137,6 +143,7 @@ class CampaignRequest:
                 deadlines=self.deadlines,
                 gather_seconds=self.gather_seconds,
                 selection_seed=seed_of(self.seed),
+                server=ServerStep(optimizer=self.optimizer, learning_rate=self.server_learning_rate),
                 schedule=schedule_of(self.schedule, self.time_zone),
                 where=parse(self.where),
                 rest_rounds=self.rest_rounds,

@@ -33,6 +33,7 @@ from aggregator.adapters.sql_devices import fitting
 from aggregator.adapters.sql_engine import MODE, Mode, contended, erase_log, open_engine, reason
 from aggregator.adapters.sql_migration import check_schema
 from aggregator.adapters.sql_noise import NoiseReader, NoiseWriter
+from aggregator.adapters.sql_optimizer import OptimizerReader, OptimizerWriter
 from aggregator.adapters.sql_rollout import RolloutReader, RolloutWriter, failures_from, failures_text
 from aggregator.records import (
     Campaign,
@@ -149,7 +150,7 @@ class SqlRepository:
             raise StorageUnavailable(reason(error)) from error
 
 
-class _Reader(AccessReader, NoiseReader, RolloutReader):
+class _Reader(AccessReader, NoiseReader, OptimizerReader, RolloutReader):
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
 
@@ -310,7 +311,7 @@ class _Reader(AccessReader, NoiseReader, RolloutReader):
         return self._connection.scalars(query).one_or_none()
 
 
-class _Writer(_Reader, AccessWriter, NoiseWriter, RolloutWriter):
+class _Writer(_Reader, AccessWriter, NoiseWriter, OptimizerWriter, RolloutWriter):
     ended_round = False
     """Whether a round's secrets were erased in this transaction."""
 

@@ -22,7 +22,7 @@ from sqlalchemy import (
     UniqueConstraint,
 )
 
-REVISION = "0009"
+REVISION = "0010"
 """The newest migration: what a database must have to be used."""
 
 NAME = String(63).with_variant(String(63, collation="C"), "postgresql")
@@ -123,6 +123,15 @@ noise_trees = Table(
     Column("tree", String(64), nullable=False),
     Column("key", LargeBinary, nullable=False),
     Column("released", Integer, nullable=False),
+)
+
+optimizer_memories = Table(
+    "optimizer_memories",
+    metadata,
+    Column("campaign_id", ForeignKey("campaigns.campaign_id"), primary_key=True),
+    Column("rounds", Integer, nullable=False),
+    Column("momentum", LargeBinary),
+    Column("second_moment", LargeBinary),
 )
 
 rounds = Table(

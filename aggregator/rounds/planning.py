@@ -9,6 +9,7 @@ from typing import Annotated, Literal, assert_never
 from pydantic import Field, ValidationError
 
 from aggregator.clock import Moment
+from aggregator.optimizers import Server, ServerOptimizer, server_optimizer
 from aggregator.records import Campaign
 from aggregator.rounds.selector import Selector
 from aggregator.schedule import Schedule
@@ -61,6 +62,18 @@ class VersionToEvaluate(Schema):
     """Ask only devices that have no part in any version of the model; else these go first."""
 
 
+class ServerStep(Schema):
+    """How the mean update of a round moves the model."""
+
+    optimizer: Server = Server.FEDAVG
+    learning_rate: Annotated[float, Field(gt=0, le=1e3)] | None = None
+    """The optimizer's own when None."""
+
+    def make(self) -> ServerOptimizer:
+        """The optimizer, ready to use."""
+        return server_optimizer(self.optimizer, self.learning_rate)
+
+
 class CampaignSettings(Schema):
     """What every round of a campaign has in common."""
 
@@ -75,6 +88,7 @@ class CampaignSettings(Schema):
     """Cohorts are drawn from this and the round's number, so that a draw can be repeated."""
     schedule: Schedule | None = None
     """When rounds are due; without one, each follows on the one before."""
+    server: ServerStep = ServerStep()
     where: Selector = ()
     """Only devices that fit are invited."""
     rest_rounds: Annotated[int, Field(ge=0, le=1000)] = 0

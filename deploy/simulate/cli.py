@@ -8,10 +8,10 @@ from typing import Annotated
 import typer
 from pydantic import ValidationError
 
+from aggregator.optimizers import Server
 from deploy.simulate.options import (
     Engine,
     PlanFile,
-    Server,
     SimulationError,
     SimulationOptions,
     read_plan,

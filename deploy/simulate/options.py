@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from aggregator.optimizers import FedAdagrad, FedAdam, FedAvg, FedAvgM, FedYogi, ServerOptimizer
+from aggregator.optimizers import Server
 from protocol.dp.parameters import NoiseDistribution, PrivacyMode
 
 
@@ -25,29 +25,6 @@ class Engine(StrEnum):
     """The devices' own trainer, encoding and accounting, in this process. Masks cancel, and are left out."""
     TFF = "tff"
     """TensorFlow Federated, in an environment of its own: an opinion that shares no code with Covey's."""
-
-
-class Server(StrEnum):
-    """The server's optimizer (`aggregator.optimizers`)."""
-
-    FEDAVG = "fedavg"
-    FEDAVGM = "fedavgm"
-    FEDADAGRAD = "fedadagrad"
-    FEDADAM = "fedadam"
-    FEDYOGI = "fedyogi"
-
-
-def server_optimizer(server: Server, learning_rate: float | None) -> ServerOptimizer:
-    """The optimizer, at its own learning rate where none is given."""
-    kind = {
-        Server.FEDAVG: FedAvg,
-        Server.FEDAVGM: FedAvgM,
-        Server.FEDADAGRAD: FedAdagrad,
-        Server.FEDADAM: FedAdam,
-        Server.FEDYOGI: FedYogi,
-    }[server]
-    made: ServerOptimizer = kind() if learning_rate is None else kind(learning_rate=learning_rate)
-    return made
 
 
 _Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]

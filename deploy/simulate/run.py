@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from aggregator.optimizers import Server, server_optimizer
 from aggregator.privacy import account, gaussian_reference
 from aggregator.rounds.planning import CampaignSettings, check_settings
 from aggregator.settings import DEFAULT_DELTA, CampaignRequest, InvalidSettings
@@ -28,10 +29,8 @@ from deploy.simulate.local import run_local
 from deploy.simulate.options import (
     Engine,
     PlanFile,
-    Server,
     SimulationError,
     SimulationOptions,
-    server_optimizer,
 )
 from deploy.simulate.population import BUNDLED, Population, populate
 from deploy.simulate.task import RoundOutcome, Task

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from aggregator.optimizers import ServerOptimizer
+from aggregator.optimizers import Server, ServerOptimizer
 from aggregator.rounds.planning import CampaignSettings
 from aggregator.rounds.selection import select
-from deploy.simulate.options import Server
 from models.examples import Examples
 from models.manifest import ModelManifest
 from models.zoo import BundledModel

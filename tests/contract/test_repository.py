@@ -22,6 +22,7 @@ from aggregator.records import (
     LedgerEntry,
     LogEntry,
     NoiseTree,
+    OptimizerMemory,
     Pin,
     Rollout,
     Round,
@@ -546,6 +547,21 @@ def test_how_a_cohort_was_drawn_and_who_has_trained(running: Repository) -> None
         assert reader.selection("f" * 32) is None
         assert reader.contributors("watch") == {"barn-1", "barn-2"}
         assert reader.contributors("digits") == frozenset()
+
+
+def test_what_an_optimizer_remembers_is_replaced(running: Repository) -> None:
+    first = OptimizerMemory(CAMPAIGN.campaign_id, 1, b"momentum")
+    second = replace(first, rounds=2, second_moment=b"moment")
+    with running.write() as writer:
+        assert writer.optimizer_memory(CAMPAIGN.campaign_id) is None
+        writer.keep_optimizer_memory(first)
+        writer.keep_optimizer_memory(second)
+    with running.read() as reader:
+        assert reader.optimizer_memory(CAMPAIGN.campaign_id) == second
+    with running.write() as writer:
+        writer.forget_optimizer_memory(CAMPAIGN.campaign_id)
+        writer.forget_optimizer_memory(CAMPAIGN.campaign_id)
+        assert writer.optimizer_memory(CAMPAIGN.campaign_id) is None
 
 
 def test_a_campaign_has_one_noise_tree_that_moves_forward(running: Repository) -> None:

@@ -20,9 +20,10 @@ import typer
 from rich.console import Console
 from typer.testing import CliRunner
 
+from aggregator.optimizers import Server
 from deploy.demo.result import DemoResult
 from deploy.simulate.cli import simulate
-from deploy.simulate.options import Engine, PlanFile, Server, SimulationError, SimulationOptions, read_plan
+from deploy.simulate.options import Engine, PlanFile, SimulationError, SimulationOptions, read_plan
 from deploy.simulate.population import populate
 from deploy.simulate.run import measure, prepare, run_simulation
 from edge_client.adapters.tflite import TfliteTrainer
