@@ -37,7 +37,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.covey-$(PYTHON_VERSION)
 ROOT := $(filter 0,$(shell id -u))
 APT := DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends
-TEST_PACKAGES := mosquitto postgresql dosfstools fdisk mtools xz-utils
+TEST_PACKAGES := mosquitto postgresql dosfstools fdisk mtools xz-utils sqlite3
 SLOW_PACKAGES := chromium chromium-driver mmdebstrap qemu-user-static binutils-aarch64-linux-gnu arch-test qemu-system-arm openssh-client
 
 .PHONY: bundle image lock-bundle help demo test test-slow test-313 test-all lint format bench bench-peers bench-torch fuzz \
