@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from importlib.metadata import entry_points
 from pathlib import Path
 
 import numpy as np
@@ -91,3 +92,11 @@ def test_workers_end_with_a_service_that_is_killed(tmp_path: Path) -> None:
     while any(Path(f"/proc/{pid}").exists() for pid in workers) and time.monotonic() < patience:
         time.sleep(0.05)
     assert not [pid for pid in workers if Path(f"/proc/{pid}").exists()]
+
+
+def test_workers_import_nothing_of_the_command_line() -> None:
+    """A spawned process imports the script of the command; what that imports would stay in its memory."""
+    (command,) = entry_points(group="console_scripts", name="covey")
+    script = f"import sys; from {command.module} import {command.attr}; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert not {"typer", "pydantic", "numpy", "aggregator.main"}.intersection(done.stdout.split())
