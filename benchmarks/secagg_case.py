@@ -37,6 +37,7 @@ from protocol.secagg.server_state import ServerContext
 from tests.secagg_round import CA, FLEET, PLAN_HASH, ROUND_ID
 
 QUANTIZATION_BITS = 16
+INPUT_BYTES = 2**26
 PEER = Path(__file__).resolve().parent.parent / ".venv-peers" / "bin" / "python"
 PEER_SCRIPT = Path(__file__).resolve().parent / "secagg_flower.py"
 
@@ -128,18 +129,18 @@ class Outcome:
 
 def run(case: Case, progress: Progress, *, workers: int = 2, peer: bool = True) -> Outcome:
     """Runs a case; ratios are of figures from here, one after the other."""
-    unit_keystream, unit_addition = floor_units(case.d, max(3, case.repeats))
+    before = floor_units(case, max(3, case.repeats))
     outcome = _round(case, progress, workers)
     for _ in range(case.rounds - 1):
         again = _round(case, progress, workers)
         server = outcome.server.fastest(again.server)
         outcome = replace(min(outcome, again, key=lambda one: one.client.cpu_s), server=server)
-    again_keystream, again_addition = floor_units(case.d, max(3, case.repeats))
-    keystream, addition = min(unit_keystream, again_keystream), min(unit_addition, again_addition)
+    after = floor_units(case, max(3, case.repeats))
+    keystream, addition, input_addition = map(min, before, after)
     outcome = replace(
         outcome,
         client_floor_s=(case.graph.degree + 1) * (keystream + addition),
-        server_floor_s=case.n * addition + outcome.server.masks * (keystream + addition),
+        server_floor_s=case.n * input_addition + outcome.server.masks * (keystream + addition),
     )
     if not peer or not (case.peer_client or case.peer_server) or not PEER.exists():
         return outcome
@@ -164,8 +165,13 @@ def run(case: Case, progress: Progress, *, workers: int = 2, peer: bool = True) 
     )
 
 
-def floor_units(d: int, repeats: int) -> tuple[float, float]:
-    """CPU seconds of one raw ChaCha20 keystream of d words, and of one addition; nothing is allocated."""
+def floor_units(case: Case, repeats: int) -> tuple[float, float, float]:
+    """CPU seconds of one raw ChaCha20 keystream of d words, and of its and of an input's addition.
+
+    Nothing is allocated. A keystream was just drawn, so it is in the cache; an input is another vector each
+    time, as many of them as a server gets, and up to twice the largest cache of this class of machine.
+    """
+    d = case.d
     zeros, target, total = bytes(4 * d), bytearray(4 * d), np.zeros(d, np.uint32)
     drawn = np.frombuffer(target, np.uint32)
     watch = Stopwatch(repeats)
@@ -180,7 +186,17 @@ def floor_units(d: int, repeats: int) -> tuple[float, float]:
         for _ in range(times):
             np.add(total, drawn, out=total)
 
-    return watch.best(keystreams)[0] / times, watch.best(additions)[0] / times
+    inputs = np.ones((max(1, min(case.n, INPUT_BYTES // (4 * d))), d), np.uint32)
+
+    def sums() -> None:
+        for vector in inputs:
+            np.add(total, vector, out=total)
+
+    return (
+        watch.best(keystreams)[0] / times,
+        watch.best(additions)[0] / times,
+        watch.best(sums)[0] / len(inputs),
+    )
 
 
 def _round(case: Case, progress: Progress, workers: int) -> Outcome:
