@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from selenium import webdriver
 from selenium.webdriver.common.by import By
 from selenium.webdriver.remote.webelement import WebElement
@@ -19,12 +20,19 @@ from aggregator.records import Campaign, Device, Round, RoundEnding, Version
 from aggregator.rounds.report import PHASES, PhaseReport, RoundReport
 from aggregator.settings import CampaignRequest
 from protocol.dp.parameters import PrivacyMode
+from protocol.identity import SignedDocument
 from protocol.messages import DeviceStatus
+from protocol.plan import MODEL_KIND
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 DRIVER = shutil.which("chromedriver")
 PHONE = (390, 844)
 DESK = (1280, 900)
+DOCUMENT = (
+    SignedDocument.create(Ed25519PrivateKey.generate(), MODEL_KIND, b"nothing to load")
+    .model_dump_json()
+    .encode()
+)
 SITES = ("north", "south", "orchard", "lake")
 
 
@@ -59,7 +67,7 @@ def seed_rounds(operator: Operator, rounds: int = 12, *, running: bool = True) -
     campaign = Campaign(secrets.token_hex(16), "watch", count, settings.to_bytes(), now - 40_000)
     with operator.repository.write() as writer:
         writer.add_campaign(campaign)
-        writer.add_version(Version("watch", 1, "ab" * 32, b"{}", now - 90_000))
+        writer.add_version(Version("watch", 1, "ab" * 32, DOCUMENT, now - 90_000))
         version = 1
         for number in range(1, rounds + 2):
             began = now - 1800.0 * (rounds + 1 - number) - 24
@@ -87,7 +95,7 @@ def seed_rounds(operator: Operator, rounds: int = 12, *, running: bool = True) -
                     report=report.to_bytes(),
                     version=None
                     if aborted
-                    else Version("watch", version, f"{number:02x}" * 32, b"{}", began + 42.0, round_id),
+                    else Version("watch", version, f"{number:02x}" * 32, DOCUMENT, began + 42.0, round_id),
                     ledger=None,
                     transcript=(),
                 )

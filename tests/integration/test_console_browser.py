@@ -1,0 +1,223 @@
+"""The console in real headless Chromium, on the real service with a real broker and devices."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+
+pytest.importorskip("fastapi")
+pytest.importorskip("selenium")
+
+from typer.testing import CliRunner
+
+from aggregator import main as covey
+from aggregator.access.roles import Role
+from aggregator.cli import app
+from aggregator.refusals import OperationRefused
+from aggregator.settings import CampaignRequest
+from aggregator.web.context import Vitals
+from aggregator.web.listen import ListenAddress
+from aggregator.web.server import ApiServer
+from deploy.broker import BrokerProcess
+from protocol.plan import Deadlines
+from tests.aggregator_process import ServiceProcess, SimulatedFleet
+from tests.api_bench import Api, api
+from tests.console_bench import CHROMIUM, DRIVER, PHONE, Browser, browser, seed_fleet, seed_rounds
+
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(CHROMIUM is None or DRIVER is None, reason="Chromium or its driver is not installed"),
+]
+PAGES = ("/", "/fleet", "/rounds", "/models", "/rollouts", "/campaigns", "/queries", "/privacy", "/log")
+CONTRAST = """
+const luminance = ([r, g, b]) => [r, g, b].map(v => v / 255)
+  .map(v => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
+  .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
+const channels = colour => colour.match(/[\\d.]+/g).map(Number);
+let worst = [99, ''];
+const texts = 'h1, h2, h3, td, th, dt, dd, small, strong, p, .badge, .places a';
+for (const element of document.querySelectorAll(texts)) {
+  if (!element.textContent.trim() || !element.offsetParent || element.closest('.ahead')) continue;
+  let ground = element, colour = [];
+  for (; ground; ground = ground.parentElement) {
+    colour = channels(getComputedStyle(ground).backgroundColor);
+    if (colour.length === 3) break;
+  }
+  const [a, b] = [channels(getComputedStyle(element).color), colour].map(luminance);
+  const found = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
+  if (found < worst[0]) worst = [found, element.outerHTML.slice(0, 120)];
+}
+return worst;
+"""
+
+
+@pytest.fixture(scope="module")
+def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    with browser(tmp_path_factory.mktemp("profile")) as found:
+        yield found
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Iterator[tuple[Api, str]]:
+    with (
+        api(tmp_path, vitals=lambda: Vitals(broker=True, loop=True)) as found,
+        ApiServer(found.app, ListenAddress.parse("127.0.0.1:0")) as server,
+    ):
+        seed_fleet(found.context.operator, 120)
+        seed_rounds(found.context.operator)
+        yield found, server.url
+
+
+def complaints(chromium: Browser) -> list[str]:
+    """What the browser had to say, such as that the policy forbade something."""
+    said = chromium.driver.get_log("browser")
+    return [entry["message"] for entry in said if entry["level"] in ("SEVERE", "WARNING")]
+
+
+def hosts(chromium: Browser) -> set[str]:
+    """Where pages have loaded something from."""
+    found = set()
+    for entry in chromium.driver.get_log("performance"):
+        message = json.loads(entry["message"])["message"]
+        if message["method"] == "Network.requestWillBeSent":
+            address = urlsplit(message["params"]["request"]["url"])
+            if address.scheme != "data":
+                found.add(address.netloc)
+    return found
+
+
+def test_every_page_at_a_desk_on_a_phone_light_and_dark(bench: tuple[Api, str], chromium: Browser) -> None:
+    found, url = bench
+    chromium.size(1280, 900)
+    chromium.driver.get(url)
+    chromium.wait(lambda: "Sign in" in chromium.driver.title)
+    hosts(chromium), complaints(chromium)
+    chromium.sign_in(url, found.tokens[Role.ADMIN])
+    round_id = found.context.operator.rounds()[4].record.round_id
+    for scheme in ("light", "dark"):
+        for width, height in ((1280, 900), PHONE):
+            chromium.size(width, height)
+            chromium.driver.get(url)
+            chromium.one(f"button[value={scheme}]").click()
+            for path in (*PAGES, "/fleet/barn-00003", f"/rounds/{round_id}"):
+                chromium.driver.get(url + path)
+                assert chromium.overflow() == 0, (path, width)
+                contrast, where = chromium.driver.execute_script(CONTRAST)
+                assert contrast >= 4.5, (scheme, path, where)
+            ground = chromium.driver.execute_script("return getComputedStyle(document.body).backgroundColor")
+            assert (sum(map(int, re.findall(r"\d+", ground)[:3])) < 150) == (scheme == "dark")
+    assert complaints(chromium) == []
+    assert hosts(chromium) == {urlsplit(url).netloc}
+    # The page's own connection stays open: nothing of htmx was forbidden.
+    chromium.driver.get(url)
+    assert chromium.driver.execute_script("return typeof htmx.process") == "function"
+
+
+def test_a_button_asks_and_acts_only_when_answered(bench: tuple[Api, str], chromium: Browser) -> None:
+    found, url = bench
+    operator = found.context.operator
+    chromium.size(1280, 900)
+    chromium.sign_in(url, found.tokens[Role.OPERATOR])
+    for answer in ("Cancel", "Exclude"):
+        chromium.driver.get(f"{url}/fleet/barn-00004")
+        chromium.one("a.danger").click()
+        chromium.wait(lambda: chromium.count("dialog[open]"))
+        assert "Exclude barn-00004 from rounds?" in chromium.text("dialog")
+        assert operator.device("barn-00004").excluded is None
+        chromium.one("dialog a" if answer == "Cancel" else "dialog button").click()
+        chromium.wait(lambda: chromium.count("dialog") == 0)
+        assert operator.device("barn-00004").excluded == (None if answer == "Cancel" else "by the operator")
+    assert "excluded" in chromium.text("#page")
+    chromium.one("form[action='/auth/logout'] button").click()
+    chromium.wait(lambda: "Sign in" in chromium.driver.title)
+
+    chromium.sign_in(url, found.tokens[Role.VIEWER])
+    for path in ("/fleet/barn-00004", "/models", "/campaigns"):
+        chromium.driver.get(url + path)
+        assert chromium.count(".actions, .row-actions a") == 0
+    chromium.driver.get(f"{url}/fleet/barn-00004/include")
+    assert "needs the role operator" in chromium.text()
+    post = """const form = document.createElement('form'); form.method = 'post';
+      form.action = '/fleet/barn-00004/include'; document.body.append(form); form.submit();"""
+    chromium.driver.execute_script(post)
+    chromium.wait(lambda: "403" in chromium.text())
+    assert operator.device("barn-00004").excluded == "by the operator"
+
+
+def test_search_finds_while_the_page_refreshes_itself(bench: tuple[Api, str], chromium: Browser) -> None:
+    found, url = bench
+    chromium.sign_in(url, found.tokens[Role.VIEWER])
+    chromium.driver.get(f"{url}/fleet")
+    box = chromium.one("input[type=search]")
+    box.send_keys("barn-0001")
+    found.context.operator.label("barn-00000", ["fresh"])
+    chromium.wait(lambda: "fresh" in chromium.text("#page"))
+    assert box.get_attribute("value") == "barn-0001", "what somebody types stays"
+    box.submit()
+    chromium.wait(lambda: "10 of 120 devices" in chromium.text("#page"))
+
+
+def test_a_round_moves_while_one_watches(
+    tmp_path: Path, mosquitto: BrokerProcess, chromium: Browser, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("COVEY_STATE", raising=False)
+    state = tmp_path / "state"
+    covey.init(state, fleet="orchard")
+    request = CampaignRequest(
+        "toy",
+        rounds=2,
+        cohort=4,
+        minimum=3,
+        min_survivors=3,
+        gather_seconds=20.0,
+        deadlines=Deadlines(masked_input=60, offline_grace=1.0),
+    )
+    with (
+        SimulatedFleet(state, mosquitto.host, mosquitto.port, devices=4, parameters=2000) as fleet,
+        ServiceProcess(state, mosquitto.url) as service,
+    ):
+        fleet.pause = 0.4
+        link = tmp_path / "link"
+        deadline = time.monotonic() + 60
+        while not link.exists():
+            printed = CliRunner().invoke(app, ["console", "--state", str(state)])
+            if printed.exit_code == 0:
+                link.write_text(printed.stdout.split()[0])
+            else:
+                assert isinstance(printed.exception, OperationRefused), printed.exception
+            assert time.monotonic() < deadline, printed.output
+            time.sleep(0.2)
+        chromium.size(1280, 900)
+        chromium.driver.get(link.read_text())
+        chromium.wait(lambda: "Overview" in chromium.driver.title)
+        for name in fleet.devices:
+            fleet.come_back(name)
+        tile = "a[href='/fleet?which=online'] strong"
+        chromium.wait(lambda: chromium.text(tile) == "4")
+        with covey.connect(state) as client:
+            client.start_rounds(request)
+        seen: set[str] = set()
+
+        def over() -> bool:
+            script = "return document.querySelector('.phases .now .phase-name span')?.innerText ?? ''"
+            seen.add(chromium.driver.execute_script(script))
+            return "completed" in chromium.text("#page") and "2 to 3" in chromium.text("#page")
+
+        chromium.wait(over, 90)
+        # Without a reload; at most two pictures a second, so that short phases may pass unseen.
+        assert (
+            len(seen & {"Advertise keys", "Share keys", "Masked input", "Consistency check", "Unmasking"})
+            >= 2
+        )
+        assert "toy 3" in chromium.text("a[href='/models'] strong")
+        fleet.hang_up("device-3")
+        chromium.wait(lambda: chromium.text(tile) == "3")
+        service.end(signal.SIGTERM)
+        assert link.read_text().rpartition("=")[2] not in service.log
