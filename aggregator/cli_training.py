@@ -181,6 +181,12 @@ def campaign_request(
         float | None,
         typer.Option(help="Learning rate of the optimizer.", show_default="1; of the adaptive ones, 0.1"),
     ] = None,
+    max_staleness: Annotated[
+        int,
+        typer.Option(
+            min=0, max=100, help="Let devices train from a version so many older; weighs 1/sqrt(1+s)."
+        ),
+    ] = 0,
     fedprox_mu: Annotated[
         float | None,
         typer.Option(min=0.0, help="Weight of FedProx on the devices.", show_default="the model's recipe"),
@@ -223,6 +229,7 @@ def campaign_request(
         local_epochs=local_epochs,
         learning_rate=lr,
         proximal_mu=fedprox_mu,
+        maximum_staleness=max_staleness,
         privacy=given(mode, PrivacyMode.NONE),
         noise_multiplier=noise_multiplier,
         clip_norm=clip_norm,

@@ -73,6 +73,7 @@ class CampaignRequest:
             every round noise of its own.
         example_clip_norm: mode example: L2 bound of one example's gradient; by default 1.
         sampling_probability: mode example: chance of an example to be in one step; by default 0.1.
+        maximum_staleness: a device without the newest version may train from one so many older.
         optimizer: how the mean update moves the model.
         server_learning_rate: of the optimizer; its own by default.
         schedule: cron expression that says when rounds are due; by default one follows on the other.
@@ -94,6 +95,7 @@ class CampaignRequest:
     local_epochs: int | None = None
     learning_rate: float | None = None
     proximal_mu: float | None = None
+    maximum_staleness: int = 0
     privacy: PrivacyMode = PrivacyMode.NONE
     noise_multiplier: float | None = None
     clip_norm: float | None = None
@@ -137,6 +139,7 @@ class CampaignRequest:
                     local_epochs=given(self.local_epochs, recipe.local_epochs),
                     learning_rate=given(self.learning_rate, recipe.learning_rate),
                     proximal_mu=given(self.proximal_mu, recipe.proximal_mu),
+                    maximum_staleness=self.maximum_staleness,
                 ),
                 privacy=privacy,
                 cohort=cohort_of(self.cohort, self.minimum, self.min_survivors, self.subcohort_limit),

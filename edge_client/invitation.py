@@ -20,6 +20,7 @@ from edge_client.participation import ActiveRound
 from edge_client.policy import Proposal
 from edge_client.profile import Profile
 from models.assignment import Answering, Assignment, Evaluating, Training
+from models.manifest import ModelManifest
 from protocol.dp.errors import PrivacyError
 from protocol.errors import BadSignature, MalformedMessage
 from protocol.fields import RoundId
@@ -206,6 +207,10 @@ def _judge_version(
             round_id, "model-unusable", f"version {number} does not run here: {reason}"[:MAX_DETAIL]
         )
     version = desk.library.find(task.model, task.manifest_sha256)
+    if version is None and isinstance(task, TrainTask):
+        older = _older(desk, task)
+        if older is not None:
+            return _judge_manifest(desk, plan, Training(task, older), document, now)
     if version is None:
         if shelf.newest > number:
             return Refused(
@@ -221,13 +226,32 @@ def _judge_version(
             "bad-plan",
             f"the plan's manifest is of version {manifest.version}, not {number}",
         )
+    assignment = Training(task, manifest) if isinstance(task, TrainTask) else Evaluating(task, manifest)
+    return _judge_manifest(desk, plan, assignment, document, now)
+
+
+def _older(desk: Desk, task: TrainTask) -> ModelManifest | None:
+    """The newest version here that is not too old to train from in place of the plan's base version."""
+    shelf = desk.library.shelf(task.model)
+    if shelf.newest > task.base_version or not task.training.maximum_staleness:
+        return None
+    versions = [version.manifest for version in shelf.good if version.manifest.version < task.base_version]
+    newest = max(versions, key=lambda each: each.version, default=None)
+    if newest is None or task.base_version - newest.version > task.training.maximum_staleness:
+        return None
+    return newest
+
+
+def _judge_manifest(
+    desk: Desk, plan: Plan, assignment: Training | Evaluating, document: SignedDocument, now: int
+) -> Verdict:
+    round_id, model, manifest = plan.round_id, assignment.task.model, assignment.manifest
     if plan.privacy.example is not None and not manifest.example_gradients:
-        detail = f"{task.model} gives no gradients of single examples, which mode example trains with"
+        detail = f"{model} gives no gradients of single examples, which mode example trains with"
         return Refused(round_id, "no-example-gradients", detail)
     unknown = [slot.name for slot in plan.privacy.metric_slots if slot.name not in METRICS]
     if unknown:
         return Refused(round_id, "unknown-metric", f"this device has no metric {unknown[0]}")
-    assignment = Training(task, manifest) if isinstance(task, TrainTask) else Evaluating(task, manifest)
     return _judge_cost(desk, plan, assignment, document, now)
 
 

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
 
 from edge_client.events import Contribution
 from edge_client.training import LocalUpdate
+from protocol.dp.clipping import clip
 from protocol.dp.mechanism import EncodingParameters, encode
 from protocol.secagg.masking import Mask, masked_slices
 from protocol.secagg.packing import SlicePacker
@@ -21,6 +25,20 @@ def contribution_of(update: LocalUpdate) -> Contribution:
         "accuracy": update.accuracy,
     }
     return Contribution(update.delta, metrics, update.local)
+
+
+def weighted(contribution: Contribution, clip_norm: float, weight: float) -> Contribution:
+    """A contribution that counts less in the mean: clipped first, or a long update would make up for it.
+
+    Args:
+        contribution: of training.
+        clip_norm: of the plan.
+        weight: in (0, 1].
+    """
+    vector = np.empty_like(contribution.vector)
+    clip(contribution.vector, clip_norm, out=vector)
+    vector *= np.float32(weight)
+    return replace(contribution, vector=vector)
 
 
 def packed_slices(

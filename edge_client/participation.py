@@ -37,7 +37,7 @@ from edge_client.events import (
     warning,
 )
 from edge_client.ledger import LedgerEntry
-from edge_client.masked_input import contribution_of
+from edge_client.masked_input import contribution_of, weighted
 from edge_client.models import Library
 from edge_client.profile import Profile
 from edge_client.training import Evaluation, HiddenExamples, LocalUpdate, TrainingConfig
@@ -59,7 +59,7 @@ from protocol.messages import (
     UploadOffer,
     UploadReceipt,
 )
-from protocol.plan import Plan
+from protocol.plan import Plan, staleness_weight
 from protocol.queries import NonFiniteValue, answer_vector
 from protocol.round_encoding import contribution_event, round_encoding
 from protocol.secagg import client as secagg
@@ -248,7 +248,7 @@ def advance(active: ActiveRound, library: Library, stamp: Stamp) -> Step:
 def _begin_on_version(
     active: ActiveRound, assignment: Training | Evaluating, library: Library, stamp: Stamp
 ) -> Step:
-    model, digest = assignment.task.model, assignment.task.manifest_sha256
+    model, digest = assignment.task.model, assignment.manifest.sha256()
     if library.ready(model, digest):
         local = library.local(assignment.manifest)
         job = (
@@ -273,8 +273,14 @@ def trained(active: ActiveRound, library: Library, update: LocalUpdate, stamp: S
         examples=update.example_count,
         loss_before=round(update.loss_before, 4),
         loss_after=round(update.loss_after, 4),
+        staleness=active.assignment.staleness,
     )
-    following, outputs = advance(replace(active, work=Worked(contribution_of(update))), library, stamp)
+    contribution = contribution_of(update)
+    if active.assignment.staleness:
+        contribution = weighted(
+            contribution, active.plan.privacy.clip_norm, staleness_weight(active.assignment.staleness)
+        )
+    following, outputs = advance(replace(active, work=Worked(contribution)), library, stamp)
     return following, (finished, *outputs)
 
 

@@ -14,11 +14,16 @@ class Training:
     """Train a version.
 
     Attributes:
-        manifest: of the plan's base version.
+        manifest: of the plan's base version; on a device it may be of an older one, where the plan allows it.
     """
 
     task: TrainTask
     manifest: ModelManifest
+
+    @property
+    def staleness(self) -> int:
+        """How many versions older than the plan's base version training begins from."""
+        return self.task.base_version - self.manifest.version
 
     @property
     def dimension(self) -> int:

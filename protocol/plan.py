@@ -9,6 +9,7 @@ of a round is the same.
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
@@ -44,6 +45,16 @@ class TrainingParameters(Schema):
     learning_rate: Annotated[float, Field(gt=0, le=100)]
     proximal_mu: Annotated[float, Field(ge=0, le=1000)] = 0.0
     """Weight of the FedProx term (Li et al. 2020, arXiv 1812.06127); 0 is FedAvg."""
+    maximum_staleness: Annotated[int, Field(ge=0, le=100)] = 0
+    """A device that has not got the base version yet may train from one that is so many older, at most."""
+
+
+def staleness_weight(staleness: int) -> float:
+    """1 / sqrt(1 + s): what an update from a version s older than the base version weighs.
+
+    Nguyen et al. 2022 (FedBuff, arXiv 2106.06639), section 5, with a = 1/2 in (1 + s)^-a.
+    """
+    return 1.0 / math.sqrt(1 + staleness)
 
 
 class TrainTask(Schema):
@@ -222,6 +233,8 @@ class Plan(Schema):
             )
         if privacy.tree is not None and (self.cohort.split.count > 1 or not trains):
             raise ValueError("a noise tree is for training by cohorts that are not split")
+        if isinstance(self.task, TrainTask) and self.task.training.maximum_staleness and privacy.adaptive:
+            raise ValueError("a clip norm adapts to updates that all weigh the same: allow no staleness")
         if not trains and privacy.example is not None:
             raise ValueError(f"{self._asked} asks for figures of a device: it has no examples to hide")
         return self

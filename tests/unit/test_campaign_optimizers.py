@@ -111,8 +111,9 @@ def test_settings_of_an_older_covey_mean_fedavg() -> None:
     assert CampaignSettings.from_bytes(old).server.optimizer is Server.FEDAVG
 
 
-def test_fedprox_reaches_the_plan(tmp_path: Path) -> None:
+def test_fedprox_and_staleness_reach_the_plan(tmp_path: Path) -> None:
     bench = Bench(tmp_path)
-    (view,) = bench.finish(bench.start(replace(request(), proximal_mu=0.3)))
+    (view,) = bench.finish(bench.start(replace(request(), proximal_mu=0.3, maximum_staleness=2)))
     plan = Plan.from_bytes(SignedDocument.model_validate_json(view.record.plan).payload)
     assert plan.task.kind == "train" and plan.task.training.proximal_mu == 0.3
+    assert plan.task.training.maximum_staleness == 2

@@ -7,6 +7,8 @@ import pytest
 
 from edge_client.events import Connected, Fault, MaskInput, Train, TrainingFinished, VersionTested, WorkFailed
 from edge_client.training import LocalUpdate
+from protocol.dp.parameters import AdaptiveClipping
+from protocol.errors import MalformedMessage
 from protocol.messages import (
     AdvertiseKeys,
     BlobNeed,
@@ -21,7 +23,7 @@ from protocol.messages import (
     UploadOffer,
     UploadReceipt,
 )
-from protocol.plan import CohortParameters
+from protocol.plan import CohortParameters, Plan, TrainingParameters
 from protocol.secagg import server
 from protocol.transfer import describe
 from tests.edge_fleet import (
@@ -492,3 +494,58 @@ def test_rounds_that_never_come_to_anything_end_too() -> None:
         device.reboot()
     device.unix += 86_401
     assert isinstance(invite(names[5]), AdvertiseKeys)
+
+
+def stale_plan(maximum: int) -> Plan:
+    """A round from version 3, for devices that are up to `maximum` versions behind."""
+    training = TrainingParameters(local_epochs=1, learning_rate=0.1, maximum_staleness=maximum)
+    return plan(base=manifest(3), training=training)
+
+
+def test_devices_that_are_behind_train_from_what_they_have_and_weigh_less() -> None:
+    devices = fleet(4)
+    for device, version in zip(devices, (3, 3, 2, 1), strict=True):
+        if version > 1:
+            device.install(manifest(version))
+    asked = stale_plan(2)
+    aggregator = Aggregator(devices, asked)
+    bases: dict[str, int] = {}
+
+    def look(device: FakeDevice) -> None:
+        for job in device.jobs:
+            if isinstance(job, Train):
+                bases[device.device_id] = job.manifest.version
+        # After a reboot, a device still knows which version it began from.
+        if device.device_id in ("device-0", "device-3") and device.phase() == "Masking":
+            device.reboot()
+
+    aggregator.run(look)
+    assert bases == {"device-0": 3, "device-1": 3, "device-2": 2, "device-3": 1}
+    expected = np.zeros(SIZE)
+    for device, staleness in zip(devices, (0, 0, 1, 2), strict=True):
+        norm = np.linalg.norm(device.delta.astype(np.float64))
+        clipped = device.delta * min(1.0, asked.privacy.clip_norm / norm)
+        expected += clipped / np.sqrt(1 + staleness) / len(devices)
+    np.testing.assert_allclose(aggregator.mean()[0], expected, atol=2e-3)
+
+
+def test_a_device_that_is_too_far_behind_waits_for_the_version() -> None:
+    for installed, maximum in ((1, 1), (2, 0)):
+        device = FakeDevice()
+        device.install(manifest(installed))
+        device.take()
+        device.receive(invitation(stale_plan(maximum)))
+        assert device.take() == [] and device.state.active is None
+    device = FakeDevice()
+    device.install(manifest(4))  # ahead: it cannot go back
+    device.take()
+    device.receive(invitation(stale_plan(2)))
+    (refusal,) = device.take()
+    assert isinstance(refusal, Refusal) and refusal.code == "stale-version"
+
+
+def test_a_clip_norm_does_not_adapt_to_updates_of_unequal_weight() -> None:
+    asked = stale_plan(1)
+    privacy = asked.privacy.model_copy(update={"adaptive": AdaptiveClipping()})
+    with pytest.raises(MalformedMessage, match="allow no staleness"):
+        Plan.from_bytes(asked.model_copy(update={"privacy": privacy}).to_bytes())
