@@ -120,6 +120,10 @@ def campaign_request(
     clip_norm: Annotated[
         float | None, typer.Option(help="L2 bound of one update.", show_default="the model's recipe")
     ] = None,
+    colluders: Annotated[
+        int,
+        typer.Option(min=0, help="Distributed mode: survivors that may reveal their noise; others make up."),
+    ] = 0,
     adaptive_clip: Annotated[
         float | None,
         typer.Option(help="Let C follow this quantile of the updates' norms.", show_default="C is fixed"),
@@ -233,6 +237,7 @@ def campaign_request(
         privacy=given(mode, PrivacyMode.NONE),
         noise_multiplier=noise_multiplier,
         clip_norm=clip_norm,
+        colluders=colluders,
         adaptive_quantile=adaptive_clip,
         bits=bits,
         delta=given(delta, DEFAULT_DELTA),

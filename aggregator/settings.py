@@ -63,6 +63,7 @@ class CampaignRequest:
         minimum: check-ins that a round needs; by default the smallest number above two thirds of the cohort.
         min_survivors: masked inputs that a sum needs; by default as many as `minimum`.
         privacy: who adds noise.
+        colluders: distributed mode: survivors that may reveal their noise; that of the others suffices.
         adaptive_quantile: the clip norm follows this quantile of the update norms, from `clip_norm` on; fixed
             when None.
         bits: width of the ring; by default 16 and what the cohort's sum needs on top.
@@ -99,6 +100,7 @@ class CampaignRequest:
     privacy: PrivacyMode = PrivacyMode.NONE
     noise_multiplier: float | None = None
     clip_norm: float | None = None
+    colluders: int = 0
     adaptive_quantile: float | None = None
     bits: int | None = None
     delta: float = DEFAULT_DELTA
@@ -179,12 +181,17 @@ class CampaignRequest:
             slots, noise = EXAMPLE_METRIC, 0.0
         elif self.example_clip_norm is not None or self.sampling_probability is not None:
             raise InvalidSettings("a clip norm of examples and their sampling belong to mode example")
+        if self.colluders and self.privacy is not PrivacyMode.DISTRIBUTED:
+            raise InvalidSettings(
+                "colluders belong to mode distributed: in no other do devices share the noise"
+            )
         return PrivacyParameters(
             mode=self.privacy,
             clip_norm=given(self.clip_norm, self.recipe.clip_norm),
             noise_multiplier=noise,
             delta=self.delta,
             bits=given(self.bits, min(MAX_BITS, DATA_BITS + math.ceil(math.log2(max(2, self.cohort))))),
+            colluders=self.colluders,
             adaptive=None
             if self.adaptive_quantile is None
             else AdaptiveClipping(quantile=self.adaptive_quantile),

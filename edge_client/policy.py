@@ -35,6 +35,9 @@ class DevicePolicy(BaseModel):
     minimum_corrupt_fraction: Annotated[float, Field(ge=0, lt=1 / 3)] = 0.05
     """Least share of the cohort that a plan must assume to collude with the aggregator. It matters only where
     the cohort outgrows the complete graph, whose threshold is fixed."""
+    minimum_colluders: Annotated[int, Field(ge=0, le=MAX_COHORT)] = 0
+    """Fewest survivors that a plan of mode `distributed` must assume to tell the aggregator their noise.
+    With 0 its epsilon holds only while all others keep theirs."""
     allow_semi_honest: bool = False
     """Whether such a plan may assume that the aggregator follows the protocol."""
     minimum_grinding_bits: Annotated[int, Field(ge=0, le=128)] = GRINDING_BITS
@@ -255,6 +258,12 @@ def _check_privacy(policy: DevicePolicy, plan: Plan) -> PolicyRefusal | None:
         allowed = ", ".join(sorted(policy.privacy_modes))
         return PolicyRefusal(
             "privacy-mode", f"the plan's privacy mode is {privacy.mode}, privacy_modes allows {allowed}"
+        )
+    if privacy.mode is PrivacyMode.DISTRIBUTED and privacy.colluders < policy.minimum_colluders:
+        return PolicyRefusal(
+            "noise-too-trusting",
+            f"the plan's noise suffices if {privacy.colluders} survivors reveal theirs, "
+            f"minimum_colluders is {policy.minimum_colluders}",
         )
     # A query's vector has no unit that an owner could set a bound in.
     limit = policy.maximum_clip_norm if isinstance(plan.task, TrainTask) else None

@@ -37,6 +37,7 @@ from aggregator.settings import CampaignRequest, InvalidSettings
 from models import zoo
 from protocol import ring
 from protocol.codec import decode_from_device
+from protocol.dp.events import event_for
 from protocol.dp.mechanism import EncodingParameters, derive_encoding
 from protocol.dp.parameters import PrivacyMode
 from protocol.errors import IllegalEvent, ProtocolError
@@ -435,3 +436,23 @@ def test_figures_that_make_no_campaign_are_refused(changes: dict[str, Any]) -> N
 def test_rounds_are_planned_for_an_aggregator_that_grinds_rosters() -> None:
     _, settings = CampaignRequest("watch", cohort=1_000).resolve()
     assert parameters(1_000, settings.cohort.graph).degree == 120
+
+
+def test_colluders_leave_the_others_noise_enough() -> None:
+    """With c of m survivors' noise told, the other m - c shares have the variance that m had."""
+    base = CampaignRequest("watch", cohort=12, minimum=10, min_survivors=10, privacy=PrivacyMode.DISTRIBUTED)
+    variances = []
+    for colluders in (0, 4):
+        _, settings = replace(base, colluders=colluders).resolve()
+        encoding = derive_encoding(
+            settings.privacy,
+            dimension=1000,
+            minimum_survivors=10,
+            maximum_clients=12,
+            rotation_seed=bytes(32),
+        )
+        assert event_for(encoding, 10).colluders == colluders
+        variances.append((10 - colluders) * encoding.local_variance / encoding.norm_bound_squared)
+    assert variances == pytest.approx([1.0, 1.0])
+    with pytest.raises(InvalidSettings, match="distributed"):
+        replace(base, privacy=PrivacyMode.CENTRAL, colluders=1).resolve()

@@ -92,6 +92,12 @@ def test_the_defaults_agree_to_an_ordinary_plan() -> None:
             "privacy-mode",
             ["none", "central, distributed"],
         ),
+        (
+            {"minimum_colluders": 2},
+            {"privacy": CENTRAL.model_copy(update={"mode": PrivacyMode.DISTRIBUTED, "colluders": 1})},
+            "noise-too-trusting",
+            ["if 1 survivors", "minimum_colluders is 2"],
+        ),
         ({"maximum_clip_norm": 0.5}, {}, "clip-norm", ["1", "maximum_clip_norm is 0.5"]),
         (
             {},
