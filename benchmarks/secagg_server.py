@@ -6,6 +6,7 @@ its memory are its own. Nothing in here stands in for anything.
 
 from __future__ import annotations
 
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator
@@ -14,11 +15,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks.secagg_worker import peak_bytes, peak_later, warm
 from protocol import ring
 from protocol.codec import decode_from_device, encode
 from protocol.secagg import server
@@ -64,14 +65,6 @@ class Report:
     def cpu_s(self) -> float:
         """All parts but the codec, which neither the floor nor the peer has."""
         return sum(seconds for part, seconds in self.parts.items() if part != CODEC)
-
-
-def peak_bytes() -> int:
-    """The largest resident set that this process ever had (Linux)."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return 1024 * int(line.split()[1])
-    raise OSError("no VmHWM on this system")
 
 
 @contextmanager
@@ -163,19 +156,12 @@ def _finish(
 
 def _on_several_cores(vector: NDArray[np.uint32], state: Recovered, workers: int) -> tuple[float, int]:
     """Wall time of the same work in `workers` processes that are up already, and their peak memory."""
+    # The product's workers import nothing of its command (`aggregator.command`); neither do these.
+    vars(sys.modules["__main__"]).pop("__file__", None)
     executor: Executor
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as executor:
-        list(executor.map(_warm, range(workers)))
+        list(executor.map(warm, range(workers)))
         start = time.perf_counter()
         remove_masks(vector, state.masks, lambda: executor, workers)
         wall = time.perf_counter() - start
-        return wall, sum(executor.map(_peak_later, range(workers)))
-
-
-def _warm(_: int) -> None:
-    time.sleep(0.5)  # so that every process gets one of these
-
-
-def _peak_later(_: int) -> int:
-    time.sleep(0.2)
-    return peak_bytes()
+        return wall, sum(executor.map(peak_later, range(workers)))
