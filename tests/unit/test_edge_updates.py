@@ -183,16 +183,19 @@ def test_a_bundle_that_is_changed_after_signing_or_is_a_link_is_not_installed(
         device.run()
 
 
-def test_an_archive_cannot_write_outside_its_folder(device: Device, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["../../../escaped", "/covey-escaped", "link"])
+def test_an_archive_cannot_write_outside_its_folder(device: Device, tmp_path: Path, name: str) -> None:
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w:xz") as archive:
-        entry = tarfile.TarInfo("../../../escaped")
+        entry = tarfile.TarInfo(name)
         entry.size = 4
+        if name == "link":
+            entry.type, entry.linkname, entry.size = tarfile.SYMTYPE, str(tmp_path), 0
         archive.addfile(entry, io.BytesIO(b"evil"))
     device.offer("0.2.0", buffer.getvalue())
-    with pytest.raises(UnusableBundle):
+    with pytest.raises(UnusableBundle, match="no plain file"):
         device.run()
-    assert not list(tmp_path.rglob("escaped"))
+    assert not list(tmp_path.rglob("escaped")) and not Path("/covey-escaped").exists()
 
 
 CHANGES = ("mkdir", "rename", "replace", "symlink", "unlink", "rmdir", "fsync", "write", "chmod", "utime")
