@@ -341,6 +341,7 @@ def run(
     from aggregator.telemetry.gauges import Gauges
     from aggregator.telemetry.metered import MeteredTransport
     from aggregator.telemetry.metrics import ServiceMetrics
+    from aggregator.telemetry.traces import tracing
     from aggregator.web.context import Vitals
     from aggregator.web.events import EventFeed
     from aggregator.web.observed import ObservedRepository
@@ -367,7 +368,8 @@ def run(
         # What faces the network has no use for the CA's key.
         authority = replace(operator.authority, ca_key=None)
         metrics = ServiceMetrics(operator.repository)
-        repository = ObservedRepository(operator.repository, feed, (metrics,))
+        traces = stack.enter_context(tracing(operator.repository))
+        repository = ObservedRepository(operator.repository, feed, (metrics, *traces))
         online = replace(operator, repository=repository, authority=authority)
         cores = stack.enter_context(Cores())
         service = Service(
