@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import flatbuffers
 from tensorflow.lite.python import schema_py_generated as schema
 from tensorflow.lite.tools import flatbuffer_utils
 
@@ -33,7 +34,9 @@ def finish(data: bytes) -> bytes:
     _drop_initial_values(model)
     _share_constants(model)
     _drop_what_says_nothing(model)
-    finished = bytes(flatbuffer_utils.convert_object_to_bytearray(model))
+    builder = _SharingBuilder(1024)
+    builder.Finish(model.Pack(builder), file_identifier=graph_file.IDENTIFIER)
+    finished = bytes(builder.Output())
     try:
         graph_file.read(finished)
     except graph_file.InvalidGraph as error:
@@ -78,14 +81,28 @@ def _drop_initial_values(model: Any) -> None:
             else:
                 kept.append(operator)
         graph.operators = kept
-    if called != {len(model.subgraphs) - 1}:
-        raise NonBuiltinOperator(
-            f"expected one subgraph of initial values at the end, found {sorted(called)}"
-        )
-    dropped = {tensor.buffer for tensor in model.subgraphs.pop().tensors}
+    if len(called) != 1:
+        raise NonBuiltinOperator(f"expected one subgraph of initial values, found {sorted(called)}")
+    (number,) = called
+    dropped = {tensor.buffer for tensor in model.subgraphs.pop(number).tensors}
+    for loop in _loops(model):
+        loop.condSubgraphIndex -= loop.condSubgraphIndex > number
+        loop.bodySubgraphIndex -= loop.bodySubgraphIndex > number
+    for signature in model.signatureDefs:
+        signature.subgraphIndex -= signature.subgraphIndex > number
     # A small constant, such as a single zero, may have its bytes in common with an initial value.
     for buffer in dropped - {tensor.buffer for graph in model.subgraphs for tensor in graph.tensors}:
         model.buffers[buffer].data = None
+
+
+def _loops(model: Any) -> list[Any]:
+    """The options of every `WHILE`."""
+    return [
+        operator.builtinOptions
+        for graph in model.subgraphs
+        for operator in graph.operators
+        if isinstance(operator.builtinOptions, schema.WhileOptionsT)
+    ]
 
 
 def _share_constants(model: Any) -> None:
@@ -117,8 +134,9 @@ def _drop_what_says_nothing(model: Any) -> None:
             kept.append(model.buffers[buffer])
         return place[buffer]
 
-    for graph in model.subgraphs:
-        ends = {int(index) for index in (*graph.inputs, *graph.outputs)}
+    entries = {signature.subgraphIndex for signature in model.signatureDefs}
+    for number, graph in enumerate(model.subgraphs):
+        ends = {int(index) for index in (*graph.inputs, *graph.outputs)} if number in entries else set()
         for index, tensor in enumerate(graph.tensors):
             if index not in ends:
                 tensor.name = None
@@ -129,6 +147,72 @@ def _drop_what_says_nothing(model: Any) -> None:
     for entry in model.metadata or ():
         entry.buffer = moved(entry.buffer)
     model.buffers = kept
+
+
+class _SharingBuilder(flatbuffers.Builder):  # type: ignore[misc]
+    """Writes what is equal once, be it numbers or a table: most tensors are like another one.
+
+    A third of a small file. Readers follow offsets, and do not mind where two of them lead.
+    """
+
+    def __init__(self, size: int) -> None:
+        super().__init__(size)
+        self._known: dict[object, int] = {}
+        self._start = 0
+        self._fields: list[object] = []
+
+    def StartVector(self, elemSize: int, numElems: int, alignment: int) -> int:  # noqa: N802
+        """As in the base class."""
+        self._start, self._fields = self.Offset(), []
+        return int(super().StartVector(elemSize, numElems, alignment))
+
+    def PrependUOffsetTRelative(self, off: int) -> None:  # noqa: N802
+        """As in the base class."""
+        # In bytes an offset counts from where it is; where it leads is what can be compared.
+        self._fields.append(off)
+        super().PrependUOffsetTRelative(off)
+
+    def EndVector(self) -> int:  # noqa: N802
+        """As in the base class, or where the same vector of numbers is already."""
+        end = int(super().EndVector())
+        if self._fields:
+            return end
+        known = self._known.setdefault(bytes(self.Bytes[self.head : len(self.Bytes) - self._start]), end)
+        if known != end:
+            self._forget()
+        return known
+
+    def StartObject(self, numfields: int) -> None:  # noqa: N802
+        """As in the base class."""
+        self._start, self._fields = self.Offset(), []
+        super().StartObject(numfields)
+
+    def PrependSlot(self, flags: object, o: int, x: object, d: object) -> None:  # noqa: N802
+        """As in the base class."""
+        if x != d:
+            self._fields.append((flags, o, x))
+        super().PrependSlot(flags, o, x, d)
+
+    def PrependUOffsetTRelativeSlot(self, o: int, x: int, d: int) -> None:  # noqa: N802
+        """As in the base class."""
+        if x != d:
+            self._fields.append(o)
+        super().PrependUOffsetTRelativeSlot(o, x, d)
+
+    def EndObject(self) -> int:  # noqa: N802
+        """As in the base class, or where the same table is already."""
+        content = tuple(self._fields)
+        if content not in self._known:
+            self._known[content] = int(super().EndObject())
+        else:
+            # Before the table gets a description of its fields, which later ones would refer to.
+            self.nested, self.current_vtable = False, None
+            self._forget()
+        return self._known[content]
+
+    def _forget(self) -> None:
+        """Take back what was written since the start."""
+        self.head: int = len(self.Bytes) - self._start
 
 
 def _text(name: Any) -> str:

@@ -1,8 +1,9 @@
 """Read and check a `.tflite` file without a runtime: it came from the network, and a runtime trusts it.
 
 Everything that a runtime follows without looking is followed here with bounds: offsets, vector lengths, and
-the numbers of tensors, buffers, operators and subgraphs. Operators are those that the exporter makes; among
-others, nothing that calls another subgraph, reads a file or is custom passes.
+the numbers of tensors, buffers, operators and subgraphs. Operators are those that the exporter makes; nothing
+that reads a file or is custom passes, and of those that call another subgraph only loops that end
+(`models.graph_loops`).
 
 Importable on the device: the standard library only.
 """
@@ -23,7 +24,8 @@ MAX_TENSOR_BYTES = 2**30
 _MODEL_CODES, _MODEL_SUBGRAPHS, _MODEL_BUFFERS, _MODEL_SIGNATURES = 1, 2, 4, 7
 _SIZES = {0: 4, 1: 2, 2: 4, 3: 1, 4: 8, 6: 1, 7: 2, 9: 1, 10: 8, 13: 4}
 """Bytes of one entry by type of tensor; 13 is a handle of a variable."""
-_RESOURCE = 13
+_INT32, _RESOURCE = 2, 13
+_WHILE_OPTIONS = 93
 _CUSTOM = 32
 
 OPERATORS: dict[int, str] = {
@@ -57,6 +59,7 @@ OPERATORS: dict[int, str] = {
     53: "CAST",
     55: "MAXIMUM",
     57: "MINIMUM",
+    58: "LESS",
     59: "NEG",
     60: "PADV2",
     65: "SLICE",
@@ -82,6 +85,7 @@ OPERATORS: dict[int, str] = {
     106: "ADD_N",
     111: "ELU",
     114: "QUANTIZE",
+    119: "WHILE",
     122: "SCATTER_ND",
     126: "BATCH_MATMUL",
     130: "BROADCAST_TO",
@@ -99,11 +103,12 @@ class InvalidGraph(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
-    """One tensor: number of its type, shape, and whether it is a constant."""
+    """One tensor: number of its type, shape, whether it is a constant, and that of a single int32."""
 
     kind: int
     shape: tuple[int, ...]
     constant: bool
+    number: int | None = None
 
     @property
     def size(self) -> int:
@@ -113,19 +118,26 @@ class Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Operator:
-    """One step: its name, and the numbers of the tensors that it reads (-1 for none) and writes."""
+    """One step: its name, and the numbers of the tensors that it reads (-1 for none) and writes.
+
+    Attributes:
+        options: of a `WHILE` the subgraphs of condition and body; of an `ADD` its activation.
+    """
 
     name: str
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
+    options: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Subgraph:
-    """One entry point: its tensors, and its operators in order."""
+    """One entry point or part of a loop: tensors, operators, and which tensors come in and go out."""
 
     tensors: tuple[Tensor, ...]
     operators: tuple[Operator, ...]
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
 
     def peak_bytes(self) -> int:
         """Largest sum of tensors that are alive at once: about what a runtime's arena takes.
@@ -171,7 +183,7 @@ class Graph:
     def writers(self) -> frozenset[str]:
         """The entry points that change variables; the others remember nothing of what they were given.
 
-        No operator of a trainable graph runs another subgraph, so an entry point's own operators tell.
+        Loops touch no variable (`models.graph_loops`), so an entry point's own operators tell.
         """
         return frozenset(
             name
@@ -179,21 +191,27 @@ class Graph:
             if any(operator.name == "ASSIGN_VARIABLE" for operator in self.subgraphs[number].operators)
         )
 
+    def peak_bytes(self, number: int) -> int:
+        """That of a subgraph, with what the largest of its loops takes."""
+        graph = self.subgraphs[number]
+        loops = [operator.options for operator in graph.operators if operator.name == "WHILE"]
+        return graph.peak_bytes() + max((self.peak_bytes(body) for _, body in loops), default=0)
+
 
 def read(data: bytes) -> Graph:
     """Check a whole file and say what is in it.
 
     Raises:
         InvalidGraph: an offset, length or number leads out of the file or the graph, an operator is unknown,
-            a tensor is too large, or a constant has another size than its tensor.
+            a tensor is too large, a constant has another size than its tensor, or a loop may not end.
     """
     if len(data) < 8 or data[4:8] != IDENTIFIER:
         raise InvalidGraph("it is no TensorFlow Lite flatbuffer")
     file = _File(data)
     model = file.root()
     codes = [_operator_code(code) for code in model.tables(_MODEL_CODES, "operator codes")]
-    buffers = [_buffer_size(buffer) for buffer in model.tables(_MODEL_BUFFERS, "buffers")]
-    if not buffers or buffers[0]:
+    buffers = [_buffer(buffer) for buffer in model.tables(_MODEL_BUFFERS, "buffers")]
+    if not buffers or buffers[0][1]:
         raise InvalidGraph("buffer 0 is not the empty one")
     tables = model.tables(_MODEL_SUBGRAPHS, "subgraphs")
     subgraphs = tuple(_subgraph(table, codes, buffers) for table in tables)
@@ -211,10 +229,14 @@ def read(data: bytes) -> Graph:
         if name in signatures:
             raise InvalidGraph("two signatures have the same name")
         signatures[name] = number
-    return Graph(subgraphs, signatures, sum(buffers))
+    graph = Graph(subgraphs, signatures, sum(size for _, size in buffers))
+    from models import graph_loops  # which needs the types of this module
+
+    graph_loops.check(graph)
+    return graph
 
 
-def _subgraph(table: _Table, codes: Sequence[int], buffers: Sequence[int]) -> Subgraph:
+def _subgraph(table: _Table, codes: Sequence[int], buffers: Sequence[tuple[int, int]]) -> Subgraph:
     tensors = tuple(_tensor(item, buffers) for item in table.tables(0, "tensors"))
     for field in (1, 2):
         for index in table.numbers(field, "i"):
@@ -244,12 +266,22 @@ def _subgraph(table: _Table, codes: Sequence[int], buffers: Sequence[int]) -> Su
         for field in (5, 7, 8):
             if operator.has(field) and operator.vector(field, 1)[1]:
                 raise InvalidGraph(f"{name} has custom options, or changes its inputs")
-        operator.union(3, 4)
-        steps.append(Operator(name, operator.numbers(1, "i"), outputs))
-    return Subgraph(tensors, tuple(steps))
+        steps.append(Operator(name, operator.numbers(1, "i"), outputs, _options(name, operator.union(3, 4))))
+    return Subgraph(tensors, tuple(steps), table.numbers(1, "i"), table.numbers(2, "i"))
 
 
-def _tensor(table: _Table, buffers: Sequence[int]) -> Tensor:
+def _options(name: str, found: tuple[int, _Table | None]) -> tuple[int, ...]:
+    kind, table = found
+    if name == "WHILE":
+        if kind != _WHILE_OPTIONS or table is None:
+            raise InvalidGraph("a loop calls nothing")
+        return table.number(0, "i", 0), table.number(1, "i", 0)
+    if name == "ADD":
+        return (table.number(0, "b", 0) if table is not None else 0,)
+    return ()
+
+
+def _tensor(table: _Table, buffers: Sequence[tuple[int, int]]) -> Tensor:
     kind, buffer = table.number(1, "b", 0), table.number(2, "I", 0)
     if kind not in _SIZES:
         raise InvalidGraph(f"a tensor has the type {kind}")
@@ -260,14 +292,17 @@ def _tensor(table: _Table, buffers: Sequence[int]) -> Tensor:
     signature = table.numbers(7, "i")
     if signature and len(signature) != len(shape):
         raise InvalidGraph("a tensor has two shapes of different ranks")
+    start, stored = buffers[buffer]
     size = _SIZES[kind] * math.prod(shape)
     if size > MAX_TENSOR_BYTES:
         raise InvalidGraph(f"a tensor has {size} bytes, more than {MAX_TENSOR_BYTES}")
-    if buffers[buffer] and buffers[buffer] != size and kind != _RESOURCE:
-        raise InvalidGraph(f"a constant has {buffers[buffer]} bytes, its tensor needs {size}")
+    if stored and stored != size and kind != _RESOURCE:
+        raise InvalidGraph(f"a constant has {stored} bytes, its tensor needs {size}")
     if table.has(6) or table.has(9):
         raise InvalidGraph("a tensor is sparse or a variant")
-    return Tensor(kind, shape, constant=bool(buffers[buffer]))
+    single = bool(stored) and kind == _INT32 and math.prod(shape) == 1
+    number = table.file.unpack("i", start) if single else None
+    return Tensor(kind, shape, bool(stored), number)
 
 
 def _operator_code(table: _Table) -> int:
@@ -276,10 +311,11 @@ def _operator_code(table: _Table) -> int:
     return _CUSTOM if table.has(1) else code
 
 
-def _buffer_size(table: _Table) -> int:
+def _buffer(table: _Table) -> tuple[int, int]:
+    """Where a constant's bytes start, and how many there are."""
     if table.number(1, "Q", 0) > 1 or table.number(2, "Q", 0) > 1:
         raise InvalidGraph("a buffer lies outside of the flatbuffer")
-    return table.vector(0, 1)[1] if table.has(0) else 0
+    return table.vector(0, 1)
 
 
 def _check_index(index: int, count: int, what: str) -> None:
@@ -313,7 +349,7 @@ class _Table:
 
     def __init__(self, file: _File, at: int) -> None:
         file.spend(1)
-        self._file, self._at = file, at
+        self.file, self._at = file, at
         self._fields = at - file.unpack("i", at)
         self._length = file.unpack("H", self._fields)
         size = file.unpack("H", self._fields + 2)
@@ -328,47 +364,48 @@ class _Table:
 
     def _where(self, field: int) -> int | None:
         place = 4 + 2 * field
-        offset = self._file.unpack("H", self._fields + place) if place + 2 <= self._length else 0
+        offset = self.file.unpack("H", self._fields + place) if place + 2 <= self._length else 0
         if offset >= self._size:
             raise InvalidGraph(f"field {field} of the table at byte {self._at} is outside of it")
         return self._at + offset if offset else None
 
     def number(self, field: int, form: str, default: int) -> int:
         at = self._where(field)
-        return default if at is None else self._file.unpack(form, at)
+        return default if at is None else self.file.unpack(form, at)
 
     def vector(self, field: int, width: int) -> tuple[int, int]:
         """Where the entries of a vector start, and how many there are."""
         at = self._where(field)
         if at is None:
             return 0, 0
-        start = at + self._file.unpack("I", at)
-        count = self._file.unpack("I", start)
-        if start + 4 + count * width > len(self._file.data):
+        start = at + self.file.unpack("I", at)
+        count = self.file.unpack("I", start)
+        if start + 4 + count * width > len(self.file.data):
             raise InvalidGraph(f"the vector at byte {start} reaches beyond the end")
         return start + 4, count
 
     def numbers(self, field: int, form: str) -> tuple[int, ...]:
         width = struct.calcsize("<" + form)
         start, count = self.vector(field, width)
-        self._file.spend(count)
-        return struct.unpack_from(f"<{count}{form}", self._file.data, start) if count else ()
+        self.file.spend(count)
+        return struct.unpack_from(f"<{count}{form}", self.file.data, start) if count else ()
 
     def tables(self, field: int, what: str) -> list[_Table]:
         start, count = self.vector(field, 4)
-        if count > self._file.budget:
+        if count > self.file.budget:
             raise InvalidGraph(f"it has {count} {what}")
         places = range(start, start + 4 * count, 4)
-        return [_Table(self._file, place + self._file.unpack("I", place)) for place in places]
+        return [_Table(self.file, place + self.file.unpack("I", place)) for place in places]
 
-    def union(self, kind: int, field: int) -> None:
-        """Check the table of a union, as far as it is one."""
-        at = self._where(field)
-        if self.number(kind, "B", 0) and at is not None:
-            _Table(self._file, at + self._file.unpack("I", at))
+    def union(self, kind: int, field: int) -> tuple[int, _Table | None]:
+        """The kind of a union, and its table, as far as it is one."""
+        at, chosen = self._where(field), self.number(kind, "B", 0)
+        if not chosen or at is None:
+            return chosen, None
+        return chosen, _Table(self.file, at + self.file.unpack("I", at))
 
     def text(self, field: int) -> str:
         start, count = self.vector(field, 1)
         if count > 1024:
             raise InvalidGraph("a name is longer than 1024 bytes")
-        return self._file.data[start : start + count].decode("utf-8", "replace")
+        return self.file.data[start : start + count].decode("utf-8", "replace")

@@ -25,7 +25,7 @@ def describe_graph(graph: bytes) -> Iterator[str]:
     yield f"operators   {', '.join(content.operators)}"
     for name, number in sorted(content.signatures.items()):
         subgraph = content.subgraphs[number]
-        memory = subgraph.peak_bytes() / 2**20
+        memory = content.peak_bytes(number) / 2**20
         yield f"  {name:12} {len(subgraph.operators):5} operators, about {memory:.2f} MiB of memory"
 
 

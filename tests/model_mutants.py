@@ -1,5 +1,6 @@
 """Try many damaged model files, each in a process of its own: `tests/model_mutants.py MODEL COUNT SEED`.
 
+MODEL is a bundled one, or a directory with an exported one.
 Prints one line of JSON: how many files ended how. Every file gets a fork of this process, in which the
 runtime is already loaded, with limits on memory and time; nothing is left for the next one.
 """
@@ -13,6 +14,7 @@ import signal
 import struct
 import sys
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 
@@ -74,6 +76,13 @@ def outcome(manifest: ModelManifest, graph: bytes, weights: bytes, *, reader: bo
     return {0: "ran", 3: "rejected", 1: "error"}.get(code) or signal.Signals(-code).name
 
 
+def exported(directory: Path) -> zoo.BundledModel:
+    """A model as `covey model export` writes it."""
+    weights = np.frombuffer((directory / "weights.bin").read_bytes(), "<f4")
+    manifest = ModelManifest.from_bytes((directory / "manifest.json").read_bytes())
+    return zoo.BundledModel(manifest, (directory / "model.tflite").read_bytes(), weights)
+
+
 def main() -> None:
     name, count, seed, reader = (
         sys.argv[1],
@@ -81,7 +90,7 @@ def main() -> None:
         int(sys.argv[3]),
         sys.argv[4:] != ["--no-reader"],
     )
-    bundled = zoo.load(name)
+    bundled = zoo.load(name) if name in zoo.NAMES else exported(Path(name))
     random = np.random.default_rng(seed)
     weights = encode_weights(bundled.weights)
     found: Counter[str] = Counter()

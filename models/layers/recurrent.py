@@ -1,4 +1,4 @@
-"""Recurrent layers, unrolled over their steps."""
+"""Recurrent layers, as loops over their steps."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ from collections.abc import Sequence
 
 import tensorflow as tf
 
+from models.graph_loops import MAX_STEPS
 from models.layers import primitives
+from models.layers.looping import Cell, scan
 from models.layers.lowering import LoweredLayer, activation_name
 from models.layers.nonlinear import ACTIVATIONS
 from models.layers.primitives import Tensor
 
 keras = tf.keras.layers
-MAX_STEPS = 128
 
 
 class _Recurrent(LoweredLayer):
@@ -36,18 +37,22 @@ class _Recurrent(LoweredLayer):
         steps = steps or layer.input_shape[1]
         self.refuse_unless(
             steps <= MAX_STEPS,
-            f"it has {steps} steps, which would be unrolled",
+            f"it has {steps} steps, more than devices accept",
             f"pool or stride to at most {MAX_STEPS} steps before it",
         )
 
-    def inputs(self, kernel: Tensor, bias: Tensor | None, x: Tensor) -> list[Tensor]:
-        """The product of every step's input with a kernel, plus a bias: t tensors (n, gates)."""
-        product = primitives.linear(x, kernel)
-        return list(tf.unstack(product if bias is None else primitives.add_bias(product, bias), axis=1))
+    def run(
+        self, cell: Cell, states: int, x: Tensor, values: Sequence[Tensor], bias: Tensor | None
+    ) -> Tensor:
+        """The last output (n, u), or all of them (n, t, u), of x (n, t, i).
 
-    def outputs(self, states: list[Tensor]) -> Tensor:
-        """The last state (n, u), or all of them (n, t, u)."""
-        return tf.stack(states, 1) if self.layer.return_sequences else states[-1]
+        `values` are the kernel of the inputs, to which `bias` belongs, and what the cell takes.
+        """
+        products = primitives.linear(x, values[0])
+        products = products if bias is None else primitives.add_bias(products, bias)
+        steps, every = primitives.transpose(products, [1, 0, 2]), bool(self.layer.return_sequences)
+        found = scan(cell, steps, states, self.layer.units, values[1:], every=every)
+        return primitives.transpose(found, [1, 0, 2]) if every else found
 
     def activate(self, x: Tensor, *, recurrent: bool = False) -> Tensor:
         """The activation of the gates (`recurrent`), or of the state."""
@@ -66,36 +71,21 @@ class Gru(_Recurrent):
         self.refuse_unless(self.layer.reset_after, "it resets before the product", "use reset_after=True")
 
     def forward(self, values: Sequence[Tensor], x: Tensor) -> Tensor:
-        kernel, recurrent = values[:2]
-        outer, inner = tf.unstack(values[2], axis=0) if self.layer.use_bias else (None, None)
         units = self.layer.units
-        state: Tensor | None = None
-        states = []
-        for step in self.inputs(kernel, outer, x):
+        outer, *inner = tf.unstack(values[2], axis=0) if self.layer.use_bias else (None,)
+
+        def cell(step: Tensor, states: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:
             # Update and reset gate are one activation over both, the candidate another.
-            gates, candidate = tf.split(step, [2 * units, units], -1)
-            if state is None:
-                # The first state is zero: nothing but the bias comes from it, and only where there is one.
-                inside = inner
-            else:
-                inside = primitives.linear(state, recurrent)
-                inside = inside if inner is None else primitives.add_bias(inside, inner)
-            if inside is None:
-                update, _ = tf.split(self.activate(gates, recurrent=True), 2, -1)
-                fresh = self.activate(candidate)
-            elif state is None:
-                most, last = tf.split(inside, [2 * units, units], 0)
-                update, reset = tf.split(
-                    self.activate(primitives.add_bias(gates, most), recurrent=True), 2, -1
-                )
-                fresh = self.activate(candidate + primitives.scale(reset, last))
-            else:
-                most, last = tf.split(inside, [2 * units, units], -1)
-                update, reset = tf.split(self.activate(gates + most, recurrent=True), 2, -1)
-                fresh = self.activate(candidate + reset * last)
-            state = fresh - update * fresh if state is None else fresh + update * (state - fresh)
-            states.append(state)
-        return self.outputs(states)
+            (state,), (recurrent, *bias) = states, weights
+            inside = primitives.linear(state, recurrent)
+            inside = primitives.add_bias(inside, bias[0]) if bias else inside
+            gates, candidate = _parted(step, [2 * units, units])
+            most, last = _parted(inside, [2 * units, units])
+            update, reset = _parted(self.activate(gates + most, recurrent=True), [units, units])
+            fresh = self.activate(candidate + reset * last)
+            return [fresh + update * (state - fresh)]
+
+        return self.run(cell, 1, x, [*values[:2], *inner], outer)
 
 
 class Lstm(_Recurrent):
@@ -104,18 +94,19 @@ class Lstm(_Recurrent):
     handles = (keras.LSTM,)
 
     def forward(self, values: Sequence[Tensor], x: Tensor) -> Tensor:
-        kernel, recurrent = values[:2]
         units = self.layer.units
-        state: Tensor | None = None
-        memory: Tensor | None = None
-        states = []
-        for step in self.inputs(kernel, values[2] if self.layer.use_bias else None, x):
-            if state is not None:
-                step = step + primitives.linear(state, recurrent)
-            most, candidate, last = tf.split(step, [2 * units, units, units], -1)
-            take, keep = tf.split(self.activate(most, recurrent=True), 2, -1)
-            new = take * self.activate(candidate)
-            memory = new if memory is None else keep * memory + new
-            state = self.activate(last, recurrent=True) * self.activate(memory)
-            states.append(state)
-        return self.outputs(states)
+
+        def cell(step: Tensor, states: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:
+            state, memory = states
+            step = step + primitives.linear(state, weights[0])
+            most, candidate, last = _parted(step, [2 * units, units, units])
+            take, keep = _parted(self.activate(most, recurrent=True), [units, units])
+            memory = keep * memory + take * self.activate(candidate)
+            return [self.activate(last, recurrent=True) * self.activate(memory), memory]
+
+        return self.run(cell, 2, x, values[:2], values[2] if self.layer.use_bias else None)
+
+
+def _parted(x: Tensor, sizes: Sequence[int]) -> list[Tensor]:
+    """x (n, sum of sizes) cut along its last axis."""
+    return list(tf.split(x, list(sizes), -1))
