@@ -152,3 +152,11 @@ def test_the_chart_passes_helm_and_makes_valid_resources() -> None:
     (url,) = pod["initContainers"][0]["env"]
     assert url["valueFrom"]["secretKeyRef"] == {"name": "covey-database", "key": "url"}
     assert "COVEY_DATABASE_URL" not in "".join(bare.values())
+
+
+def test_the_page_on_monitoring_names_metrics_that_are_exported(exported: dict[str, set[str]]) -> None:
+    page = (DEPLOY.parent / "docs" / "how-to" / "monitor.md").read_text()
+    families = exported.keys() | {name.removesuffix("_count") for name in exported} | {"covey_build_info"}
+    rows = re.findall(r"^\| (`covey_.*?) \|", page, re.M)
+    named = {name for row in rows for name in re.findall(r"covey_[a-z_]+", row)}
+    assert len(named) >= 15 and named <= families, named - families
