@@ -28,11 +28,8 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 DRIVER = shutil.which("chromedriver")
 PHONE = (390, 844)
 DESK = (1280, 900)
-DOCUMENT = (
-    SignedDocument.create(Ed25519PrivateKey.generate(), MODEL_KIND, b"nothing to load")
-    .model_dump_json()
-    .encode()
-)
+_NOTHING = SignedDocument.create(Ed25519PrivateKey.generate(), MODEL_KIND, b"nothing to load")
+DOCUMENT = _NOTHING.model_dump_json().encode()
 SITES = ("north", "south", "orchard", "lake")
 
 
