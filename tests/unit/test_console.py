@@ -326,6 +326,23 @@ def test_a_version_is_rolled_out_and_taken_back_by_buttons(bench: Api) -> None:
     assert operator.versions()[-1].stage == "withdrawn"
 
 
+def test_a_campaign_is_paused_resumed_and_cancelled_by_buttons(bench: Api) -> None:
+    seed_rounds(bench.context.operator, 1)
+    (campaign,) = bench.context.operator.campaigns()
+    browser = sign_in(bench, Role.OPERATOR)
+    for turn, status in (("pause", "paused"), ("resume", "running"), ("cancel", "cancelled")):
+        where = f"/campaigns/{campaign.campaign_id}/{turn}"
+        assert f'href="{where}"' in page(bench, "/campaigns", browser)
+        before = bench.context.operator.campaign(campaign.campaign_id).status
+        assert "<dialog open" in page(bench, where, browser)
+        assert bench.context.operator.campaign(campaign.campaign_id).status == before
+        assert bench.call("POST", where, None, headers=browser).status_code == 303
+        assert bench.context.operator.campaign(campaign.campaign_id).status == status
+        entry = bench.context.operator.audit_log(limit=1)[0]
+        assert (entry.action, entry.target) == (f"{turn}-campaign", campaign.campaign_id)
+    assert "/cancel" not in page(bench, "/campaigns", browser)
+
+
 def test_a_viewer_sees_no_buttons_and_is_refused_anyway(bench: Api) -> None:
     seed_fleet(bench.context.operator, 3)
     browser = sign_in(bench, Role.VIEWER)

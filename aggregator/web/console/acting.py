@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated
+from typing import Annotated, Literal
 
-from fastapi import Form, Request, Response
+from fastapi import Form, Path, Request, Response
 from fastapi.responses import HTMLResponse, RedirectResponse
 
 from aggregator.access.roles import Role
@@ -15,6 +15,7 @@ from aggregator.web.admission import By, guarded
 from aggregator.web.console.asking import REASON, Field, ask
 from aggregator.web.fleet_routes import SLUG, DeviceId
 from aggregator.web.problems import ApiProblem
+from aggregator.web.round_routes import CampaignId
 from protocol.dp.parameters import PrivacyMode
 
 asking = guarded(Role.OPERATOR, tag="console")
@@ -146,4 +147,48 @@ def start(
     by.to(model).start_rounds(
         CampaignRequest(model=model, rounds=rounds, cohort=cohort, privacy=privacy, epsilon_limit=limit)
     )
+    return RedirectResponse("/campaigns", 303)
+
+
+_TURNS = {
+    "pause": ("Pause", "No more rounds of it begin until it is resumed; a round that runs goes to its end."),
+    "resume": ("Resume", "Its rounds go on; with a schedule, from the next time that it names."),
+    "cancel": ("Cancel", "It ends for good, and a round of it that runs is aborted."),
+}
+
+
+@asking.get("/campaigns/{campaign}/{turn}", name="ask-turn-campaign", response_class=HTMLResponse)
+def ask_turn(
+    by: By,
+    request: Request,
+    campaign: CampaignId,
+    turn: Annotated[Literal["pause", "resume", "cancel"], Path()],
+) -> Response:
+    """Asks before a campaign is turned."""
+    found = by.operator.campaign(campaign)
+    verb, consequence = _TURNS[turn]
+    what = f"campaign {campaign[:8]} of {found.model or 'a query'}"
+    danger, back = turn == "cancel", "/campaigns"
+    button = f"{verb} the campaign"
+    return ask(request, by, f"{verb} {what}?", consequence, button=button, danger=danger, back=back)
+
+
+@acting.post("/campaigns/{campaign}/pause", name="pause-campaign")
+def pause(by: By, campaign: CampaignId) -> Response:
+    """Begins no more rounds until it is resumed."""
+    by.operator.pause_campaign(campaign)
+    return RedirectResponse("/campaigns", 303)
+
+
+@acting.post("/campaigns/{campaign}/resume", name="resume-campaign")
+def resume(by: By, campaign: CampaignId) -> Response:
+    """Goes on with a paused campaign."""
+    by.operator.resume_campaign(campaign)
+    return RedirectResponse("/campaigns", 303)
+
+
+@acting.post("/campaigns/{campaign}/cancel", name="cancel-campaign")
+def cancel(by: By, campaign: CampaignId) -> Response:
+    """Ends a campaign for good."""
+    by.operator.cancel_campaign(campaign)
     return RedirectResponse("/campaigns", 303)
