@@ -252,6 +252,7 @@ def plan_json(result: Forecast) -> dict[str, object]:
         "unit": "device",
         "population": intention.population,
         "cohort": intention.cohort,
+        "colluders": intention.colluders,
         "subcohorts": intention.split.count,
         "rounds": intention.rounds,
         "parameters": intention.dimension,

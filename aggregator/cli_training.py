@@ -6,7 +6,7 @@ import functools
 import inspect
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -38,6 +38,9 @@ class PlannedPrivacy(BaseModel):
     bits: int | None
     restart_every: int | None = None
     sampling_probability: float | None = None
+    colluders: int = 0
+    noise: Literal["skellam"]
+    """The noise of every round that a campaign asks for: a plan of another is no plan of it."""
 
     @classmethod
     def load(cls, path: Path) -> PlannedPrivacy:
@@ -121,9 +124,13 @@ def campaign_request(
         float | None, typer.Option(help="L2 bound of one update.", show_default="the model's recipe")
     ] = None,
     colluders: Annotated[
-        int,
-        typer.Option(min=0, help="Distributed mode: survivors that may reveal their noise; others make up."),
-    ] = 0,
+        int | None,
+        typer.Option(
+            min=0,
+            help="Distributed mode: survivors that may reveal their noise; others make up.",
+            show_default="0, or the plan's",
+        ),
+    ] = None,
     adaptive_clip: Annotated[
         float | None,
         typer.Option(help="Let C follow this quantile of the updates' norms.", show_default="C is fixed"),
@@ -219,6 +226,7 @@ def campaign_request(
             sampling = sampling if sampling is not None else plan.sampling_probability
         else:
             clip_norm = given(clip_norm, plan.clip_norm)
+            colluders = given(colluders, plan.colluders)
             bits = bits if bits is not None else plan.bits
             min_survivors = given(min_survivors, plan.min_survivors)
             minimum = given(minimum, min_survivors)
@@ -237,7 +245,7 @@ def campaign_request(
         privacy=given(mode, PrivacyMode.NONE),
         noise_multiplier=noise_multiplier,
         clip_norm=clip_norm,
-        colluders=colluders,
+        colluders=given(colluders, 0),
         adaptive_quantile=adaptive_clip,
         bits=bits,
         delta=given(delta, DEFAULT_DELTA),

@@ -281,6 +281,11 @@ def test_a_plan_gives_the_campaign_its_privacy(run: Any, tmp_path: Path) -> None
     planned = PlannedPrivacy.load(plan)
     assert (planned.mode, planned.rounds, planned.cohort) == (PrivacyMode.DISTRIBUTED, 50, 40)
     assert planned.noise_multiplier == json.loads(plan.read_text())["noise_multiplier"]
+    plan.write_text(run("privacy", "plan", *arguments, "--colluders", 3)[1])
+    assert PlannedPrivacy.load(plan).colluders == 3
+    plan.write_text(run("privacy", "plan", *arguments, "--noise", "discrete_gaussian")[1])
+    with pytest.raises(OperationRefused, match="noise"):
+        PlannedPrivacy.load(plan)
     plan.write_text(run("privacy", "plan", *arguments, "--mode", "example", "--sampling", 0.05)[1])
     planned = PlannedPrivacy.load(plan)
     assert (planned.mode, planned.cohort, planned.sampling_probability) == (PrivacyMode.EXAMPLE, None, 0.05)
