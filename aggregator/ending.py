@@ -136,8 +136,6 @@ class Finisher:
             outcome=outcome,
             misbehaved=misbehaved,
         )
-        if outcome.version is not None:
-            work.announce(outcome.version)
         logger.info(
             "round %s completed: %s, %d devices",
             running.round_id[:8],
@@ -195,7 +193,9 @@ class Finisher:
         # Every device weighs 1, which is what the user-level guarantee counts.
         moved = _step(work.writer, running.record.campaign_id, weights, released)
         data = encode_weights(moved.parameters)
-        manifest = base.next_version(data)
+        # The base need not be the newest: one that was withdrawn keeps its number.
+        newest = work.writer.newest_version(base.name)
+        manifest = base.next_version(data, after=None if newest is None else newest.version)
         version, document = sign(self.authority, manifest, now=work.at.unix, round_id=running.round_id)
         self.store.put(data)
         self.store.put_manifest(manifest, document)

@@ -379,6 +379,7 @@ def run(
             MeteredTransport(transport, metrics),
             operator.clock,
             unmask=cores.unmask,
+            promotion=settings.promotion,
         )
 
         def vitals() -> Vitals:

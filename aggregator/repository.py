@@ -115,8 +115,8 @@ class Reader(Protocol):
         """One version of a model."""
         ...
 
-    def newest_version(self, model: str) -> Version | None:
-        """The version with the highest number."""
+    def newest_version(self, model: str, *stages: Stage) -> Version | None:
+        """The version with the highest number, in one of the stages (any when none is named)."""
         ...
 
     def newest_versions(self) -> tuple[Version, ...]:
@@ -136,8 +136,12 @@ class Reader(Protocol):
         """What the fleet, or one device, was last told to have."""
         ...
 
-    def assigned_devices(self, model: str) -> tuple[Assigned, ...]:
-        """The devices that were ever told to have a version of their own, by id."""
+    def assigned_devices(self, model: str, *, of_its_own: bool = False) -> tuple[Assigned, ...]:
+        """The devices that were ever told to have a version of their own, by id.
+
+        Args:
+            of_its_own: only those that still are to have one.
+        """
         ...
 
     def rollout(self, rollout_id: str) -> Rollout | None:

@@ -16,7 +16,7 @@ from aggregator.repository import Reader, Repository, Writer
 from aggregator.rollout import machine
 from aggregator.rollout.gates import Gate, InvalidGate
 from aggregator.rollout.machine import OPEN, Completed, Progress, RolloutSettings, WaveSight
-from aggregator.rollout.observing import fleet_version, look
+from aggregator.rollout.observing import look
 from aggregator.rollout.wanted import pool
 from protocol.errors import IllegalEvent
 
@@ -242,7 +242,7 @@ class RolloutOperations:
     def fleet_version(self, model: str) -> int | None:
         """The version that the fleet is to have; None before the first was promoted."""
         with self.repository.read() as reader:
-            found = fleet_version(reader.versions(model))
+            found = reader.newest_version(model, "stable")
         return None if found is None else found.version
 
 
@@ -282,7 +282,7 @@ def _replaced(reader: Reader, request: RolloutRequest, pins: Sequence[Pin]) -> i
     if request.group is not None:
         mine = (pin.version for pin in pins if (pin.kind, pin.target) == ("group", request.group))
         return next(mine, None)
-    found = fleet_version(reader.versions(request.model))
+    found = reader.newest_version(request.model, "stable")
     return None if found is None else found.version
 
 
@@ -311,7 +311,7 @@ def _check_startable(reader: Reader, version: Version, replaces: int | None) -> 
 def _check_current(reader: Reader, record: Rollout, settings: RolloutSettings) -> None:
     """A rollout that was completed is taken back only while its version is still the one to have."""
     if settings.group is None:
-        found = fleet_version(reader.versions(record.model))
+        found = reader.newest_version(record.model, "stable")
         current = None if found is None else found.version
     else:
         pins = reader.pins(record.model)

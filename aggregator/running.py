@@ -9,7 +9,7 @@ from structlog.contextvars import bound_contextvars
 
 from aggregator.clock import Moment
 from aggregator.records import Round
-from aggregator.registry.publishing import manifest_of
+from aggregator.registry.publishing import document_of, manifest_of
 from aggregator.repository import Reader
 from aggregator.rounds import machine
 from aggregator.rounds.events import DeviceHeard, Event, Log, MaskedInputStored, MessageReceived, Send
@@ -23,7 +23,7 @@ from protocol.dp.mechanism import EncodingParameters
 from protocol.errors import IllegalEvent
 from protocol.fields import BlobRef
 from protocol.identity import SignedDocument
-from protocol.messages import BlobChunk, ClientAbort, UploadOffer, UploadReceipt
+from protocol.messages import BlobChunk, ClientAbort, Invitation, UploadOffer, UploadReceipt
 from protocol.plan import Plan
 from protocol.round_encoding import round_encoding
 from protocol.secagg.server_state import Advertising, Collecting, Sharing
@@ -47,6 +47,7 @@ class RunningRound:
         assignment: what the plan asks, with the manifest of the version that it is about.
         inputs: device id -> SHA-256 of the masked input that is in the partial sum.
         receptions: uploads under way, by device.
+        base: the signed manifest of that version, for devices that have to fetch it; None for a query.
         changed: whether the report has to be saved.
     """
 
@@ -56,6 +57,7 @@ class RunningRound:
     state: RoundState
     inputs: dict[str, str] = field(default_factory=dict)
     receptions: dict[str, Reception] = field(default_factory=dict)
+    base: SignedDocument | None = None
     changed: bool = True
 
     @classmethod
@@ -68,7 +70,7 @@ class RunningRound:
         state, outputs = machine.begin(plan, document, trust, record.invited, work.at)
         work.writer.begin_round(record)
         work.writer.note_selection(record.round_id, selection.to_bytes())
-        running = cls(record, assignment, encoding, state)
+        running = cls(record, assignment, encoding, state, base=_document(work.writer, plan))
         running._execute(work, outputs)
         return running
 
@@ -98,6 +100,7 @@ class RunningRound:
             state,
             reader.inputs(record.round_id),
             {upload.device_id: Reception.begin(upload.blob, upload.stored) for upload in uploads},
+            _document(reader, plan),
         )
 
     @property
@@ -137,6 +140,10 @@ class RunningRound:
             if isinstance(output, Log):
                 work.writer.append_log(self.round_id, output.entry)
                 self.changed = True
+            elif isinstance(output.message, Invitation):
+                # Not everybody was assigned the version that a round is about.
+                invitation = output.message.model_copy(update={"manifest": self.base})
+                work.send(output.device_id, invitation)
             else:
                 work.send(output.device_id, output.message)
 
@@ -228,3 +235,10 @@ class RunningRound:
 def _parse(record: Round) -> tuple[SignedDocument, Plan]:
     document = SignedDocument.model_validate_json(record.plan)
     return document, Plan.from_bytes(document.payload)
+
+
+def _document(reader: Reader, plan: Plan) -> SignedDocument | None:
+    """The signed manifest of the version that a plan is about; None for a query."""
+    about = version_of(plan.task)
+    version = None if about is None else reader.version(*about)
+    return None if version is None else document_of(version)

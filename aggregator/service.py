@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 
 from structlog.contextvars import bound_contextvars
 
+from aggregator.assigning import Assigner, Promotion
 from aggregator.clock import Clock, Moment
 from aggregator.conductor import Conductor
 from aggregator.downloads import Downloads
@@ -60,12 +61,14 @@ class Service:
         clock: Clock,
         entropy: Callable[[], bytes] = _entropy,
         unmask: Unmask = apply_masks,
+        promotion: Promotion = Promotion.AUTO,
     ) -> None:
         """Prepares the service; `run` starts it.
 
         Args:
             entropy: returns 32 fresh random bytes.
             unmask: takes masks off a sum.
+            promotion: what becomes of a new version by itself.
         """
         self.trouble = ""
         self._repository = repository
@@ -75,10 +78,10 @@ class Service:
         finisher = Finisher(store, authority, entropy, unmask)
         self._conductor = Conductor(authority, finisher, self._presence, entropy)
         self._downloads = Downloads(store)
+        self._assigner = Assigner(authority, clock, promotion)
         self._loaded = False
         self._connected = False
         self._outage_since: float | None = None
-        self._announced: dict[str, int] = {}
         self._polled = -TICK_SECONDS
         self._turned = float("-inf")
         self._store_again = 0.0
@@ -130,6 +133,7 @@ class Service:
         at = self._clock.moment()
         if not self._loaded:
             self._conductor.load(self._repository, at)
+            self._assigner.reconnected()
             self._loaded = True
             # What was lost must be in the ledger before the next round asks it.
             self._end_rounds(at)
@@ -181,6 +185,8 @@ class Service:
         for outgoing in work.outbox:
             if self._transport.publish(outgoing.topic, outgoing.payload, retain=outgoing.retain):
                 self._conductor.traffic.down(outgoing.device_id, len(outgoing.payload))
+            elif outgoing.announces is not None:
+                self._assigner.unsent(*outgoing.announces)
 
     def _take(self, work: Work, inbound: Inbound) -> None:
         if isinstance(inbound, Delivery):
@@ -190,7 +196,7 @@ class Service:
             outage = 0.0 if self._outage_since is None else clock - self._outage_since
             self._connected, self._outage_since = True, None
             self._presence.reset()
-            self._announced.clear()
+            self._assigner.reconnected()
             self._conductor.reconnected(work, outage)
             logger.info("connected to the broker")
         elif isinstance(inbound, Disconnected) and self._connected:
@@ -246,12 +252,7 @@ class Service:
         with self._repository.read() as reader:
             campaigns = reader.campaigns("waiting", "running")
             self._conductor.drop_cancelled(reader)
-            newest = reader.newest_versions()
-        for version in newest:
-            # Published meanwhile, by an operator or by a round.
-            if self._announced.get(version.model) != version.version:
-                work.announce(version)
-                self._announced[version.model] = version.version
+        self._assigner.tick(work, self._repository)
         if campaigns:
             self._conductor.serve_campaigns(work, campaigns)
 

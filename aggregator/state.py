@@ -27,6 +27,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from aggregator.adapters.objects import DirectoryStore
 from aggregator.adapters.objects_s3 import S3Store
 from aggregator.adapters.sql_engine import parse_url, url_of_file
+from aggregator.assigning import Promotion
 from aggregator.registry.artefacts import ArtefactStore
 from aggregator.web.listen import DEFAULT_LISTEN
 from aggregator.web.oidc_settings import OidcSettings
@@ -59,6 +60,8 @@ class Settings(BaseModel):
         api_certificate: PEM of a certificate from elsewhere, as browsers want; the CA's by default.
         api_key: its key.
         oidc: how people sign in.
+        promotion: `auto` gives every new version to the fleet; `manual` leaves it a candidate until a rollout
+            has brought it to everybody. Rounds go on from the newest version either way.
         publishers: Ed25519 public keys, hexadecimal: with any of them, only signed models are published.
     """
 
@@ -77,6 +80,7 @@ class Settings(BaseModel):
     api_certificate: Path | None = None
     api_key: Path | None = None
     oidc: OidcSettings | None = None
+    promotion: Promotion = Promotion.AUTO
     publishers: tuple[Annotated[str, Field(pattern="^[0-9a-f]{64}$")], ...] = ()
 
 

@@ -9,12 +9,13 @@ from types import TracebackType
 from typing import Self
 
 from aggregator.clock import Moment
-from aggregator.records import Version
+from aggregator.records import Assigned, Version
 from aggregator.registry.publishing import document_of
 from aggregator.repository import Repository, Writer
 from aggregator.rounds.report import Traffic
 from protocol import topics
 from protocol.codec import encode
+from protocol.identity import SignedDocument
 from protocol.messages import BlobChunk, ModelAnnouncement, ToDevice
 
 
@@ -26,6 +27,8 @@ class Outgoing:
     payload: bytes
     retain: bool = False
     device_id: str = ""
+    announces: tuple[str, str] | None = None
+    """Model and device (empty: the fleet) that it tells what to have."""
 
 
 class Work:
@@ -48,6 +51,11 @@ class Work:
         self._stack = ExitStack()
 
     @property
+    def writing(self) -> bool:
+        """Whether the transaction has begun."""
+        return self._writer is not None
+
+    @property
     def writer(self) -> Writer:
         """The transaction; it is begun by the first use, so that idle work takes no lock."""
         if self._writer is None:
@@ -60,10 +68,16 @@ class Work:
         payload = encode(message, body)
         self.outbox.append(Outgoing(topics.down(device_id, channel), payload, device_id=device_id))
 
-    def announce(self, version: Version) -> None:
-        """Puts the retained announcement of a model's newest version into the outbox."""
-        payload = encode(ModelAnnouncement(manifest=document_of(version)))
-        self.outbox.append(Outgoing(topics.model(version.model), payload, retain=True))
+    def announce(self, assigned: Assigned, version: Version | None) -> None:
+        """Puts the retained announcement of what the fleet, or a device, is to have into the outbox."""
+        message = ModelAnnouncement(
+            assignment=SignedDocument.model_validate_json(assigned.document),
+            manifest=None if version is None else document_of(version),
+        )
+        own = assigned.device_id
+        topic = topics.own_model(own, assigned.model) if own else topics.model(assigned.model)
+        announces = (assigned.model, own)
+        self.outbox.append(Outgoing(topic, encode(message), retain=True, announces=announces))
 
     def __enter__(self) -> Self:
         """Opens the unit of work."""

@@ -11,7 +11,7 @@ import os
 import queue
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import assert_never
 
@@ -274,7 +274,7 @@ class Daemon:
         elif isinstance(output, SendChunks):
             return self._send_chunks(output.round_id, output.need)
         elif isinstance(output, Announce):
-            self._publish_status(output.models)
+            self._publish_status(output)
         elif isinstance(output, FindBlob):
             return self._find(output)
         elif isinstance(output, KeepBlobs):
@@ -297,8 +297,10 @@ class Daemon:
             return [WorkFailed(round_id, Fault("upload-lost", str(error)))]
         return []
 
-    def _publish_status(self, models: Mapping[str, int]) -> None:
-        frame = birth(self._session, models, self._client_version, self._runtime)
+    def _publish_status(self, output: Announce) -> None:
+        frame = birth(
+            self._session, output.models, self._client_version, self._runtime, failures=output.failures
+        )
         self._link.send("status", frame, retain=True)
 
     def _status(self, *, online: bool) -> DeviceStatus:
@@ -308,6 +310,7 @@ class Daemon:
             client_version=self._client_version,
             runtime=self._runtime,
             models=self._state.library.serving(),
+            failures=self._state.library.failures(),
         )
 
     def _find(self, output: FindBlob) -> list[Event]:

@@ -23,9 +23,10 @@ from models.manifest import ModelManifest
 from protocol.dp.mechanism import EncodingParameters
 from protocol.fields import BlobRef
 from protocol.identity import SignedDocument
-from protocol.messages import BlobNeed, FromDevice, ToDevice
+from protocol.messages import BlobNeed, FromDevice, ToDevice, VersionFailure
 from protocol.secagg.client_state import ClientState
 from protocol.secagg.masking import Mask
+from protocol.version_assignment import VersionAssignment
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,14 @@ class VersionTested:
 
 
 @dataclass(frozen=True)
+class VersionFailed:
+    """A version that had passed its test failed in use."""
+
+    sha256: str
+    fault: Fault
+
+
+@dataclass(frozen=True)
 class TrainingFinished:
     """Local training gave an update."""
 
@@ -171,6 +180,7 @@ Event = (
     | FieldsDeclared
     | BlobFound
     | VersionTested
+    | VersionFailed
     | TrainingFinished
     | Evaluated
     | FieldRead
@@ -245,6 +255,8 @@ class VersionStatus(StrEnum):
     CANDIDATE = "candidate"
     GOOD = "good"
     BAD = "bad"
+    BASE = "base"
+    """For rounds: never served unless it is assigned."""
 
 
 @dataclass(frozen=True)
@@ -255,6 +267,19 @@ class SaveVersion:
     manifest: ModelManifest
     status: VersionStatus
     reason: str = ""
+
+
+@dataclass(frozen=True)
+class SaveStanding:
+    """Remember what this device was told to have, so that nothing older is ever taken again.
+
+    Attributes:
+        manifest: of the version; None where the assignment names none.
+    """
+
+    assignment: VersionAssignment
+    document: SignedDocument
+    manifest: SignedDocument | None
 
 
 @dataclass(frozen=True)
@@ -293,9 +318,10 @@ class SendChunks:
 
 @dataclass(frozen=True)
 class Announce:
-    """Publish this device's status: the versions that it answers predictions with."""
+    """Publish this device's status: the versions that it answers predictions with, and those that failed."""
 
     models: Mapping[str, int]
+    failures: Mapping[str, VersionFailure] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -418,8 +444,26 @@ class Note:
     fields: Mapping[str, Any] = field(default_factory=dict)
 
 
-Durable = SaveRound | SaveContribution | SaveLocal | CloseRound | SaveVersion | ForgetVersion | StoreChunk
-DURABLE = (SaveRound, SaveContribution, SaveLocal, CloseRound, SaveVersion, ForgetVersion, StoreChunk)
+Durable = (
+    SaveRound
+    | SaveContribution
+    | SaveLocal
+    | CloseRound
+    | SaveVersion
+    | SaveStanding
+    | ForgetVersion
+    | StoreChunk
+)
+DURABLE = (
+    SaveRound,
+    SaveContribution,
+    SaveLocal,
+    CloseRound,
+    SaveVersion,
+    SaveStanding,
+    ForgetVersion,
+    StoreChunk,
+)
 Output = (
     Durable
     | Send

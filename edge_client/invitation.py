@@ -15,7 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 from edge_client import policy
 from edge_client.events import Fault
 from edge_client.ledger import History
-from edge_client.models import Library
+from edge_client.library import Library, Version
 from edge_client.participation import ActiveRound
 from edge_client.policy import Proposal
 from edge_client.profile import Profile
@@ -90,6 +90,7 @@ class Desk:
         check_ins: how many rounds it joined in the last 24 hours.
         unfit: why it cannot train or evaluate right now.
         fields: that its owner lets queries ask for.
+        offered: the version whose manifest came with the invitation, verified.
     """
 
     profile: Profile
@@ -100,6 +101,7 @@ class Desk:
     history: History
     unfit: Fault | None
     fields: frozenset[str] = frozenset()
+    offered: Version | None = None
 
 
 def consider(desk: Desk, document: SignedDocument, now: int) -> Verdict:
@@ -211,6 +213,8 @@ def _judge_version(
         older = _older(desk, task)
         if older is not None:
             return _judge_manifest(desk, plan, Training(task, older), document, now)
+    if version is None and desk.offered is not None and desk.offered.sha256 == task.manifest_sha256:
+        version = desk.offered
     if version is None:
         if shelf.newest > number:
             return Refused(
@@ -220,11 +224,11 @@ def _judge_version(
             )
         return Waiting(round_id, task.model, number)
     manifest = version.manifest
-    if manifest.version != number:
+    if (manifest.name, manifest.version) != (task.model, number):
         return Refused(
             round_id,
             "bad-plan",
-            f"the plan's manifest is of version {manifest.version}, not {number}",
+            f"the plan's manifest is of {manifest.name} version {manifest.version}, not {number}",
         )
     assignment = Training(task, manifest) if isinstance(task, TrainTask) else Evaluating(task, manifest)
     return _judge_manifest(desk, plan, assignment, document, now)

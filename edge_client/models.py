@@ -1,29 +1,30 @@
-"""Which version of each model this device serves, fetches and distrusts.
+"""Versions of models on this device: fetched, tested, served, and kept to fall back on. Pure.
 
-    announced --verified--> Fetching --all blobs whole--> Testing --ran--> good (served from then on)
-                                                             |
-                                                             +--cannot run--> bad (never fetched again)
+    wanted --signed assignment--> Fetching --all blobs whole--> Testing --ran--> good (served from then on)
+                                                                   |
+                                                                   +--cannot run--> bad (never fetched again)
 
-The two newest good versions are kept: the newest is served, the other is what it falls back to. A candidate
-changes nothing for anybody until it is good, and becoming good is one row in one transaction. Versions only
-go up, so that nobody can bring back an old one by repeating its announcement.
+The two versions served last are kept: one is served, the other is what the device falls back to by itself. A
+candidate changes nothing for anybody until it is good, and becoming good is one row in one transaction. Which
+version is wanted is the matter of `edge_client.standing`. A round may be about a version that nobody is to be
+served yet: that one is fetched and tested beside, as the base.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import replace
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from edge_client.events import (
     Announce,
     BlobFound,
+    Fault,
     FindBlob,
     ForgetVersion,
     Output,
     Outputs,
-    SaveLocal,
     SaveVersion,
     Send,
     Stamp,
@@ -34,178 +35,34 @@ from edge_client.events import (
     note,
     warning,
 )
+from edge_client.library import (
+    ASK_AGAIN_SECONDS,
+    Fetching,
+    Library,
+    Ready,
+    Shelf,
+    Testing,
+    Version,
+    blamed,
+    served,
+)
 from models.manifest import ModelManifest
-from protocol.fields import BlobRef
 from protocol.identity import SignedDocument
-from protocol.messages import MAX_MODELS, BlobChunk
+from protocol.messages import BlobChunk
 from protocol.plan import MODEL_KIND
 from protocol.transfer import Reception
 
-KEPT_VERSIONS = 2
-ASK_AGAIN_SECONDS = 3.0
 MAX_ASK_AGAIN_SECONDS = 60.0
 TEST_AGAIN_SECONDS = 60.0
 
 
-@dataclass(frozen=True)
-class Version:
-    """A verified manifest with the document that its signer signed."""
-
-    document: SignedDocument
-    manifest: ModelManifest
-
-    @property
-    def sha256(self) -> str:
-        """The version's identity: the digest of its manifest, as plans name it."""
-        return self.document.digest.hex()
-
-    @property
-    def blobs(self) -> tuple[BlobRef, BlobRef]:
-        """What its files are; the graph is shared by all versions of a model."""
-        return self.manifest.graph, self.manifest.weights
-
-
-@dataclass(frozen=True)
-class Fetching:
-    """A candidate whose files are on their way.
-
-    Attributes:
-        todo: blobs not known to be on disk; the first is the one under way.
-        reception: of the first of `todo`; None until the disk was looked at.
-        ask_at: when to ask again for what did not come, on the steady clock.
-        patience: seconds until then; doubles each time.
-    """
-
-    version: Version
-    todo: tuple[BlobRef, ...]
-    reception: Reception | None = None
-    ask_at: float = 0.0
-    patience: float = ASK_AGAIN_SECONDS
-
-
-@dataclass(frozen=True)
-class Testing:
-    """A candidate that is whole, and is being loaded and run once.
-
-    Attributes:
-        test_at: when to test it anew, after a test that this device's own state prevented.
-    """
-
-    version: Version
-    test_at: float | None = None
-
-
-@dataclass(frozen=True)
-class Shelf:
-    """All that this device knows of one model.
-
-    Attributes:
-        good: tested versions, ascending; the last one is served.
-        bad: digests of versions that do not run here -> the reason.
-    """
-
-    good: tuple[Version, ...] = ()
-    candidate: Fetching | Testing | None = None
-    bad: Mapping[str, str] = field(default_factory=dict)
-
-    @property
-    def newest(self) -> int:
-        """The highest version number that was ever accepted here; 0 for none."""
-        candidate = self.candidate.version.manifest.version if self.candidate else 0
-        return max(candidate, *(version.manifest.version for version in self.good), 0)
-
-
-@dataclass(frozen=True)
-class Library:
-    """Every model's shelf, by name.
-
-    Attributes:
-        own: this device's local parameters of models that have such, by model; they outlive versions.
-    """
-
-    shelves: Mapping[str, Shelf] = field(default_factory=dict)
-    own: Mapping[str, SaveLocal] = field(default_factory=dict)
-
-    def shelf(self, model: str) -> Shelf:
-        """The shelf of a model; an empty one when it is not known."""
-        return self.shelves.get(model, Shelf())
-
-    def serving(self) -> dict[str, int]:
-        """Model name -> version served."""
-        return {
-            name: shelf.good[-1].manifest.version
-            for name, shelf in sorted(self.shelves.items())
-            if shelf.good
-        }
-
-    def find(self, model: str, sha256: str) -> Version | None:
-        """The version with this digest, good or on its way."""
-        shelf = self.shelf(model)
-        known = (*shelf.good, *((shelf.candidate.version,) if shelf.candidate else ()))
-        return next((version for version in known if version.sha256 == sha256), None)
-
-    def ready(self, model: str, sha256: str) -> bool:
-        """Whether the version with this digest is on disk and runs."""
-        return any(version.sha256 == sha256 for version in self.shelf(model).good)
-
-    def blobs(self) -> frozenset[str]:
-        """Digests of every file that a version here needs."""
-        return frozenset(
-            blob.sha256
-            for shelf in self.shelves.values()
-            for version in (*shelf.good, *((shelf.candidate.version,) if shelf.candidate else ()))
-            for blob in version.blobs
-        )
-
-    def local(self, manifest: ModelManifest) -> BlobRef | None:
-        """This device's local parameters for a version; None if it has none of these names and shapes yet.
-
-        Then they start where the version says. Those of other shapes stay until a round replaces them, so
-        that a version that is taken back finds its own again.
-        """
-        own = self.own.get(manifest.name)
-        return own.blob if own is not None and own.layout == manifest.local_layout else None
-
-    def with_local(self, saved: SaveLocal) -> Library:
-        """The library after a round has moved a model's local parameters."""
-        return replace(self, own={**self.own, saved.model: saved})
-
-    def _with(self, model: str, shelf: Shelf) -> Library:
-        return replace(self, shelves={**self.shelves, model: shelf})
-
-
-@dataclass(frozen=True)
-class StoredVersion:
-    """A version as the disk remembers it."""
-
-    document: SignedDocument
-    manifest: ModelManifest
-    status: VersionStatus
-    reason: str
-
-
-def restore(stored: Iterable[StoredVersion], own: Iterable[SaveLocal] = ()) -> Library:
-    """The library that an earlier process left; `resume` takes up its candidates."""
-    library = Library(own={saved.model: saved for saved in own})
-    for item in sorted(stored, key=lambda item: item.manifest.version):
-        version = Version(item.document, item.manifest)
-        shelf = library.shelf(item.manifest.name)
-        if item.status is VersionStatus.GOOD:
-            shelf = replace(shelf, good=(*shelf.good, version))
-        elif item.status is VersionStatus.BAD:
-            shelf = replace(shelf, bad={**shelf.bad, version.sha256: item.reason})
-        else:
-            shelf = replace(shelf, candidate=Fetching(version, version.blobs))
-        library = library._with(item.manifest.name, shelf)
-    return library
-
-
 def resume(library: Library) -> Outputs:
-    """Looks on the disk for the candidates' files, at the start of a process."""
+    """Looks on the disk for the files of what was under way, at the start of a process."""
     return tuple(
-        FindBlob(shelf.candidate.todo[0])
+        FindBlob(each.todo[0])
         for shelf in library.shelves.values()
-        if isinstance(shelf.candidate, Fetching)
+        for _, each in shelf.under_way()
+        if isinstance(each, Fetching)
     )
 
 
@@ -220,25 +77,56 @@ def open_manifest(document: SignedDocument, signers: Mapping[str, Ed25519PublicK
     return Version(document, ModelManifest.from_bytes(payload))
 
 
-def announced(library: Library, version: Version, stamp: Stamp) -> tuple[Library, Outputs]:
-    """A model's newest version was announced, and its signature verified."""
-    name, number = version.manifest.name, version.manifest.version
-    shelf = library.shelf(name)
-    if library.find(name, version.sha256) is not None or version.sha256 in shelf.bad:
-        return library, ()
-    if name not in library.shelves and len(library.shelves) >= MAX_MODELS:
-        # A status has no room for more, and the disk has its limits, too.
-        return library, (warning("too-many-models", model=name, held=len(library.shelves)),)
-    if number <= shelf.newest:
-        detail = {"model": name, "version": number, "held": shelf.newest}
-        return library, (warning("announcement-not-newer", **detail),)
-    dropped = (ForgetVersion(shelf.candidate.version.sha256),) if shelf.candidate is not None else ()
-    candidate = Fetching(version, version.blobs, ask_at=stamp.steady + ASK_AGAIN_SECONDS)
-    return library._with(name, replace(shelf, candidate=candidate)), (
-        *dropped,
-        SaveVersion(version.document, version.manifest, VersionStatus.CANDIDATE),
-        note("version-announced", model=name, version=number),
-        FindBlob(candidate.todo[0]),
+def fetch(version: Version, stamp: Stamp) -> Fetching:
+    """A version whose files are to be looked for; `FindBlob` of its first blob goes with it."""
+    return Fetching(version, version.blobs, ask_at=stamp.steady + ASK_AGAIN_SECONDS)
+
+
+def forget(shelf: Shelf, *versions: Version | None) -> tuple[ForgetVersion, ...]:
+    """Forgets those of these versions that are not on the shelf any more."""
+    known = {version.sha256 for version in shelf.known} | shelf.bad.keys()
+    return tuple(ForgetVersion(v.sha256) for v in versions if v is not None and v.sha256 not in known)
+
+
+def serve(library: Library, name: str, version: Version) -> tuple[Library, Outputs]:
+    """Serves a version that runs, from now on."""
+    before = library.shelf(name)
+    shelf = served(before, version)
+    if shelf.candidate is not None and shelf.candidate.version.sha256 == version.sha256:
+        shelf = replace(shelf, candidate=None)
+    if shelf.base is not None and shelf.base.version.sha256 == version.sha256:
+        shelf = replace(shelf, base=None)
+    library = library.with_shelf(name, shelf)
+    return library, (
+        SaveVersion(version.document, version.manifest, VersionStatus.GOOD),
+        *forget(shelf, *before.good),
+        note("version-good", model=name, version=version.manifest.version),
+        Announce(library.serving(), library.failures()),
+    )
+
+
+def failed(library: Library, name: str, version: Version, fault: Fault) -> tuple[Library, Outputs]:
+    """A version does not run here, or does not any more: it is never fetched again.
+
+    One that was served gives way to the one before; where there is none, it stays, as it may work at times.
+    """
+    reason = f"{fault.code}: {fault.detail}"
+    shelf = blamed(library.shelf(name), version, reason)
+    others = tuple(other for other in shelf.good if other.sha256 != version.sha256)
+    only = bool(shelf.good) and not others
+    if not only:
+        shelf = replace(shelf, good=others)
+    if shelf.candidate is not None and shelf.candidate.version.sha256 == version.sha256:
+        shelf = replace(shelf, candidate=None)
+    if shelf.base is not None and shelf.base.version.sha256 == version.sha256:
+        shelf = replace(shelf, base=None)
+    library = library.with_shelf(name, shelf)
+    detail = {"model": name, "version": version.manifest.version, "reason": reason}
+    status = VersionStatus.GOOD if only else VersionStatus.BAD
+    return library, (
+        SaveVersion(version.document, version.manifest, status, reason),
+        warning("version-bad", **detail),
+        Announce(library.serving(), library.failures()),
     )
 
 
@@ -246,16 +134,17 @@ def blob_found(library: Library, event: BlobFound, stamp: Stamp) -> tuple[Librar
     """The disk was looked at for a blob: fetch what lacks, go on to the next, or test the version."""
     outputs: list[Output] = []
     for name, shelf in library.shelves.items():
-        candidate = shelf.candidate
-        if not isinstance(candidate, Fetching) or candidate.todo[0] != event.blob:
-            continue
-        shelf, more = _advance(shelf, candidate, event, stamp)
-        library = library._with(name, shelf)
-        outputs.extend(more)
+        for place, fetching in shelf.under_way():
+            if not isinstance(fetching, Fetching) or fetching.todo[0] != event.blob:
+                continue
+            following, more = _advance(fetching, event, stamp)
+            shelf = shelf.moved(place, following)
+            outputs.extend(more)
+        library = library.with_shelf(name, shelf)
     return library, tuple(outputs)
 
 
-def _advance(shelf: Shelf, candidate: Fetching, event: BlobFound, stamp: Stamp) -> tuple[Shelf, Outputs]:
+def _advance(candidate: Fetching, event: BlobFound, stamp: Stamp) -> tuple[Fetching | Testing, Outputs]:
     version = candidate.version
     if not event.complete:
         broken = candidate.reception is not None
@@ -266,43 +155,42 @@ def _advance(shelf: Shelf, candidate: Fetching, event: BlobFound, stamp: Stamp) 
             waiting = replace(
                 candidate, reception=reception, ask_at=stamp.steady + patience, patience=patience
             )
-            return replace(shelf, candidate=waiting), (
-                warning("download-corrupt", blob=event.blob.sha256[:16], retry_s=patience),
-            )
-        return _ask(shelf, candidate, reception, stamp)
+            return waiting, (warning("download-corrupt", blob=event.blob.sha256[:16], retry_s=patience),)
+        return _ask(candidate, reception, stamp)
     todo = candidate.todo[1:]
     if todo:
         following = Fetching(version, todo, ask_at=stamp.steady + ASK_AGAIN_SECONDS)
-        return replace(shelf, candidate=following), (FindBlob(todo[0]),)
-    return replace(shelf, candidate=Testing(version)), (TestVersion(version.sha256, version.manifest),)
+        return following, (FindBlob(todo[0]),)
+    return Testing(version), (TestVersion(version.sha256, version.manifest),)
 
 
 def _ask(
-    shelf: Shelf, candidate: Fetching, reception: Reception, stamp: Stamp, *, again: bool = False
-) -> tuple[Shelf, Outputs]:
+    candidate: Fetching, reception: Reception, stamp: Stamp, *, again: bool = False
+) -> tuple[Fetching, Outputs]:
     reception, need = reception.ask(again=again)
     patience = min(2 * candidate.patience, MAX_ASK_AGAIN_SECONDS) if again else ASK_AGAIN_SECONDS
     candidate = replace(candidate, reception=reception, ask_at=stamp.steady + patience, patience=patience)
-    return replace(shelf, candidate=candidate), (Send(need),) if need else ()
+    return candidate, (Send(need),) if need else ()
 
 
 def chunk_received(
     library: Library, chunk: BlobChunk, body: bytes | memoryview, stamp: Stamp
 ) -> tuple[Library, Outputs]:
-    """A chunk came: store it if a candidate lacks it, and ask for the next."""
+    """A chunk came: store it if something under way lacks it, and ask for the next."""
     for name, shelf in library.shelves.items():
-        candidate = shelf.candidate
-        if not isinstance(candidate, Fetching) or candidate.reception is None:
-            continue
-        if candidate.reception.blob != chunk.blob or chunk.index not in candidate.reception.missing:
-            continue
-        reception = candidate.reception.store(chunk.index)
-        stored = StoreChunk(chunk.blob, chunk.index, body)
-        if reception.complete:
-            shelf = replace(shelf, candidate=replace(candidate, reception=reception))
-            return library._with(name, shelf), (stored, FindBlob(chunk.blob))
-        shelf, outputs = _ask(shelf, candidate, reception, stamp)
-        return library._with(name, shelf), (stored, *outputs)
+        for place, fetching in shelf.under_way():
+            if not isinstance(fetching, Fetching) or fetching.reception is None:
+                continue
+            if fetching.reception.blob != chunk.blob or chunk.index not in fetching.reception.missing:
+                continue
+            reception = fetching.reception.store(chunk.index)
+            outputs: Outputs
+            stored = StoreChunk(chunk.blob, chunk.index, body)
+            if reception.complete:
+                fetching, outputs = replace(fetching, reception=reception), (FindBlob(chunk.blob),)
+            else:
+                fetching, outputs = _ask(fetching, reception, stamp)
+            return library.with_shelf(name, shelf.moved(place, fetching)), (stored, *outputs)
     return library, ()
 
 
@@ -310,53 +198,45 @@ def ticked(library: Library, stamp: Stamp, *, hurry: bool = False) -> tuple[Libr
     """Asks again for what did not come; `hurry` after a reconnect, when requests may have been lost."""
     outputs: list[Output] = []
     for name, shelf in library.shelves.items():
-        candidate = shelf.candidate
-        if isinstance(candidate, Fetching) and (hurry or stamp.steady >= candidate.ask_at):
-            if candidate.reception is None or candidate.reception.complete:
-                shelf = replace(
-                    shelf, candidate=replace(candidate, ask_at=stamp.steady + MAX_ASK_AGAIN_SECONDS)
-                )
-                outputs.append(FindBlob(candidate.todo[0]))
-            else:
-                shelf, more = _ask(shelf, candidate, candidate.reception, stamp, again=True)
-                outputs.extend(more)
-        elif isinstance(candidate, Testing) and candidate.test_at is not None:
-            if stamp.steady < candidate.test_at:
-                continue
-            shelf = replace(shelf, candidate=Testing(candidate.version))
-            outputs.append(TestVersion(candidate.version.sha256, candidate.version.manifest))
-        else:
-            continue
-        library = library._with(name, shelf)
+        changed = shelf
+        for place, each in shelf.under_way():
+            following, more = _ticked(each, stamp, hurry=hurry)
+            outputs.extend(more)
+            changed = changed.moved(place, following)
+        library = library.with_shelf(name, changed)
     return library, tuple(outputs)
 
 
+def _ticked(each: Fetching | Testing, stamp: Stamp, *, hurry: bool) -> tuple[Fetching | Testing, Outputs]:
+    if isinstance(each, Fetching) and (hurry or stamp.steady >= each.ask_at):
+        if each.reception is None or each.reception.complete:
+            later = replace(each, ask_at=stamp.steady + MAX_ASK_AGAIN_SECONDS)
+            return later, (FindBlob(each.todo[0]),)
+        return _ask(each, each.reception, stamp, again=True)
+    if isinstance(each, Testing) and each.test_at is not None and stamp.steady >= each.test_at:
+        version = each.version
+        return Testing(version), (TestVersion(version.sha256, version.manifest),)
+    return each, ()
+
+
 def tested(library: Library, event: VersionTested, stamp: Stamp) -> tuple[Library, Outputs]:
-    """A candidate ran, or did not: switch to it, or remember it as bad."""
+    """A version ran, or did not: serve it, keep it for rounds, or remember it as bad."""
     for name, shelf in library.shelves.items():
-        candidate = shelf.candidate
-        if not isinstance(candidate, Testing) or candidate.version.sha256 != event.sha256:
-            continue
-        version, fault = candidate.version, event.fault
-        detail = {"model": name, "version": version.manifest.version}
-        if fault is not None and fault.transient:
-            shelf = replace(shelf, candidate=replace(candidate, test_at=stamp.steady + TEST_AGAIN_SECONDS))
-            return library._with(name, shelf), (
-                warning("version-not-tested", **detail, code=fault.code, reason=fault.detail),
+        for place, each in shelf.under_way():
+            if not isinstance(each, Testing) or each.version.sha256 != event.sha256:
+                continue
+            version, fault = each.version, event.fault
+            if fault is not None and fault.transient:
+                later = replace(each, test_at=stamp.steady + TEST_AGAIN_SECONDS)
+                detail = {"model": name, "version": version.manifest.version}
+                return library.with_shelf(name, shelf.moved(place, later)), (
+                    warning("version-not-tested", **detail, code=fault.code, reason=fault.detail),
+                )
+            if fault is not None:
+                return failed(library, name, version, fault)
+            if place == "candidate":
+                return serve(library, name, version)
+            return library.with_shelf(name, shelf.moved(place, Ready(version))), (
+                note("base-ready", model=name, version=version.manifest.version),
             )
-        if fault is not None:
-            reason = f"{fault.code}: {fault.detail}"
-            shelf = replace(shelf, candidate=None, bad={**shelf.bad, version.sha256: reason})
-            return library._with(name, shelf), (
-                SaveVersion(version.document, version.manifest, VersionStatus.BAD, reason),
-                warning("version-bad", **detail, reason=reason),
-            )
-        good = (*shelf.good, version)
-        library = library._with(name, replace(shelf, good=good[-KEPT_VERSIONS:], candidate=None))
-        return library, (
-            SaveVersion(version.document, version.manifest, VersionStatus.GOOD),
-            *(ForgetVersion(old.sha256) for old in good[:-KEPT_VERSIONS]),
-            note("version-good", **detail),
-            Announce(library.serving()),
-        )
     return library, ()

@@ -37,8 +37,8 @@ from edge_client.events import (
     warning,
 )
 from edge_client.ledger import LedgerEntry
+from edge_client.library import Library
 from edge_client.masked_input import contribution_of, weighted
-from edge_client.models import Library
 from edge_client.profile import Profile
 from edge_client.training import Evaluation, HiddenExamples, LocalUpdate, TrainingConfig
 from models.assignment import Answering, Assignment, Evaluating, Training, described

@@ -23,7 +23,7 @@ from edge_client.adapters.files import StorageError
 from edge_client.adapters.store import DATABASE, DeviceStore
 from edge_client.events import VersionStatus
 from edge_client.ledger import DAY, History, LedgerEntry
-from edge_client.models import Library
+from edge_client.library import Library
 from edge_client.personalisation import Personal, PersonalConfig
 from edge_client.personalisation import personalise as fine_tuned
 from edge_client.training import LocalTrainer

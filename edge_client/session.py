@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import assert_never
 
-from edge_client import models, participation
+from edge_client import models, participation, standing
 from edge_client.events import (
     Announce,
     BlobFound,
@@ -36,6 +36,7 @@ from edge_client.events import (
     Started,
     Ticked,
     TrainingFinished,
+    VersionFailed,
     VersionTested,
     WorkFailed,
     note,
@@ -52,14 +53,15 @@ from edge_client.invitation import (
     consider,
 )
 from edge_client.ledger import DAY, DaySpent, History
-from edge_client.models import Library, StoredVersion
+from edge_client.library import Library, StoredStanding, StoredVersion, Version
+from edge_client.library import restore as restore_library
 from edge_client.participation import ActiveRound, RoundRequest, Step
 from edge_client.personalisation import PersonalConfig
 from edge_client.policy import DevicePolicy
 from edge_client.profile import Profile
-from models.assignment import Answering
+from models.assignment import Answering, Evaluating, Training
 from models.manifest import InvalidManifest
-from protocol.errors import BadSignature
+from protocol.errors import BadSignature, MalformedMessage
 from protocol.messages import (
     BlobChunk,
     BlobNeed,
@@ -75,6 +77,10 @@ from protocol.messages import (
     UploadReceipt,
 )
 from protocol.secagg.client_state import Advertised
+
+_NOTHING: Outputs = ()
+UNUSABLE = "model-unusable"
+"""Code of faults that are the version's, not the data's or the device's."""
 
 
 @dataclass(frozen=True)
@@ -112,6 +118,7 @@ class Memory:
     """What an earlier process left on disk."""
 
     versions: tuple[StoredVersion, ...] = ()
+    standings: tuple[StoredStanding, ...] = ()
     local: tuple[SaveLocal, ...] = ()
     active: RoundRecord | None = None
     used: frozenset[str] = frozenset()
@@ -127,7 +134,7 @@ Result = tuple[SessionState, Outputs]
 def restore(memory: Memory) -> SessionState:
     """The state that follows from what is on disk; the event `Started` takes it up."""
     return SessionState(
-        library=models.restore(memory.versions, memory.local),
+        library=restore_library(memory.versions, memory.local, memory.standings),
         active=participation.restore(memory.active) if memory.active else None,
         used=memory.used,
         joined_at=memory.joined_at,
@@ -156,6 +163,8 @@ def handle(profile: Profile, state: SessionState, event: Event, stamp: Stamp) ->
         return replace(state, library=library), outputs
     if isinstance(event, VersionTested):
         return _tested(state, event, stamp)
+    if isinstance(event, VersionFailed):
+        return _distrusted(state, event.sha256, event.fault, stamp)
     if isinstance(event, Personalised):
         return state, (_personalised(event),)
     if isinstance(event, TrainingFinished | Evaluated | FieldRead | InputWritten | WorkFailed):
@@ -212,18 +221,23 @@ def _invited(profile: Profile, state: SessionState, message: Invitation, stamp: 
         state.history,
         state.unfit,
         state.fields,
+        _offered(profile, message),
     )
     verdict = consider(desk, message.plan, stamp.unix)
     if isinstance(verdict, Accepted):
         ended: Outputs = ()
         if state.active is not None:
             state, ended = _adopt(state, participation.close(state.active, "superseded", stamp))
+        library, fetching = state.library, _NOTHING
+        about = None if isinstance(verdict.assignment, Answering) else verdict.assignment.manifest
+        if desk.offered is not None and about == desk.offered.manifest:
+            library, fetching = standing.offered(state.library, desk.offered, stamp)
         active, outputs = participation.check_in(
             profile, message.plan, verdict.plan, verdict.assignment, stamp
         )
         used, joined_at = state.used | {active.round_id}, (*recent, stamp.unix)
-        state = replace(state, active=active, used=used, joined_at=joined_at)
-        return state, (*ended, *outputs)
+        state = replace(state, library=library, active=active, used=used, joined_at=joined_at)
+        return state, (*ended, *outputs, *fetching)
     if isinstance(verdict, Repeated | Contradicted) and state.active is not None:
         return _invited_again(state, state.active, verdict, stamp)
     if isinstance(verdict, Waiting):
@@ -234,6 +248,16 @@ def _invited(profile: Profile, state: SessionState, message: Invitation, stamp: 
     if isinstance(verdict, Refused):
         return _refuse(state, verdict)
     return state, ()
+
+
+def _offered(profile: Profile, message: Invitation) -> Version | None:
+    """The version that came with an invitation, if a model signer vouches for it."""
+    if message.manifest is None:
+        return None
+    try:
+        return models.open_manifest(message.manifest, profile.model_signers)
+    except (BadSignature, InvalidManifest):
+        return None
 
 
 def _invited_again(
@@ -258,14 +282,22 @@ def _refuse(state: SessionState, refused: Refused) -> Result:
 
 def _announced(profile: Profile, state: SessionState, message: ModelAnnouncement, stamp: Stamp) -> Result:
     try:
-        version = models.open_manifest(message.manifest, profile.model_signers)
-    except (BadSignature, InvalidManifest) as error:
+        told = standing.verified(profile, message)
+    except (BadSignature, InvalidManifest, MalformedMessage) as error:
         return state, (warning("announcement-refused", reason=str(error)),)
-    if not profile.follows(version.manifest.name):
+    if not profile.follows(told.assignment.model):
         return state, ()
-    library, outputs = models.announced(state.library, version, stamp)
+    library, outputs = standing.assigned(state.library, told, stamp)
+    return _with_library(state, library, outputs, stamp)
+
+
+def _with_library(state: SessionState, library: Library, outputs: Outputs, stamp: Stamp) -> Result:
+    """The state with another library; what it does not need any more is deleted, and a round may go on."""
+    if library is state.library:
+        return state, outputs
+    changed = library.blobs() != state.library.blobs()
     state, working = _advance(replace(state, library=library), stamp)
-    return state, (*outputs, *working)
+    return state, (*outputs, *((_keep(state),) if changed else ()), *working)
 
 
 # --- time, and this device's own work ----------------------------------------------------------------------
@@ -277,7 +309,7 @@ def _connected(state: SessionState, stamp: Stamp) -> Result:
     # Said again in case it was lost: the aggregator takes each answer once, and ends what it has ended.
     answer = participation.answer_of(state.active) if state.active else None
     said: Outputs = (Send(answer),) if answer else ()
-    return state, (Announce(library.serving()), *fetching, *said)
+    return state, (Announce(library.serving(), library.failures()), *fetching, *said)
 
 
 def _ticked(profile: Profile, state: SessionState, stamp: Stamp) -> Result:
@@ -321,10 +353,17 @@ def _personalised(event: Personalised) -> Note:
 
 def _tested(state: SessionState, event: VersionTested, stamp: Stamp) -> Result:
     library, outputs = models.tested(state.library, event, stamp)
-    if library is state.library:
-        return state, ()
-    state, working = _advance(replace(state, library=library), stamp)
-    return state, (*outputs, _keep(state), *working)
+    return _with_library(state, library, outputs, stamp)
+
+
+def _distrusted(state: SessionState, sha256: str, fault: Fault, stamp: Stamp) -> Result:
+    """A version that had passed its test failed in use: this device goes back to the one before."""
+    for name, shelf in state.library.shelves.items():
+        version = next((version for version in shelf.known if version.sha256 == sha256), None)
+        if version is not None and sha256 not in shelf.bad:
+            library, outputs = models.failed(state.library, name, version, fault)
+            return _with_library(state, library, outputs, stamp)
+    return state, ()
 
 
 def _worked(
@@ -344,7 +383,11 @@ def _worked(
         return _adopt(state, participation.field_read(active, state.library, event.value, stamp))
     if isinstance(event, InputWritten):
         return _adopt(state, participation.input_written(active, event.blob, event.local, stamp))
-    return _adopt(state, participation.abort(active, event.fault, stamp))
+    state, outputs = _adopt(state, participation.abort(active, event.fault, stamp))
+    if event.fault.code != UNUSABLE or not isinstance(active.assignment, Training | Evaluating):
+        return state, outputs
+    state, more = _distrusted(state, active.assignment.task.manifest_sha256, event.fault, stamp)
+    return state, (*outputs, *more)
 
 
 def _advance(state: SessionState, stamp: Stamp) -> Result:

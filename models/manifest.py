@@ -269,20 +269,22 @@ class ModelManifest(Schema):
         """Hex digest of the canonical bytes: the identity of this version."""
         return hashlib.sha256(self.to_bytes()).hexdigest()
 
-    def next_version(self, weights: bytes) -> ModelManifest:
+    def next_version(self, weights: bytes, *, after: int | None = None) -> ModelManifest:
         """The manifest of the version that follows this one: same graph, new weights.
 
         Args:
             weights: the new weights file, `4 * parameter_count` bytes (see `models.weights.encode_weights`).
+            after: the highest number that was given; this version's own by default.
 
         Raises:
             InvalidManifest: the weights have another length, or no version number is left.
         """
-        if self.version >= MAX_VERSION:
-            raise InvalidManifest(f"version {self.version} is the last there can be")
+        last = max(self.version, after or 0)
+        if last >= MAX_VERSION:
+            raise InvalidManifest(f"version {last} is the last there can be")
         if len(weights) != self.weights.size:
             raise InvalidManifest(f"new weights have {len(weights)} bytes, this model {self.weights.size}")
-        changes = {"version": self.version + 1, "weights": describe(weights)}
+        changes = {"version": last + 1, "weights": describe(weights)}
         return ModelManifest.model_validate(dict(self) | changes)
 
 

@@ -188,6 +188,8 @@ class Invitation(_Message):
 
     type: Literal["invitation"] = "invitation"
     plan: SignedDocument
+    manifest: SignedDocument | None = None
+    """Of the version that the plan is about: a device may have to fetch it, but not to serve it."""
 
 
 class RosterEntry(Schema):
@@ -264,10 +266,12 @@ class RoundEnd(_Message):
 
 
 class ModelAnnouncement(_Message):
-    """Retained: the newest version of a model, as its signed manifest."""
+    """Retained: which version of a model is to be had, as the signed assignment, and its signed manifest."""
 
     type: Literal["model-announcement"] = "model-announcement"
-    manifest: SignedDocument
+    assignment: SignedDocument
+    manifest: SignedDocument | None = None
+    """None when the assignment names no version."""
 
 
 FromDevice = (

@@ -5,7 +5,8 @@
     covey/v1/dev/{device}/up/chunk      chunks of an upload
     covey/v1/dev/{device}/down/msg      control messages to the device
     covey/v1/dev/{device}/down/chunk    chunks of a download
-    covey/v1/bcast/model/{name}         retained signed announcement of a model's newest version
+    covey/v1/dev/{device}/down/model-{name}  retained: the version that this device is to have
+    covey/v1/bcast/model/{name}         retained: the version that every other device is to have
 
 A device may publish under its own `up` and subscribe to its own `down` and to `bcast`, nothing else.
 """
@@ -44,8 +45,13 @@ def downlinks(device_id: str) -> str:
 
 
 def model(name: str) -> str:
-    """The retained topic that announces the newest version of a model."""
+    """The retained topic that announces the version of a model that the fleet is to have."""
     return f"{ROOT}/bcast/model/{name}"
+
+
+def own_model(device_id: str, name: str) -> str:
+    """The retained topic that announces the version of a model that one device is to have."""
+    return f"{ROOT}/dev/{device_id}/down/model-{name}"
 
 
 def parse_up(topic: str) -> tuple[str, UpChannel] | None:

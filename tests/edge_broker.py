@@ -31,6 +31,7 @@ from protocol.identity import SignedDocument, create_ca, issue_certificate, open
 from protocol.messages import BlobNeed, DeviceStatus, FromDevice, ModelAnnouncement, ToDevice
 from protocol.plan import MODEL_KIND
 from protocol.transfer import chunks
+from protocol.version_assignment import ASSIGNMENT_KIND, VersionAssignment
 
 FLEET = "barn"
 
@@ -127,9 +128,18 @@ class Hub:
     def publish(self, manifest: ModelManifest, graph: bytes, weights: bytes, operator: Any) -> None:
         """Announces a version, and serves its files from now on."""
         self.blobs |= {manifest.graph.sha256: graph, manifest.weights.sha256: weights}
-        document = SignedDocument.create(operator, MODEL_KIND, manifest.to_bytes())
-        frame = encode(ModelAnnouncement(manifest=document))
-        self._client.publish(topics.model(manifest.name), frame, qos=1, retain=True)
+        assignment = VersionAssignment(
+            fleet=FLEET,
+            model=manifest.name,
+            version=manifest.version,
+            manifest_sha256=manifest.sha256(),
+            sequence=manifest.version,
+        )
+        announcement = ModelAnnouncement(
+            assignment=SignedDocument.create(operator, ASSIGNMENT_KIND, assignment.to_bytes()),
+            manifest=SignedDocument.create(operator, MODEL_KIND, manifest.to_bytes()),
+        )
+        self._client.publish(topics.model(manifest.name), encode(announcement), qos=1, retain=True)
 
     def send(self, device_id: str, message: ToDevice) -> None:
         """Sends a message to one device."""

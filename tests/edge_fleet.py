@@ -42,6 +42,7 @@ from edge_client.events import (
     SaveContribution,
     SaveLocal,
     SaveRound,
+    SaveStanding,
     SaveVersion,
     Send,
     SendChunks,
@@ -55,8 +56,8 @@ from edge_client.events import (
     VersionTested,
 )
 from edge_client.ledger import History
+from edge_client.library import StoredStanding, StoredVersion, Version
 from edge_client.masked_input import packed_slices
-from edge_client.models import StoredVersion
 from edge_client.policy import DevicePolicy
 from edge_client.profile import Profile
 from edge_client.session import Memory, SessionState, handle, restore
@@ -79,6 +80,7 @@ from protocol.messages import (
     ToDevice,
     UploadOffer,
     UploadReceipt,
+    VersionFailure,
 )
 from protocol.plan import (
     MODEL_KIND,
@@ -94,6 +96,7 @@ from protocol.secagg.client_state import dump_state, load_state
 from protocol.secagg.masking import apply_masks
 from protocol.secagg.server_state import Recovered, ServerContext, ServerState
 from protocol.transfer import chunks
+from protocol.version_assignment import ASSIGNMENT_KIND, VersionAssignment
 
 NOW = 1_800_000_000
 FLEET = "barn"
@@ -161,9 +164,31 @@ def manifest(
     )
 
 
-def announcement(model: ModelManifest, signer: Ed25519PrivateKey = OPERATOR) -> ModelAnnouncement:
-    """The signed announcement of a version."""
-    return ModelAnnouncement(manifest=SignedDocument.create(signer, MODEL_KIND, model.to_bytes()))
+def announcement(
+    model: ModelManifest, signer: Ed25519PrivateKey = OPERATOR, **changes: Any
+) -> ModelAnnouncement:
+    """The signed announcement of a version; `changes` are of its assignment, whose sequence is the number."""
+    values: dict[str, Any] = {
+        "fleet": FLEET,
+        "model": model.name,
+        "version": model.version,
+        "manifest_sha256": model.sha256(),
+        "sequence": model.version,
+    }
+    return announced(
+        VersionAssignment(**{**values, **changes}),
+        SignedDocument.create(signer, MODEL_KIND, model.to_bytes()),
+        signer,
+    )
+
+
+def announced(
+    assignment: VersionAssignment, document: SignedDocument | None, signer: Ed25519PrivateKey = OPERATOR
+) -> ModelAnnouncement:
+    """An announcement of these parts."""
+    return ModelAnnouncement(
+        assignment=SignedDocument.create(signer, ASSIGNMENT_KIND, assignment.to_bytes()), manifest=document
+    )
 
 
 def plan(round_id: str = "a" * 32, base: ModelManifest | None = None, **changes: Any) -> Plan:
@@ -213,6 +238,7 @@ class Disk:
     joined_at: dict[str, int] = field(default_factory=dict)
     closed: dict[str, str] = field(default_factory=dict)
     versions: dict[str, SaveVersion] = field(default_factory=dict)
+    standings: dict[tuple[str, bool], SaveStanding] = field(default_factory=dict)
     ledger: list[SaveContribution] = field(default_factory=list)
     blobs: dict[str, bytes] = field(default_factory=dict)
     partial: dict[str, dict[int, bytes]] = field(default_factory=dict)
@@ -233,7 +259,12 @@ class Disk:
         elif isinstance(output, SaveLocal):
             self.local[output.model] = output
         elif isinstance(output, SaveVersion):
+            # In the order in which they were served, or failed.
+            self.versions.pop(output.document.digest.hex(), None)
             self.versions[output.document.digest.hex()] = output
+        elif isinstance(output, SaveStanding):
+            assignment = output.assignment
+            self.standings[assignment.model, assignment.device is not None] = output
         elif isinstance(output, ForgetVersion):
             self.versions.pop(output.sha256, None)
         elif isinstance(output, StoreChunk):
@@ -263,7 +294,17 @@ class Disk:
         assert len(active) <= 1
         return Memory(
             versions=tuple(
-                StoredVersion(v.document, v.manifest, v.status, v.reason) for v in self.versions.values()
+                StoredVersion(v.document, v.manifest, v.status, v.reason, place)
+                for place, v in enumerate(self.versions.values(), 1)
+            ),
+            standings=tuple(
+                StoredStanding(
+                    VersionAssignment.from_bytes(s.document.payload),
+                    None
+                    if s.manifest is None
+                    else Version(s.manifest, ModelManifest.from_bytes(s.manifest.payload)),
+                )
+                for s in self.standings.values()
             ),
             local=tuple(self.local.values()),
             active=active[0] if active else None,
@@ -288,6 +329,7 @@ class FakeDevice:
         self.outbox: list[FromDevice] = []
         self.chunks: list[tuple[BlobChunk, bytes]] = []
         self.statuses: list[dict[str, int]] = []
+        self.failures: dict[str, VersionFailure] = {}
         self.notes: list[Note] = []
         self.jobs: list[Train | Evaluate | ReadField | MaskInput | TestVersion | Personalise] = []
         self.state: SessionState = restore(Memory())
@@ -317,6 +359,7 @@ class FakeDevice:
                     self.chunks.append((chunk, bytes(body)))
             elif isinstance(output, Announce):
                 self.statuses.append(dict(output.models))
+                self.failures = dict(output.failures)
             elif isinstance(output, FindBlob):
                 self.give(self.disk.find(output.blob))
             elif isinstance(output, KeepBlobs):

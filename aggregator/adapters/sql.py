@@ -47,6 +47,7 @@ from aggregator.records import (
     Round,
     RoundEnding,
     RoundStatus,
+    Stage,
     Upload,
     Version,
 )
@@ -190,8 +191,10 @@ class _Reader(AccessReader, NoiseReader, OptimizerReader, RolloutReader):
         )
         return None if row is None else Version(**row._asdict())
 
-    def newest_version(self, model: str) -> Version | None:
+    def newest_version(self, model: str, *stages: Stage) -> Version | None:
         query = select(s.versions).where(s.versions.c.model == model)
+        if stages:
+            query = query.where(s.versions.c.stage.in_(stages))
         row = self._one(query.order_by(s.versions.c.version.desc()).limit(1))
         return None if row is None else Version(**row._asdict())
 

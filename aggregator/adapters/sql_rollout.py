@@ -46,9 +46,11 @@ class RolloutReader:
         row = self._connection.execute(query).one_or_none()
         return None if row is None else Assigned(**row._asdict())
 
-    def assigned_devices(self, model: str) -> tuple[Assigned, ...]:
-        """What each device of its own was last told."""
+    def assigned_devices(self, model: str, *, of_its_own: bool = False) -> tuple[Assigned, ...]:
+        """What each device was last told by itself."""
         query = select(s.assigned).where(s.assigned.c.model == model, s.assigned.c.device_id != "")
+        if of_its_own:
+            query = query.where(s.assigned.c.version.is_not(None))
         rows = self._connection.execute(query.order_by(s.assigned.c.device_id))
         return tuple(Assigned(**row._asdict()) for row in rows)
 

@@ -16,6 +16,7 @@ from protocol.errors import BadSignature
 from protocol.fields import Slug
 from protocol.identity import SignedDocument, create_ca, issue_certificate, open_request
 from protocol.plan import MODEL_KIND, PLAN_KIND, Plan
+from protocol.version_assignment import ASSIGNMENT_KIND, VersionAssignment
 
 CA_DAYS = 3650
 DEVICE_DAYS = 730
@@ -67,6 +68,10 @@ class Authority:
     def sign_manifest(self, manifest: ModelManifest) -> SignedDocument:
         """Signs a model manifest as the operator."""
         return SignedDocument.create(self.operator_key, MODEL_KIND, manifest.to_bytes())
+
+    def sign_assignment(self, assignment: VersionAssignment) -> SignedDocument:
+        """Signs which version the fleet, or a device, is to have, as the operator."""
+        return SignedDocument.create(self.operator_key, ASSIGNMENT_KIND, assignment.to_bytes())
 
     def bundle(self, device: Device) -> EnrolmentBundle:
         """What an enrolled device is given."""

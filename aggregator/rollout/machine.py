@@ -257,8 +257,8 @@ def _waits_for(settings: RolloutSettings, settled: float | None, event: Observed
     missing = [g.metric for g in settings.gates if g.metric != "errors" and g.metric not in event.figures]
     if missing:
         return f"an evaluation of the version with its {missing[0]}: see `covey evaluate`"
-    left = settled + settings.soak_seconds - event.at
-    return f"{left:.0f} more seconds of soaking" if left > 0 else ""
+    soaked = event.at - settled >= settings.soak_seconds
+    return "" if soaked else f"the end of its soak of {settings.soak_seconds:g} seconds"
 
 
 # --- what a rollout holds to -------------------------------------------------------------------------------

@@ -1,10 +1,10 @@
-"""What a rollout sees of the fleet: how its devices do, and which version the fleet is to have."""
+"""What a rollout sees of the fleet: how its devices do."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from aggregator.records import Device, Rollout, Version
+from aggregator.records import Device, Rollout
 from aggregator.rollout.machine import WaveSight
 
 
@@ -23,24 +23,3 @@ def look(devices: Iterable[Device], rollout: Rollout, reached: Sequence[str]) ->
         elif device.online:
             waiting += 1
     return WaveSight(size=len(among), serving=serving, failed=failed, waiting=waiting)
-
-
-def fleet_version(versions: Iterable[Version]) -> Version | None:
-    """The version that the fleet is to have: the newest stable one."""
-    return max(
-        (version for version in versions if version.stage == "stable"),
-        key=lambda version: version.version,
-        default=None,
-    )
-
-
-def base_version(versions: Iterable[Version]) -> Version | None:
-    """The version that training goes on from: the newest one that was not withdrawn.
-
-    Candidates count: the rounds of a campaign build on each other before anybody promotes what comes of them.
-    """
-    return max(
-        (version for version in versions if version.stage != "withdrawn"),
-        key=lambda version: version.version,
-        default=None,
-    )

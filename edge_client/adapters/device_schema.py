@@ -8,7 +8,7 @@ from pathlib import Path
 from edge_client.adapters.files import StorageError
 
 APPLICATION_ID = 0x436F7665  # "Cove"
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 _SCHEMA = """
 CREATE TABLE rounds (
@@ -49,6 +49,30 @@ CREATE TABLE local (
     size INTEGER NOT NULL
 ) STRICT, WITHOUT ROWID;
 """
+# SQLite cannot change a CHECK: the table is made anew.
+_SINCE_3 = """
+CREATE TABLE served_versions (
+    sha256 TEXT PRIMARY KEY,
+    model TEXT NOT NULL,
+    version INTEGER NOT NULL,
+    document TEXT NOT NULL,
+    manifest BLOB NOT NULL,
+    status TEXT NOT NULL CHECK (status IN ('candidate', 'good', 'bad', 'base')),
+    reason TEXT NOT NULL DEFAULT '',
+    served INTEGER NOT NULL DEFAULT 0
+) STRICT, WITHOUT ROWID;
+INSERT INTO served_versions (sha256, model, version, document, manifest, status, reason)
+    SELECT sha256, model, version, document, manifest, status, reason FROM versions;
+DROP TABLE versions;
+ALTER TABLE served_versions RENAME TO versions;
+CREATE TABLE standings (
+    model TEXT NOT NULL,
+    own INTEGER NOT NULL,
+    assignment TEXT NOT NULL,
+    manifest TEXT,
+    PRIMARY KEY (model, own)
+) STRICT, WITHOUT ROWID;
+"""
 
 
 class UnknownSchema(StorageError):
@@ -80,10 +104,13 @@ def configure(connection: sqlite3.Connection) -> None:
     connection.execute("PRAGMA synchronous = FULL")
     if connection.execute("SELECT count(*) FROM sqlite_schema").fetchone()[0] == 0:
         connection.executescript(
-            f"BEGIN IMMEDIATE; {_SCHEMA} {_SINCE_2} PRAGMA application_id = {APPLICATION_ID};"
+            f"BEGIN IMMEDIATE; {_SCHEMA} {_SINCE_2} {_SINCE_3} PRAGMA application_id = {APPLICATION_ID};"
             f" PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;"
         )
-    elif connection.execute("PRAGMA user_version").fetchone()[0] < SCHEMA_VERSION:
+        return
+    version = connection.execute("PRAGMA user_version").fetchone()[0]
+    steps = [step for since, step in ((2, _SINCE_2), (3, _SINCE_3)) if version < since]
+    if steps:
         connection.executescript(
-            f"BEGIN IMMEDIATE; {_SINCE_2} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;"
+            f"BEGIN IMMEDIATE; {' '.join(steps)} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;"
         )

@@ -13,7 +13,8 @@ import secrets
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from types import MappingProxyType
+from typing import Any, Final, Literal, Protocol
 
 import paho.mqtt.client as paho
 from paho.mqtt.enums import CallbackAPIVersion, MQTTProtocolVersion
@@ -24,7 +25,7 @@ from edge_client.adapters.tls import TlsFiles
 from protocol import topics
 from protocol.broker_address import BrokerAddress
 from protocol.codec import MAX_FRAME_BYTES, encode
-from protocol.messages import DeviceStatus
+from protocol.messages import DeviceStatus, VersionFailure
 
 MqttVersion = Literal["auto", "5", "3.1.1"]
 
@@ -36,6 +37,7 @@ FIRST_DELAY_SECONDS = 0.5
 MAX_DELAY_SECONDS = 60.0
 # amqtt says nothing at all to an MQTT 5 client; a broker across a slow link needs a moment.
 HANDSHAKE_SECONDS = {MQTTProtocolVersion.MQTTv5: 3.0, MQTTProtocolVersion.MQTTv311: 10.0}
+NONE: Final[Mapping[str, VersionFailure]] = MappingProxyType({})
 _RANDOM = secrets.SystemRandom()
 _LOG = logging.getLogger("covey.edge.mqtt")
 
@@ -234,7 +236,8 @@ class MqttLink:
             if reason.is_failure:
                 connection.reason = f"the broker refused: {reason}"
             else:
-                client.subscribe([(topics.downlinks(settings.device_id), 1), (topics.MODELS, 1)])
+                # The fleet's versions first: this device's own assignment may refer to them.
+                client.subscribe([(topics.MODELS, 1), (topics.downlinks(settings.device_id), 1)])
                 connection.up = True
                 self._sink(LinkUp(connection.session, "5" if five else "3.1.1"))
             connection.answered.set()
@@ -275,8 +278,15 @@ def _versions(choice: MqttVersion) -> tuple[MQTTProtocolVersion, ...]:
     return {"auto": (five, three), "5": (five,), "3.1.1": (three,)}[choice]
 
 
-def birth(session: bytes, models: Mapping[str, int], client_version: str, runtime: str) -> bytes:
-    """The frame that says that this device is there, and what it serves."""
+def birth(
+    session: bytes,
+    models: Mapping[str, int],
+    client_version: str,
+    runtime: str,
+    *,
+    failures: Mapping[str, VersionFailure] = NONE,
+) -> bytes:
+    """The frame that says that this device is there, what it serves, and what failed on it."""
     return encode(
         DeviceStatus(
             session=session,
@@ -284,5 +294,6 @@ def birth(session: bytes, models: Mapping[str, int], client_version: str, runtim
             client_version=client_version,
             runtime=runtime,
             models=dict(models),
+            failures=dict(failures),
         )
     )

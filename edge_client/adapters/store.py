@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Self, assert_never
 
 from edge_client.adapters.blobs import Blobs
-from edge_client.adapters.device_schema import SCHEMA_VERSION, check_schema, configure
+from edge_client.adapters.device_schema import check_schema, configure
 from edge_client.adapters.files import (
     StorageError,
     StorageFull,
@@ -38,12 +38,13 @@ from edge_client.events import (
     SaveContribution,
     SaveLocal,
     SaveRound,
+    SaveStanding,
     SaveVersion,
     StoreChunk,
     VersionStatus,
 )
 from edge_client.ledger import DAY, DaySpent, LedgerEntry
-from edge_client.models import StoredVersion
+from edge_client.library import StoredStanding, StoredVersion, Version
 from edge_client.session import Memory
 from models.assignment import Answering, Assignment, assignment_of
 from models.manifest import ModelManifest
@@ -53,6 +54,7 @@ from protocol.fields import BlobRef
 from protocol.identity import SignedDocument
 from protocol.plan import Plan
 from protocol.secagg.client_state import dump_state, load_state
+from protocol.version_assignment import VersionAssignment
 
 DATABASE = "device.sqlite"
 _LOG = logging.getLogger("covey.edge.store")
@@ -179,7 +181,14 @@ class DeviceStore:
         self.blobs.keep_local(frozenset(saved.blob.sha256 for saved in self.local()))
 
     def _write(
-        self, output: SaveRound | SaveContribution | SaveLocal | CloseRound | SaveVersion | ForgetVersion
+        self,
+        output: SaveRound
+        | SaveContribution
+        | SaveLocal
+        | CloseRound
+        | SaveVersion
+        | SaveStanding
+        | ForgetVersion,
     ) -> None:
         if isinstance(output, SaveRound):
             self._save_round(output.record, output.at)
@@ -196,19 +205,16 @@ class DeviceStore:
                 (output.outcome, output.at, output.round_id),
             )
         elif isinstance(output, SaveVersion):
-            manifest = output.manifest
+            self._save_version(output)
+        elif isinstance(output, SaveStanding):
+            assignment, manifest = output.assignment, output.manifest
             self._connection.execute(
-                "INSERT INTO versions (sha256, model, version, document, manifest, status, reason)"
-                " VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT (sha256) DO UPDATE"
-                " SET status = excluded.status, reason = excluded.reason",
+                "INSERT OR REPLACE INTO standings (model, own, assignment, manifest) VALUES (?, ?, ?, ?)",
                 (
-                    output.document.digest.hex(),
-                    manifest.name,
-                    manifest.version,
+                    assignment.model,
+                    int(assignment.device is not None),
                     output.document.model_dump_json(),
-                    manifest.to_bytes(),
-                    output.status.value,
-                    output.reason,
+                    None if manifest is None else manifest.model_dump_json(),
                 ),
             )
         elif isinstance(output, SaveLocal):
@@ -220,6 +226,27 @@ class DeviceStore:
             self._connection.execute("DELETE FROM versions WHERE sha256 = ?", (output.sha256,))
         else:
             assert_never(output)
+
+    def _save_version(self, output: SaveVersion) -> None:
+        # What is served, and what failed, has an order; the last one that was served is.
+        ordered = int(output.status in (VersionStatus.GOOD, VersionStatus.BAD))
+        manifest = output.manifest
+        self._connection.execute(
+            "INSERT INTO versions (sha256, model, version, document, manifest, status, reason, served)"
+            " VALUES (?, ?, ?, ?, ?, ?, ?, ? * (SELECT coalesce(max(served), 0) + 1 FROM versions))"
+            " ON CONFLICT (sha256) DO UPDATE"
+            " SET status = excluded.status, reason = excluded.reason, served = excluded.served",
+            (
+                output.document.digest.hex(),
+                manifest.name,
+                manifest.version,
+                output.document.model_dump_json(),
+                manifest.to_bytes(),
+                output.status.value,
+                output.reason,
+                ordered,
+            ),
+        )
 
     def _save_round(self, record: RoundRecord, at: int) -> None:
         phase, client = dump_state(record.client)
@@ -260,6 +287,7 @@ class DeviceStore:
             times = self._connection.execute("SELECT at FROM ledger ORDER BY sequence DESC LIMIT 10000")
             return Memory(
                 versions=self.versions(),
+                standings=self.standings(),
                 local=self.local(),
                 active=active,
                 used=used,
@@ -316,11 +344,13 @@ class DeviceStore:
             StorageError: the database cannot be read.
         """
         with _typed_errors("reading the versions"):
+            served = "served" if self._schema() >= 3 else "0"
             rows = self._connection.execute(
-                "SELECT document, manifest, status, reason FROM versions ORDER BY model, version"
+                f"SELECT document, manifest, status, reason, {served} AS served FROM versions"  # noqa: S608
+                " ORDER BY model, served, version"
             ).fetchall()
         versions = []
-        for document, data, stored, reason in rows:
+        for document, data, stored, reason, order in rows:
             try:
                 signed = SignedDocument.model_validate_json(document)
                 manifest, status = ModelManifest.from_bytes(data), VersionStatus(stored)
@@ -331,8 +361,38 @@ class DeviceStore:
             whole = self.blobs.has(manifest.graph) and self.blobs.has(manifest.weights)
             if status is VersionStatus.GOOD and not whole:
                 status = VersionStatus.CANDIDATE
-            versions.append(StoredVersion(signed, manifest, status, reason))
+            versions.append(StoredVersion(signed, manifest, status, reason, order))
         return tuple(versions)
+
+    def _schema(self) -> int:
+        """Of the database: an older one, as long as it is only read."""
+        return int(self._connection.execute("PRAGMA user_version").fetchone()[0])
+
+    def standings(self) -> tuple[StoredStanding, ...]:
+        """What this device was told to have, as the fleet and by itself.
+
+        Raises:
+            StorageError: the database cannot be read.
+        """
+        with _typed_errors("reading what is assigned"):
+            if self._schema() < 3:
+                return ()
+            rows = self._connection.execute("SELECT assignment, manifest FROM standings").fetchall()
+        standings = []
+        for text, manifest in rows:
+            try:
+                document = SignedDocument.model_validate_json(text)
+                assignment = VersionAssignment.from_bytes(document.payload)
+                version = None
+                if manifest is not None:
+                    signed = SignedDocument.model_validate_json(manifest)
+                    version = Version(signed, ModelManifest.from_bytes(signed.payload))
+            except (ValueError, MalformedMessage):
+                # Written by a client that knew others: it is announced again, if it still counts.
+                _LOG.warning("unreadable-assignment")
+                continue
+            standings.append(StoredStanding(assignment, version))
+        return tuple(standings)
 
     def local(self) -> tuple[SaveLocal, ...]:
         """This device's local parameters, by model.
@@ -341,7 +401,7 @@ class DeviceStore:
             StorageError: the database cannot be read.
         """
         with _typed_errors("reading the local parameters"):
-            if self._connection.execute("PRAGMA user_version").fetchone()[0] < SCHEMA_VERSION:
+            if self._schema() < 2:
                 return ()  # read-only, and no newer process has written yet
             rows = self._connection.execute("SELECT model, layout, sha256, size FROM local").fetchall()
         return tuple(SaveLocal(model, layout, BlobRef(sha256=a, size=n)) for model, layout, a, n in rows)

@@ -85,7 +85,8 @@ TO_DEVICE = [
         round_id=ROUND, survivors_hash=bytes(32), signatures=(SignedBy(peer=1, signature=bytes(64)),)
     ),
     RoundEnd(round_id=ROUND, completed=False, reason="too few"),
-    ModelAnnouncement(manifest=SIGNED),
+    ModelAnnouncement(assignment=SIGNED, manifest=SIGNED),
+    ModelAnnouncement(assignment=SIGNED),
     BlobNeed(blob=BLOB, indices=(1,)),
 ]
 

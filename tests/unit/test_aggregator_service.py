@@ -151,6 +151,7 @@ def test_the_new_version_is_announced_signed(bench: Bench) -> None:
     bench.finish(bench.start(REQUEST))
     message, _ = decode_to_device(bench.transport.retained[topics.model("toy")])
     assert isinstance(message, ModelAnnouncement)
+    assert message.manifest is not None
     signers = next(iter(bench.devices.values())).bundle.model_keys()
     payload = message.manifest.open(MODEL_KIND, signers)
     assert payload == bench.operator.model("toy", 2).manifest.to_bytes()

@@ -38,7 +38,8 @@ from protocol.messages import (
 )
 from protocol.plan import MODEL_KIND, PLAN_KIND
 from protocol.transfer import chunks
-from tests.edge_broker import Fleet
+from protocol.version_assignment import ASSIGNMENT_KIND, VersionAssignment
+from tests.edge_broker import FLEET, Fleet
 from tests.edge_fleet import PERMISSIVE, plan
 
 WATCH = zoo.load("watch")
@@ -110,7 +111,12 @@ class Bench:
 
     def announce(self) -> None:
         document = SignedDocument.create(self.fleet.operator, MODEL_KIND, WATCH.manifest.to_bytes())
-        self.give(ModelAnnouncement(manifest=document), topic="covey/v1/bcast/model/watch")
+        model = WATCH.manifest
+        assignment = VersionAssignment(
+            fleet=FLEET, model="watch", version=1, manifest_sha256=model.sha256(), sequence=1
+        )
+        told = SignedDocument.create(self.fleet.operator, ASSIGNMENT_KIND, assignment.to_bytes())
+        self.give(ModelAnnouncement(assignment=told, manifest=document), topic="covey/v1/bcast/model/watch")
 
     def serve(self) -> None:
         """Sends the chunks that were asked for, until nothing is asked for any more."""

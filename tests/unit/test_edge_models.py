@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
 from itertools import pairwise
+from typing import Any
 
 from edge_client.adapters.mqtt import birth
-from edge_client.events import Connected, Fault, VersionTested
+from edge_client.events import Connected, Fault, VersionFailed, VersionTested
+from models.manifest import ModelManifest
 from protocol.codec import chunk_count
 from protocol.identity import SignedDocument
-from protocol.messages import MAX_MODELS, WINDOW, BlobNeed, ModelAnnouncement
+from protocol.messages import MAX_MODELS, WINDOW, AdvertiseKeys, BlobNeed, Invitation, ModelAnnouncement
 from protocol.plan import MODEL_KIND
+from protocol.version_assignment import ASSIGNMENT_KIND, VersionAssignment
 from tests.edge_fleet import (
+    FLEET,
     GRAPH,
     OPERATOR,
     STRANGER,
     FakeDevice,
+    announced,
     announcement,
     invitation,
     manifest,
@@ -168,36 +174,181 @@ def test_a_replayed_older_announcement_changes_nothing() -> None:
     device.install()
     device.install(manifest(2))
     device.take()
-    device.receive(announcement(manifest(1, graph=b"another graph")))
-    assert needs(device) == [] and "announcement-not-newer" in device.note_events()
+    for _ in range(2):
+        device.receive(announcement(manifest(1)))
+        assert needs(device) == [] and serving(device) == {"watch": 2}
+        device.reboot()
+    assert device.note_events().count("assignment-not-newer") == 2
+    # Nor with another version under the sequence that was taken last.
+    device.receive(announcement(manifest(1, graph=b"another graph"), sequence=2))
+    assert device.note_events().count("assignment-not-newer") == 3 and serving(device) == {"watch": 2}
+
+
+def test_an_older_version_needs_a_signed_way_back() -> None:
+    device = FakeDevice()
+    device.install()
+    device.install(manifest(2))
+    device.receive(announcement(manifest(1), sequence=3))
+    assert serving(device) == {"watch": 2} and "older-without-roll-back" in device.note_events()
+    device.receive(announcement(manifest(1), sequence=4, rollback=True))
+    # It is still on disk: nothing is fetched, and it is served at once.
+    assert serving(device) == {"watch": 1} and not device.jobs and device.statuses[-1] == {"watch": 1}
+    device.reboot()
+    assert serving(device) == {"watch": 1}
+    device.receive(announcement(manifest(2), sequence=4))  # the one that it went back from, replayed
+    device.receive(announcement(manifest(2)))
+    assert serving(device) == {"watch": 1}
+    device.receive(announcement(manifest(2), sequence=5))
     assert serving(device) == {"watch": 2}
+
+
+def test_a_version_that_is_gone_from_the_disk_is_fetched_on_the_way_back() -> None:
+    device = FakeDevice()
+    for number in (1, 2, 3):
+        device.install(manifest(number))
+    device.take()
+    device.receive(announcement(manifest(1), sequence=4, rollback=True))
+    assert serving(device) == {"watch": 3} and len(needs(device)) == 1
+    device.reboot()
+    serve(device, files(1))
+    device.work()
+    assert serving(device) == {"watch": 1}
+
+
+def own(model: ModelManifest | None, sequence: int, **changes: Any) -> ModelAnnouncement:
+    """An assignment of this device alone; None takes its version away."""
+    if model is not None:
+        return announcement(model, device="device-0", sequence=sequence, **changes)
+    values = {"fleet": FLEET, "model": "watch", "device": "device-0", "sequence": sequence}
+    return announced(VersionAssignment(**{**values, **changes}), None)
+
+
+def test_a_device_has_its_own_version_whatever_the_fleet_has() -> None:
+    device = FakeDevice()
+    device.install()
+    device.receive(own(manifest(2), 9))
+    serve(device, files(2))
+    device.work()
+    assert serving(device) == {"watch": 2}
+    for number in (3, 4):
+        device.receive(announcement(manifest(number), sequence=10 * number))
+        device.reboot()
+    assert serving(device) == {"watch": 2} and needs(device) == []
+    device.receive(own(None, 10))
+    # What the fleet is to have was taken note of meanwhile.
+    serve(device, files(4))
+    device.work()
+    assert serving(device) == {"watch": 4}
+    device.receive(own(manifest(2), 9))  # replayed
+    assert serving(device) == {"watch": 4} and "assignment-not-newer" in device.note_events()
+
+
+def test_a_canary_goes_back_with_the_fleet_also_when_it_was_away() -> None:
+    device = FakeDevice()
+    device.install()
+    device.receive(own(manifest(2), 9))
+    serve(device, files(2))
+    device.work()
+    device.receive(own(None, 10))
+    assert serving(device) == {"watch": 2} and "older-without-roll-back" in device.note_events()
+    device.receive(own(None, 11, rollback=True))
+    assert serving(device) == {"watch": 1}
 
 
 def test_announcements_of_strangers_and_garbage_are_refused() -> None:
     device = FakeDevice()
     model = manifest()
+    good = VersionAssignment(
+        fleet=FLEET, model="watch", version=1, manifest_sha256=model.sha256(), sequence=1
+    )
+    signed = SignedDocument.create(OPERATOR, MODEL_KIND, model.to_bytes())
+
+    def with_manifest(payload: bytes) -> ModelAnnouncement:
+        sha256 = hashlib.sha256(payload).hexdigest()
+        told = good.model_copy(update={"manifest_sha256": sha256})
+        return announced(told, SignedDocument.create(OPERATOR, MODEL_KIND, payload))
+
+    def with_assignment(**changes: Any) -> ModelAnnouncement:
+        return announced(good.model_copy(update=changes), signed)
+
     hostile = [
         announcement(model, STRANGER),
-        ModelAnnouncement(manifest=SignedDocument.create(OPERATOR, "plan", model.to_bytes())),
-        ModelAnnouncement(manifest=SignedDocument.create(OPERATOR, MODEL_KIND, b"{}")),
-        ModelAnnouncement(manifest=SignedDocument.create(OPERATOR, MODEL_KIND, model.to_bytes() + b" ")),
-        ModelAnnouncement(
-            manifest=SignedDocument.create(
-                OPERATOR, MODEL_KIND, model.to_bytes().replace(b'"watch"', b'"../../etc"')
-            )
-        ),
-        ModelAnnouncement(
-            manifest=SignedDocument.create(
-                OPERATOR,
-                MODEL_KIND,
-                model.to_bytes().replace(b'"parameter_count":10', b'"parameter_count":999999999999'),
-            )
-        ),
+        announced(good, signed, STRANGER),
+        announced(good, SignedDocument.create(STRANGER, MODEL_KIND, model.to_bytes())),
+        announced(good, SignedDocument.create(OPERATOR, "plan", model.to_bytes())),
+        announced(good, None),
+        ModelAnnouncement(assignment=signed, manifest=signed),
+        ModelAnnouncement(assignment=SignedDocument.create(OPERATOR, ASSIGNMENT_KIND, b"{}")),
+        with_assignment(fleet="shed"),
+        with_assignment(device="device-1"),
+        with_assignment(version=2),
+        with_assignment(model="digits"),
+        with_assignment(manifest_sha256="0" * 64),
+        with_assignment(v=2),
+        with_manifest(b"{}"),
+        with_manifest(model.to_bytes() + b" "),
+        with_manifest(model.to_bytes().replace(b'"watch"', b'"../../etc"')),
+        with_manifest(model.to_bytes().replace(b'"parameter_count":10', b'"parameter_count":999999999999')),
     ]
     for message in hostile:
         device.receive(message)
-    assert device.take() == [] and device.disk.versions == {}
+    assert device.take() == [] and device.disk.versions == {} and device.disk.standings == {}
     assert device.note_events().count("announcement-refused") == len(hostile)
+
+
+def test_a_version_that_fails_in_use_gives_way_to_the_one_before() -> None:
+    device = FakeDevice()
+    device.install()
+    device.install(manifest(2))
+    assert device.failures == {}
+    device.give(VersionFailed(manifest(2).sha256(), Fault("model-unusable", "it crashed:\n\x1b[31m")))
+    assert serving(device) == {"watch": 1} and device.statuses[-1] == {"watch": 1}
+    failure = device.failures["watch"]
+    assert (failure.version, failure.code, failure.detail) == (2, "model-unusable", "it crashed:??[31m")
+    device.reboot()
+    assert serving(device) == {"watch": 1} and device.failures["watch"].version == 2
+    device.receive(announcement(manifest(2), sequence=7))
+    assert serving(device) == {"watch": 1} and "version-known-bad" in device.note_events()
+    # The only one that is left stays, whatever it does; a newer one clears the blame.
+    device.give(VersionFailed(manifest(1).sha256(), Fault("model-unusable", "it crashed")))
+    assert serving(device) == {"watch": 1} and device.failures["watch"].version == 1
+    device.install(manifest(8))
+    assert serving(device) == {"watch": 8} and device.failures == {}
+
+
+def test_a_round_brings_its_version_which_is_not_served() -> None:
+    device = FakeDevice()
+    device.install()
+    device.take()
+    base = manifest(2)
+    with_base = Invitation(
+        plan=invitation(plan(base=base)).plan,
+        manifest=SignedDocument.create(OPERATOR, MODEL_KIND, base.to_bytes()),
+    )
+    device.receive(with_base)
+    (check_in,) = [m for m in device.outbox if isinstance(m, AdvertiseKeys)]
+    serve(device, files(2))
+    device.work()
+    assert device.state.library.ready("watch", base.sha256()) and serving(device) == {"watch": 1}
+    device.reboot()
+    device.work()
+    assert device.state.library.ready("watch", base.sha256()) and serving(device) == {"watch": 1}
+    # Once it is assigned, it is served without being fetched again.
+    device.take()
+    device.receive(announcement(base))
+    assert serving(device) == {"watch": 2} and needs(device) == []
+    assert check_in.round_id == "a" * 32
+
+
+def test_a_round_s_version_needs_a_signature_and_the_plan_s_digest() -> None:
+    base = manifest(2)
+    for signer, payload in [(STRANGER, base), (OPERATOR, manifest(3))]:
+        device = FakeDevice()
+        device.install()
+        device.take()
+        signed = SignedDocument.create(signer, MODEL_KIND, payload.to_bytes())
+        device.receive(Invitation(plan=invitation(plan(base=base)).plan, manifest=signed))
+        assert device.take() == [] and "waiting-for-version" in device.note_events()
 
 
 def test_a_device_follows_no_more_models_than_a_status_has_room_for() -> None:

@@ -1,0 +1,285 @@
+"""What this device has of each model, and what the disk remembers of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from edge_client.events import SaveLocal, VersionStatus
+from models.manifest import ModelManifest
+from protocol.fields import BlobRef
+from protocol.identity import SignedDocument
+from protocol.messages import VersionFailure
+from protocol.transfer import Reception
+from protocol.version_assignment import VersionAssignment
+
+KEPT_VERSIONS = 2
+ASK_AGAIN_SECONDS = 3.0
+MAX_REASON = 300
+
+
+@dataclass(frozen=True)
+class Version:
+    """A verified manifest with the document that its signer signed."""
+
+    document: SignedDocument
+    manifest: ModelManifest
+
+    @property
+    def sha256(self) -> str:
+        """The version's identity: the digest of its manifest, as plans name it."""
+        return self.document.digest.hex()
+
+    @property
+    def blobs(self) -> tuple[BlobRef, BlobRef]:
+        """What its files are; the graph is shared by all versions of a model."""
+        return self.manifest.graph, self.manifest.weights
+
+
+@dataclass(frozen=True)
+class Fetching:
+    """A candidate whose files are on their way.
+
+    Attributes:
+        todo: blobs not known to be on disk; the first is the one under way.
+        reception: of the first of `todo`; None until the disk was looked at.
+        ask_at: when to ask again for what did not come, on the steady clock.
+        patience: seconds until then; doubles each time.
+    """
+
+    version: Version
+    todo: tuple[BlobRef, ...]
+    reception: Reception | None = None
+    ask_at: float = 0.0
+    patience: float = ASK_AGAIN_SECONDS
+
+
+@dataclass(frozen=True)
+class Testing:
+    """A candidate that is whole, and is being loaded and run once.
+
+    Attributes:
+        test_at: when to test it anew, after a test that this device's own state prevented.
+    """
+
+    version: Version
+    test_at: float | None = None
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A base that is whole and runs."""
+
+    version: Version
+
+
+@dataclass(frozen=True)
+class Standing:
+    """What this device was last told to have, as the fleet or by itself.
+
+    Attributes:
+        sequence: of the assignment; no lower one is taken again.
+        version: None when a device's own assignment was taken away.
+    """
+
+    sequence: int
+    version: Version | None
+
+
+@dataclass(frozen=True)
+class Shelf:
+    """All that this device knows of one model.
+
+    Attributes:
+        good: tested versions, in the order in which they were served; the last one is.
+        candidate: the version that is to be served next.
+        base: a version that a round is about and that is not to be served.
+        bad: digests of versions that do not run here -> the reason.
+        failure: the version that failed last, until a newer one runs.
+        fleet: what every device without an assignment of its own is to have.
+        own: what this one is to have.
+    """
+
+    good: tuple[Version, ...] = ()
+    candidate: Fetching | Testing | None = None
+    base: Fetching | Testing | Ready | None = None
+    bad: Mapping[str, str] = field(default_factory=dict)
+    failure: VersionFailure | None = None
+    fleet: Standing | None = None
+    own: Standing | None = None
+
+    @property
+    def newest(self) -> int:
+        """The highest version number that is, or is to be, served here; 0 for none."""
+        candidate = self.candidate.version.manifest.version if self.candidate else 0
+        return max(candidate, *(version.manifest.version for version in self.good), 0)
+
+    @property
+    def serving(self) -> Version | None:
+        """The version that answers predictions."""
+        return self.good[-1] if self.good else None
+
+    @property
+    def wanted(self) -> Version | None:
+        """The version that this device is to have, as far as it was told."""
+        if self.own is not None and self.own.version is not None:
+            return self.own.version
+        return None if self.fleet is None else self.fleet.version
+
+    @property
+    def known(self) -> tuple[Version, ...]:
+        """Every version that is here, or on its way."""
+        under_way = (self.candidate, self.base)
+        return (*self.good, *(each.version for each in under_way if each is not None))
+
+    def moved(self, place: Literal["candidate", "base"], each: Fetching | Testing | Ready) -> Shelf:
+        """The shelf with what became of something under way."""
+        if place == "base":
+            return replace(self, base=each)
+        return self if isinstance(each, Ready) else replace(self, candidate=each)
+
+    def under_way(self) -> Iterator[tuple[Literal["candidate", "base"], Fetching | Testing]]:
+        """What is being fetched or tested."""
+        if self.candidate is not None:
+            yield "candidate", self.candidate
+        if isinstance(self.base, Fetching | Testing):
+            yield "base", self.base
+
+
+@dataclass(frozen=True)
+class Library:
+    """Every model's shelf, by name.
+
+    Attributes:
+        own: this device's local parameters of models that have such, by model; they outlive versions.
+    """
+
+    shelves: Mapping[str, Shelf] = field(default_factory=dict)
+    own: Mapping[str, SaveLocal] = field(default_factory=dict)
+
+    def shelf(self, model: str) -> Shelf:
+        """The shelf of a model; an empty one when it is not known."""
+        return self.shelves.get(model, Shelf())
+
+    def serving(self) -> dict[str, int]:
+        """Model name -> version served."""
+        return {
+            name: shelf.good[-1].manifest.version
+            for name, shelf in sorted(self.shelves.items())
+            if shelf.good
+        }
+
+    def failures(self) -> dict[str, VersionFailure]:
+        """Model name -> the version that failed here last."""
+        return {name: shelf.failure for name, shelf in sorted(self.shelves.items()) if shelf.failure}
+
+    def find(self, model: str, sha256: str) -> Version | None:
+        """The version with this digest, good or on its way."""
+        return next((version for version in self.shelf(model).known if version.sha256 == sha256), None)
+
+    def ready(self, model: str, sha256: str) -> bool:
+        """Whether the version with this digest is on disk and runs."""
+        shelf = self.shelf(model)
+        ready = (*shelf.good, *((shelf.base.version,) if isinstance(shelf.base, Ready) else ()))
+        return any(version.sha256 == sha256 for version in ready)
+
+    def blobs(self) -> frozenset[str]:
+        """Digests of every file that a version here needs."""
+        return frozenset(
+            blob.sha256
+            for shelf in self.shelves.values()
+            for version in shelf.known
+            for blob in version.blobs
+        )
+
+    def local(self, manifest: ModelManifest) -> BlobRef | None:
+        """This device's local parameters for a version; None if it has none of these names and shapes yet.
+
+        Then they start where the version says. Those of other shapes stay until a round replaces them, so
+        that a version that is taken back finds its own again.
+        """
+        own = self.own.get(manifest.name)
+        return own.blob if own is not None and own.layout == manifest.local_layout else None
+
+    def with_local(self, saved: SaveLocal) -> Library:
+        """The library after a round has moved a model's local parameters."""
+        return replace(self, own={**self.own, saved.model: saved})
+
+    def with_shelf(self, model: str, shelf: Shelf) -> Library:
+        """The library with another shelf of a model."""
+        return replace(self, shelves={**self.shelves, model: shelf})
+
+
+@dataclass(frozen=True)
+class StoredVersion:
+    """A version as the disk remembers it."""
+
+    document: SignedDocument
+    manifest: ModelManifest
+    status: VersionStatus
+    reason: str
+    served: int = 0
+    """Rises with each version that was served, or failed; 0 before."""
+
+
+@dataclass(frozen=True)
+class StoredStanding:
+    """What the disk remembers that this device was told."""
+
+    assignment: VersionAssignment
+    version: Version | None
+
+
+def restore(
+    stored: Iterable[StoredVersion],
+    own: Iterable[SaveLocal] = (),
+    standings: Iterable[StoredStanding] = (),
+) -> Library:
+    """The library that an earlier process left; `resume` takes up what was under way."""
+    library = Library(own={saved.model: saved for saved in own})
+    for told in standings:
+        shelf = library.shelf(told.assignment.model)
+        standing = Standing(told.assignment.sequence, told.version)
+        library = library.with_shelf(told.assignment.model, placed(shelf, told.assignment, standing))
+    for item in sorted(stored, key=lambda item: (item.served, item.manifest.version)):
+        version = Version(item.document, item.manifest)
+        shelf = library.shelf(item.manifest.name)
+        if item.status is VersionStatus.GOOD:
+            shelf = served(shelf, version)
+        elif item.status is VersionStatus.BAD:
+            shelf = blamed(shelf, version, item.reason)
+        elif item.status is VersionStatus.CANDIDATE:
+            shelf = replace(shelf, candidate=Fetching(version, version.blobs))
+        else:
+            # Whether it runs is found out again.
+            shelf = replace(shelf, base=Fetching(version, version.blobs))
+        library = library.with_shelf(item.manifest.name, shelf)
+    return library
+
+
+def placed(shelf: Shelf, assignment: VersionAssignment, standing: Standing) -> Shelf:
+    """The shelf with what an assignment says: to all devices, or to this one."""
+    if assignment.device is None:
+        return replace(shelf, fleet=standing)
+    return replace(shelf, own=standing)
+
+
+def served(shelf: Shelf, version: Version) -> Shelf:
+    """The shelf with this version served; those served before it are kept as far as they are wanted."""
+    others = tuple(other for other in shelf.good if other.sha256 != version.sha256)
+    failure = shelf.failure
+    if failure is not None and failure.version < version.manifest.version:
+        failure = None
+    return replace(shelf, good=(*others, version)[-KEPT_VERSIONS:], failure=failure)
+
+
+def blamed(shelf: Shelf, version: Version, reason: str) -> Shelf:
+    """The shelf with this version among the bad ones."""
+    code, _, detail = reason.partition(": ")
+    failure = VersionFailure(version=version.manifest.version, code=code, detail=_printable(detail))
+    return replace(shelf, bad={**shelf.bad, version.sha256: reason}, failure=failure)
+
+
+def _printable(text: str) -> str:
+    return "".join(c if " " <= c <= "~" else "?" for c in text)[:MAX_REASON]
