@@ -63,6 +63,8 @@ def run(
             release = ClientRelease.from_bytes(signed.open(RELEASE_KIND, dict(signers)))
         except (ValidationError, ProtocolError) as error:
             raise UpdateRefused(f"the release is not the operator's: {error}") from error
+        if release.version == version:
+            return version  # a power cut came between its trial and the end of this
         if release.target != target:
             raise UpdateRefused(f"this device runs {target}, the bundle is for {release.target}")
         if take(inbox / BUNDLE, bundle) != (release.sha256, release.size):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,11 +18,14 @@ from deploy.flash.fat import BootPartitionError
 from deploy.flash.firstboot import Mechanism, Provision, ProvisionError, Wifi
 from deploy.flash.payload import DEFAULT_DATA, Client, payload, read_tickets, usual_bundles
 from deploy.flash.source import Image, ImageError
-from deploy.flash.ssh import Remote, RemoteError, install
+from deploy.flash.ssh import Remote, RemoteError, install, update
 from deploy.flash.ssh import hostname as own_hostname
 from deploy.flash.targets import RefusedTarget
 
 _REFUSED = 3
+_UPDATE_SECONDS = 900.0
+"""Longest wait for an update: unpacked, tried, and watched for a minute, on a slow device."""
+_POLL_SECONDS = 5.0
 
 
 def flash(
@@ -210,6 +214,15 @@ def _over_ssh(
 
     fresh = install(remote, payload(client, name, ticket), enrol, ticket=ticket is not None)
     _say(f"{name} {'has the client now' if fresh else 'had the client'}, is enrolled, and runs")
+    give_up = time.monotonic() + _UPDATE_SECONDS
+
+    def wait() -> bool:
+        time.sleep(_POLL_SECONDS)
+        return time.monotonic() < give_up
+
+    version = update(remote, client.bundles, wait)
+    if version is not None:
+        _say(f"{name} took the update to {version}")
 
 
 def _wifi_password(file: Path | None, ticket: Path | None) -> str | None:

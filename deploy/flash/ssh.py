@@ -7,9 +7,10 @@ what leaves it is the signing request, and what comes back is public.
 from __future__ import annotations
 
 import io
+import json
 import subprocess
 import tarfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,6 +34,13 @@ _ENROL = (
     ' && install -m 644 "$file" /etc/covey/enrolment.json'
     " && systemctl restart --no-block covey-edge.service covey-update.path"
 )
+# As the client's user: root must not write where the client could have put a link.
+_OFFER = (
+    "exec setpriv --reuid=covey --regid=covey --clear-groups sh -c"
+    ' "umask 077; mkdir -p /var/lib/covey/updates && cd /var/lib/covey/updates && tar -x && touch ready"'
+)
+_INSTALLED = "cat /opt/covey/current/bundle.json"
+_SETTLED = "[ ! -e /var/lib/covey/updates/ready ] && [ ! -e /opt/covey/trial ] && readlink /opt/covey/good; :"
 
 
 class RemoteError(RuntimeError):
@@ -114,6 +122,41 @@ def install(
     if b"enrolled" not in remote.run(_LOOK).split():
         remote.run(_ENROL, enrol(remote.run(_REQUEST)))
     return fresh
+
+
+def update(remote: Remote, bundles: Sequence[Path], wait: Callable[[], bool]) -> str | None:
+    """Offers a device the signed bundle for its system, and waits until it was tried.
+
+    Args:
+        remote: a device with a client.
+        bundles: those with BUNDLE.release.json beside them are signed.
+        wait: pauses; returns False when it was long enough.
+
+    Returns:
+        The version that the device runs then; None when there is nothing newer to offer.
+
+    Raises:
+        RemoteError: the device did not take it, or not in time.
+    """
+    described = json.loads(remote.run(_INSTALLED))
+    for bundle in bundles:
+        release = bundle.with_name(f"{bundle.name}.release.json")
+        name = f"-{described['target']}.tar.xz"
+        version = bundle.name.removeprefix("covey-").removesuffix(name)
+        if not (bundle.name.endswith(name) and release.is_file()) or version == described["version"]:
+            continue
+        files = {"bundle.tar.xz": bundle.read_bytes(), "release.json": release.read_bytes()}
+        remote.run(_OFFER, _archive(files))
+        while wait():
+            settled = remote.run(_SETTLED).decode().strip().rpartition("/")[2]
+            if settled == version:
+                return version
+            if settled:
+                raise RemoteError(
+                    f"{version} was not taken, {settled} runs: journalctl -u covey-update says why"
+                )
+        raise RemoteError(f"{version} is still being tried: journalctl -u covey-update")
+    return None
 
 
 def _archive(files: Mapping[str, bytes]) -> bytes:

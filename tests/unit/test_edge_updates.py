@@ -154,7 +154,6 @@ def test_what_the_operator_did_not_sign_is_not_installed(device: Device) -> None
     stranger = Ed25519PrivateKey.generate()
     cases: list[tuple[dict[str, object], type[Exception]]] = [
         ({"version": "0.2.0", "key": stranger}, UpdateRefused),
-        ({"version": "0.1.0"}, UpdateRefused),
         ({"version": "0.0.9"}, UpdateRefused),
         ({"version": "0.2.0", "target": "trixie-arm64"}, UpdateRefused),
         ({"version": "0.2.0", "content": bundle("0.2.0", described="0.3.0")}, UnusableBundle),
@@ -260,7 +259,7 @@ def test_a_power_cut_before_any_change_leaves_a_client_that_works(
             try:
                 device.run(FakeService(device.folder, sick={sick}))
             except UpdateRefused as error:
-                assert sick or "not newer" in str(error), (step, error)
+                assert sick, (step, error)
         assert device.runs() == wanted, step
         assert not (device.folder / "trial").exists()
         assert device.versions() <= {"0.1.0", "0.2.0"}
