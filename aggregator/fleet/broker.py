@@ -9,15 +9,12 @@ holds no dot: nobody can enrol as the aggregator, and nobody takes this certific
 
 from __future__ import annotations
 
-import datetime as dt
-
-from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
 from cryptography.hazmat.primitives.serialization import Encoding
-from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from aggregator.fleet.authority import Authority, EnrolmentRefused
-from protocol import topics
+from protocol import identity, topics
 from protocol.codec import MAX_FRAME_BYTES
 
 AGGREGATOR = "covey.aggregator"
@@ -136,17 +133,14 @@ def issue_aggregator(authority: Authority, key: EllipticCurvePublicKey, *, now: 
             "the broker's files need the CA's key, which is kept elsewhere: put it back among the keys "
             "for a moment"
         )
-    begin = dt.datetime.fromtimestamp(int(now) - 3600, dt.UTC)
-    return (
-        x509.CertificateBuilder()
-        .subject_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, AGGREGATOR)]))
-        .issuer_name(x509.load_der_x509_certificate(authority.ca).subject)
-        .serial_number(serial)
-        .not_valid_before(begin)
-        .not_valid_after(begin + dt.timedelta(days=DAYS))
-        .public_key(key)
-        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-        .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.CLIENT_AUTH]), critical=False)
-        .sign(authority.ca_key, algorithm=None)
-        .public_bytes(Encoding.PEM)
+    certificate = identity.issue(
+        authority.ca_key,
+        authority.ca,
+        AGGREGATOR,
+        key,
+        ExtendedKeyUsageOID.CLIENT_AUTH,
+        now=int(now),
+        days=DAYS,
+        serial=serial,
     )
+    return certificate.public_bytes(Encoding.PEM)

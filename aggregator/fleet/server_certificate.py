@@ -13,9 +13,10 @@ from collections.abc import Iterable
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
 from cryptography.hazmat.primitives.serialization import Encoding
-from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from aggregator.fleet.authority import Authority, EnrolmentRefused
+from protocol import identity
 
 DAYS = 397
 RENEW_DAYS = 30
@@ -50,24 +51,18 @@ def issue(
             f"{subject} needs a certificate, and the CA's key is kept elsewhere: put it back among the keys "
             "for a moment, or, for the API, name a certificate of your own in aggregator.json"
         )
-    issuer = x509.load_der_x509_certificate(authority.ca)
-    begin = dt.datetime.fromtimestamp(int(now) - 3600, dt.UTC)
-    return (
-        x509.CertificateBuilder()
-        .subject_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, subject)]))
-        .issuer_name(issuer.subject)
-        .serial_number(serial)
-        .not_valid_before(begin)
-        .not_valid_after(begin + dt.timedelta(days=days))
-        .public_key(key)
-        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-        .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
-        .add_extension(
-            x509.SubjectAlternativeName([_general(name) for name in sorted(names)]), critical=False
-        )
-        .sign(authority.ca_key, algorithm=None)
-        .public_bytes(Encoding.PEM)
+    certificate = identity.issue(
+        authority.ca_key,
+        authority.ca,
+        subject,
+        key,
+        ExtendedKeyUsageOID.SERVER_AUTH,
+        now=int(now),
+        days=days,
+        serial=serial,
+        names=[_general(name) for name in sorted(names)],
     )
+    return certificate.public_bytes(Encoding.PEM)
 
 
 def serves(certificate: bytes, ca: bytes, names: Iterable[str], *, now: float) -> bool:

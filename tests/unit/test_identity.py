@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import ssl
+import time
+from pathlib import Path
+
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from protocol import topics
 from protocol.errors import BadSignature
@@ -10,6 +19,7 @@ from protocol.identity import (
     SignedDocument,
     create_ca,
     create_request,
+    issue,
     issue_certificate,
     key_id,
     open_request,
@@ -92,3 +102,37 @@ def test_topics_name_their_device() -> None:
     assert topics.parse_up(topics.up("barn-1", "chunk")) == ("barn-1", "chunk")
     for wrong in ("covey/v1/dev/Barn/up/msg", "covey/v1/dev/a/up/msg/x", "covey/v1/dev/a/down/msg", "a\n"):
         assert topics.parse_up(wrong) is None
+
+
+def test_a_strict_verifier_takes_the_fleets_certificates(tmp_path: Path) -> None:
+    """Python's own TLS contexts are strict from 3.13 on."""
+    now = int(time.time())
+    ca = create_ca(CA_KEY, "orchard", now=now, days=9, serial=5)
+    key = ec.generate_private_key(ec.SECP256R1())
+    server = issue(
+        CA_KEY,
+        ca,
+        "hub",
+        key.public_key(),
+        ExtendedKeyUsageOID.SERVER_AUTH,
+        now=now,
+        days=9,
+        serial=7,
+        names=[x509.DNSName("hub.example")],
+    )
+    pem = serialization.Encoding.PEM
+    unencrypted = serialization.NoEncryption()
+    private = key.private_bytes(pem, serialization.PrivateFormat.PKCS8, unencrypted)
+    (tmp_path / "server.pem").write_bytes(private + server.public_bytes(pem))
+    serving = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    serving.load_cert_chain(tmp_path / "server.pem")
+    asking = ssl.create_default_context(cadata=ssl.DER_cert_to_PEM_cert(ca))
+    asking.verify_flags |= ssl.VERIFY_X509_STRICT
+    to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
+    client = asking.wrap_bio(to_client, to_server, server_hostname="hub.example")
+    host = serving.wrap_bio(to_server, to_client, server_side=True)
+    for _ in range(4):
+        for side in (client, host):
+            with contextlib.suppress(ssl.SSLWantReadError):
+                side.do_handshake()
+    assert client.version() == "TLSv1.3"
