@@ -272,7 +272,7 @@ def test_a_round_waits_for_the_minimum_and_then_a_little_for_the_rest(bench: Ben
 
 
 def test_a_cohort_is_drawn_by_its_seed(bench: Bench) -> None:
-    views = bench.finish(bench.start(request(rounds=4, cohort=3, seed=7)))
+    views = bench.finish(bench.start(request(rounds=4, cohort=3, seed=7, rest_rounds=0)))
     settings = CampaignSettings.from_bytes(bench.operator.campaigns()[0].settings)
     for view in views:
         seed = settings.round_seed(view.record.number)
