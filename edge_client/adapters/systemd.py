@@ -67,17 +67,21 @@ class SystemdService:
         since: float | None = None
         while time.monotonic() < deadline:
             shown = subprocess.run(
-                ["systemctl", "show", "--property=ActiveState,NRestarts", "--value", UNIT],
+                ["systemctl", "show", "--property=ActiveState,NRestarts", UNIT],
                 capture_output=True,
                 text=True,
                 timeout=120,
                 check=False,
-            ).stdout.split()
-            if "failed" in shown or (shown[-1:] and shown[-1].isdigit() and int(shown[-1]) > 0):
+            ).stdout
+            # By name: systemd prints properties in an order of its own.
+            state = dict(line.split("=", 1) for line in shown.splitlines() if "=" in line)
+            if state.get("ActiveState") == "failed" or state.get("NRestarts", "0") != "0":
                 return False
-            if shown[:1] == ["active"] or "active" in shown:
-                since = time.monotonic() if since is None else since
-                if time.monotonic() - since >= HOLD_SECONDS:
-                    return True
+            if state.get("ActiveState") != "active":
+                since = None
+            elif since is None:
+                since = time.monotonic()
+            elif time.monotonic() - since >= HOLD_SECONDS:
+                return True
             time.sleep(_POLL_SECONDS)
         return False

@@ -17,6 +17,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from deploy.bundle.build import TARGETS
 from deploy.bundle.signing import sign_bundle
+from edge_client.adapters import systemd
 from edge_client.adapters.versions import UnusableBundle, Versions
 from edge_client.updater import run
 from edge_client.updating import UpdateRefused
@@ -276,3 +277,28 @@ def test_a_version_that_takes_the_power_with_it_is_given_up(device: Device) -> N
     (device.inbox / "ready").unlink()
     assert device.run() == "0.1.0" == device.runs()
     assert store.refused("0.2.0")
+
+
+@pytest.mark.parametrize(
+    ("shown", "healthy"),
+    [
+        (["NRestarts=0\nActiveState=activating\n", "NRestarts=0\nActiveState=active\n"], True),
+        (["NRestarts=0\nActiveState=active\n", "NRestarts=1\nActiveState=active\n"], False),
+        (["NRestarts=0\nActiveState=failed\n"], False),
+    ],
+)
+def test_a_client_that_is_restarted_is_not_healthy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shown: list[str], healthy: bool
+) -> None:
+    """systemctl as it prints, number of restarts first; the last answer stays."""
+    for index, text in enumerate(shown):
+        (tmp_path / f"answer-{index}").write_text(text)
+    systemctl = tmp_path / "systemctl"
+    systemctl.write_text(
+        f"#!/bin/sh\ncd {tmp_path}\ncat answer-0\n[ -f answer-1 ] && mv answer-1 answer-0\nexit 0\n"
+    )
+    systemctl.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(systemd, "HOLD_SECONDS", 0.05)
+    monkeypatch.setattr(systemd, "_POLL_SECONDS", 0.02)
+    assert systemd.SystemdService(tmp_path).healthy() is healthy
