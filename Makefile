@@ -141,9 +141,11 @@ $(STAMP)-demo: pyproject.toml | $(STAMP)-venv
 	@$(BIN)/python $(PIP_INSTALL) -e '.[demo]'
 	@touch $@
 
+# By uv: with all extras at once, pip tries old versions until it meets one that cannot be resolved.
 $(STAMP)-dev: pyproject.toml | $(STAMP)-venv
 	@echo "installing the development tools into $(VENV); this takes a minute or two"
-	@$(BIN)/python $(PIP_INSTALL) -e '.[dev]'
+	@$(BIN)/python $(PIP_INSTALL) uv
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python -e '.[dev]'
 	@touch $(STAMP)-demo $@
 
 $(VENV_313)/.covey-device: pyproject.toml
