@@ -283,7 +283,7 @@ def test_rounds_need_a_model_and_settings_that_work(bench: Bench) -> None:
         bench.start(CampaignRequest("toy", cohort=5, minimum=6))
     with pytest.raises(OperationRefused, match="model list"):
         bench.operator.model("toy", 9)
-    with pytest.raises(OperationRefused, match="round status"):
+    with pytest.raises(OperationRefused, match="campaign list"):
         bench.operator.campaign("f" * 32)
     assert bench.operator.campaigns() == ()
 

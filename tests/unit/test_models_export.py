@@ -219,7 +219,7 @@ def test_functional_models_export_as_sequential_ones_do() -> None:
 
 
 def test_graph_does_not_grow_with_its_parameters() -> None:
-    small = exported(sequential(layers.Input((4,)), layers.Dense(8, activation="relu"), layers.Dense(4)), 4)
+    small = exported(sequential(layers.Input((6,)), layers.Dense(9, activation="relu"), layers.Dense(4)), 6)
     large = exported(
         sequential(layers.Input((64,)), layers.Dense(900, activation="relu"), layers.Dense(4)), 64
     )
