@@ -7,6 +7,7 @@ whatever goes wrong in it becomes a fault with a code, and the device goes on.
 from __future__ import annotations
 
 import ctypes
+import gc
 import logging
 import queue
 import threading
@@ -192,6 +193,8 @@ class Worker:
             self._thread.join(timeout=seconds)
 
     def _run(self) -> None:
+        gc.collect()
+        return_freed_memory()
         while (job := self._jobs.get()) is not None:
             if not isinstance(job, TestVersion | Personalise) and job.round_id != self._round_id:
                 continue
@@ -224,6 +227,7 @@ class Worker:
         if isinstance(job, MaskInput):
             # The noise table and the masks need the memory that the model takes; it is read again in no time.
             self._loaded = None
+            gc.collect()
             return_freed_memory()
             parts = packed_slices(job.contribution, job.encoding, job.masks, job.noise_key)
             blob = self._blobs.write_upload(job.round_id, parts)

@@ -107,7 +107,7 @@ def test_a_round_is_told_from_its_start_to_its_version(tmp_path: Path) -> None:
     phases = list(dict.fromkeys(data["phase"] for data in rounds if "phase" in data))
     assert phases == ["AdvertiseKeys", "ShareKeys", "MaskedInput", "ConsistencyCheck", "Unmasking"]
     assert (rounds[-1]["status"], rounds[-1]["version"]) == ("completed", 2)
-    # Without a rollout, versions go to the fleet at once.
-    versions = [(e.data["version"], e.data["stage"]) for e in events if e.kind == "version"]
-    assert versions == [(1, "stable"), (2, "candidate"), (2, "stable")]
+    # Published, and, without a rollout, given to the fleet at once.
+    versions = [(e.data["version"], e.data.get("stage")) for e in events if e.kind == "version"]
+    assert versions == [(1, "stable"), (2, None), (2, "stable")]
     assert [e.data["status"] for e in events if e.kind == "campaign"][-1] == "finished"
