@@ -15,7 +15,6 @@ variance proxy |x|^2 / B (`variance_proxy`).
 from __future__ import annotations
 
 import math
-from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +22,6 @@ from numpy.typing import NDArray
 from protocol.secagg.prg import Keystream, derive_key
 
 MAX_BLOCK = 1 << 20
-_RADIX_LOG2 = 6  # a 64 x 64 product fits the cache and fills the vector units
 
 
 def block_size(length: int) -> int:
@@ -81,31 +79,19 @@ def _scaled_signs(stream: Keystream, index: int, block: int) -> NDArray[np.float
     return np.array([magnitude, -magnitude], np.float32)[bits]
 
 
-@cache
-def _matrix(log2_order: int) -> NDArray[np.float32]:
-    """Sylvester's Hadamard matrix, float32, shape (2^log2_order, 2^log2_order); symmetric."""
-    matrix = np.ones((1, 1), np.float32)
-    for _ in range(log2_order):
-        matrix = np.block([[matrix, matrix], [matrix, -matrix]])
-    matrix.setflags(write=False)
-    return matrix
-
-
 def _hadamard(part: NDArray[np.float32], scratch: NDArray[np.float32]) -> None:
-    """Replaces `part` by H @ part, unnormalised. H of order B is a Kronecker product of smaller ones."""
+    """Replaces `part` by H @ part, unnormalised, H being Sylvester's matrix in natural order.
+
+    Every level is the same butterfly of neighbours (Pease 1968, "An Adaptation of the Fast Fourier Transform
+    for Parallel Processing"). Its order of additions is fixed, so that aggregator, auditor and any processor
+    get the same bits; a product of matrices leaves that order to the linear algebra library and its threads.
+    """
     source, target = part, scratch
-    stride = 1
-    levels = part.size.bit_length() - 1
-    while levels:
-        step = min(_RADIX_LOG2, levels)
-        order = 1 << step
-        if stride == 1:
-            np.matmul(source.reshape(-1, order), _matrix(step), out=target.reshape(-1, order))
-        else:
-            shape = (-1, order, stride)
-            np.matmul(_matrix(step), source.reshape(shape), out=target.reshape(shape))
+    half = part.size // 2
+    for _ in range(part.size.bit_length() - 1):
+        even, odd = source[0::2], source[1::2]
+        np.add(even, odd, out=target[:half])
+        np.subtract(even, odd, out=target[half:])
         source, target = target, source
-        stride *= order
-        levels -= step
     if source is not part:
         part[:] = source
