@@ -16,7 +16,7 @@ from aggregator.access.roles import Role
 from aggregator.access.tokens import ID_BYTES, SECRET_BYTES, TokenRecord, make_token
 from aggregator.clock import Clock
 from aggregator.evaluations import EvaluationRequest
-from aggregator.fleet.authority import Authority, requested_name
+from aggregator.fleet.authority import Authority, issued_certificate, requested_name
 from aggregator.queries import QueryRequest
 from aggregator.records import (
     AuditEntry,
@@ -115,6 +115,7 @@ class Operator(RolloutOperations):
                 writer.add_device(device)
             else:
                 writer.replace_certificate(device.device_id, device.certificate)
+            writer.add_certificate(issued_certificate(device))
         return self.authority.bundle(device)
 
     def devices(self) -> tuple[Device, ...]:

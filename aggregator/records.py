@@ -14,6 +14,8 @@ CampaignStatus = Literal["waiting", "running", "paused", "finished", "failed", "
 RoundStatus = Literal["running", "completed", "aborted"]
 Stage = Literal["candidate", "canary", "stable", "withdrawn"]
 """How far a version has come: made, with a part of the fleet, for all of it, or taken back for good."""
+DeviceState = Literal["active", "revoked", "retired"]
+"""Whether a device may be in the fleet: it may, it lost that right, or its time is over."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,7 @@ class Device:
         last_seen: seconds since 1970; None before the first birth.
         labels: what the operator calls it by, sorted: `site=north`, `barn`.
         failures: model -> the version that failed on it last, and why.
+        token_id: of the enrolment token that let it in; None when an operator signed its request.
     """
 
     device_id: str
@@ -43,6 +46,27 @@ class Device:
     labels: tuple[str, ...] = ()
     conditions: Conditions = field(default_factory=Conditions)
     failures: Mapping[str, VersionFailure] = field(default_factory=dict)
+    state: DeviceState = "active"
+    token_id: str | None = None
+
+
+@dataclass(frozen=True)
+class IssuedCertificate:
+    """A device certificate that the fleet's CA issued; kept when the device has another one since.
+
+    Attributes:
+        serial: number of the certificate, hexadecimal without leading zeros.
+        expires_at: seconds since 1970, as all times.
+        revoked_at: None while it is good.
+        reason: why it was revoked.
+    """
+
+    serial: str
+    device_id: str
+    issued_at: float
+    expires_at: float
+    revoked_at: float | None = None
+    reason: str = ""
 
 
 @dataclass(frozen=True)

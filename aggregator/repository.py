@@ -20,6 +20,7 @@ from contextlib import AbstractContextManager
 from typing import Protocol
 
 from aggregator.access.tokens import TokenRecord
+from aggregator.fleet.enrolment import EnrolmentToken
 from aggregator.records import (
     Assigned,
     AuditEntry,
@@ -27,8 +28,10 @@ from aggregator.records import (
     CampaignStatus,
     Device,
     DeviceFilter,
+    DeviceState,
     Evaluation,
     FleetSize,
+    IssuedCertificate,
     LedgerEntry,
     LogEntry,
     NoiseTree,
@@ -108,6 +111,25 @@ class Reader(Protocol):
 
     def count_devices(self, which: DeviceFilter) -> int:
         """How many enrolled devices fit."""
+        ...
+
+    def certificates(
+        self, device_id: str | None = None, *, revoked: bool | None = None
+    ) -> tuple[IssuedCertificate, ...]:
+        """Certificates that were issued, of one device or of all, oldest first.
+
+        Args:
+            device_id: only those of this device.
+            revoked: only those that are, or only those that are not.
+        """
+        ...
+
+    def enrolment_token(self, token_id: str) -> EnrolmentToken | None:
+        """One enrolment token, used or not."""
+        ...
+
+    def enrolment_tokens(self) -> tuple[EnrolmentToken, ...]:
+        """Every enrolment token ever made, oldest first."""
         ...
 
     # --- versions
@@ -265,6 +287,62 @@ class Writer(Reader, Protocol):
 
         Raises:
             NotFound: no such device.
+        """
+        ...
+
+    def note_enrolment(self, device_id: str, token_id: str | None, at: float) -> None:
+        """Records that a known device was enrolled anew, and by which token: it is active from now on.
+
+        Raises:
+            NotFound: no such device.
+        """
+        ...
+
+    def set_device_state(self, device_id: str, state: DeviceState) -> None:
+        """Says whether a device may be in the fleet.
+
+        Raises:
+            NotFound: no such device.
+        """
+        ...
+
+    def add_certificate(self, certificate: IssuedCertificate) -> None:
+        """Records a certificate that was issued to an enrolled device.
+
+        Raises:
+            Conflict: the serial number is taken, or there is no such device.
+        """
+        ...
+
+    def revoke_certificate(self, serial: str, at: float, reason: str) -> None:
+        """Revokes a certificate; one that is revoked keeps its first moment and reason.
+
+        Raises:
+            NotFound: no such certificate.
+        """
+        ...
+
+    def add_enrolment_token(self, token: EnrolmentToken) -> None:
+        """Adds an enrolment token.
+
+        Raises:
+            Conflict: the id is taken.
+        """
+        ...
+
+    def use_enrolment_token(self, token_id: str, key_id: str, at: float) -> None:
+        """Records that a key was enrolled by a token.
+
+        Raises:
+            NotFound: no such token that is not used yet.
+        """
+        ...
+
+    def revoke_enrolment_token(self, token_id: str, at: float) -> None:
+        """Revokes an enrolment token; one that is revoked keeps its first moment.
+
+        Raises:
+            NotFound: no such token.
         """
         ...
 

@@ -31,6 +31,7 @@ from aggregator.adapters.sql_access import AccessReader, AccessWriter
 from aggregator.adapters.sql_claim import Claim
 from aggregator.adapters.sql_devices import fitting
 from aggregator.adapters.sql_engine import MODE, Mode, contended, erase_log, open_engine, reason
+from aggregator.adapters.sql_enrolment import EnrolmentReader, EnrolmentWriter
 from aggregator.adapters.sql_migration import check_schema
 from aggregator.adapters.sql_noise import NoiseReader, NoiseWriter
 from aggregator.adapters.sql_optimizer import OptimizerReader, OptimizerWriter
@@ -151,7 +152,7 @@ class SqlRepository:
             raise StorageUnavailable(reason(error)) from error
 
 
-class _Reader(AccessReader, NoiseReader, OptimizerReader, RolloutReader):
+class _Reader(AccessReader, EnrolmentReader, NoiseReader, OptimizerReader, RolloutReader):
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
 
@@ -314,7 +315,7 @@ class _Reader(AccessReader, NoiseReader, OptimizerReader, RolloutReader):
         return self._connection.scalars(query).one_or_none()
 
 
-class _Writer(_Reader, AccessWriter, NoiseWriter, OptimizerWriter, RolloutWriter):
+class _Writer(_Reader, AccessWriter, EnrolmentWriter, NoiseWriter, OptimizerWriter, RolloutWriter):
     ended_round = False
     """Whether a round's secrets were erased in this transaction."""
 

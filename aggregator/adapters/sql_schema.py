@@ -22,7 +22,7 @@ from sqlalchemy import (
     UniqueConstraint,
 )
 
-REVISION = "0010"
+REVISION = "0011"
 """The newest migration: what a database must have to be used."""
 
 NAME = String(63).with_variant(String(63, collation="C"), "postgresql")
@@ -50,6 +50,38 @@ devices = Table(
     Column("labels", Text, nullable=False, server_default="[]"),
     Column("conditions", Text, nullable=False, server_default="{}"),
     Column("failures", Text, nullable=False, server_default="{}"),
+    Column("state", String(16), nullable=False, server_default="active"),
+    Column("token_id", String(12)),
+)
+
+# One row a certificate that was ever issued: a device that was enrolled anew has several.
+certificates = Table(
+    "certificates",
+    metadata,
+    Column("serial", String(40), primary_key=True),
+    Column("device_id", ForeignKey("devices.device_id"), nullable=False, index=True),
+    Column("issued_at", Float, nullable=False),
+    Column("expires_at", Float, nullable=False),
+    Column("revoked_at", Float),
+    Column("reason", Text, nullable=False),
+)
+
+enrolment_tokens = Table(
+    "enrolment_tokens",
+    metadata,
+    Column("seq", Integer, primary_key=True),
+    Column("token_id", String(12), nullable=False, unique=True),
+    Column("secret_sha256", LargeBinary, nullable=False),
+    Column("name", NAME, nullable=False),
+    Column("labels", Text, nullable=False),
+    Column("replaces", Boolean, nullable=False),
+    Column("created_at", Float, nullable=False),
+    Column("expires_at", Float, nullable=False),
+    Column("created_by", Text, nullable=False),
+    Column("revoked_at", Float),
+    Column("used_at", Float),
+    Column("key_id", String(64)),
+    Index("enrolment_tokens_name", "name"),
 )
 
 versions = Table(

@@ -9,7 +9,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.x509.oid import NameOID
 from pydantic import TypeAdapter, ValidationError
 
-from aggregator.records import Device
+from aggregator.records import Device, IssuedCertificate
 from models.manifest import ModelManifest
 from protocol.enrolment import EnrolmentBundle
 from protocol.errors import BadSignature
@@ -124,6 +124,17 @@ class Authority:
             self.ca_key, self.ca, device_id, public_key, now=int(now), days=DEVICE_DAYS, serial=serial
         )
         return Device(device_id, certificate, enrolled_at=now)
+
+
+def issued_certificate(device: Device) -> IssuedCertificate:
+    """The record of a device's certificate, by what the certificate says."""
+    certificate = x509.load_der_x509_certificate(device.certificate)
+    return IssuedCertificate(
+        serial=f"{certificate.serial_number:x}",
+        device_id=device.device_id,
+        issued_at=device.enrolled_at,
+        expires_at=certificate.not_valid_after_utc.timestamp(),
+    )
 
 
 def requested_name(request: bytes) -> str:

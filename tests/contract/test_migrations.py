@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 
@@ -13,16 +14,19 @@ from alembic.config import Config
 from alembic.operations import Operations
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from sqlalchemy import Connection, Engine, create_engine, inspect, text
 
 from aggregator.adapters import migrations
 from aggregator.adapters.sql import SqlRepository
 from aggregator.adapters.sql_migration import migrate
 from aggregator.adapters.sql_schema import REVISION, metadata
-from aggregator.records import Device
+from aggregator.records import Device, IssuedCertificate
 from aggregator.repository import OutdatedSchema, UnknownSchema
+from protocol.identity import create_ca, issue_certificate
 
 DEVICE = Device("barn-1", b"certificate", 1.0)
+NOW = 1_800_000_000
 
 
 @contextmanager
@@ -34,7 +38,7 @@ def raw(url: str) -> Iterator[Connection]:
     engine.dispose()
 
 
-def make_unnumbered(url: str) -> None:
+def make_unnumbered(url: str, device: Device = DEVICE) -> None:
     """Makes what the release before the migrations made: the tables of 0001, a number in `meta`, a device."""
     first = import_module("aggregator.adapters.migrations.versions.0001_first_release")
     with raw(url) as connection:
@@ -43,7 +47,7 @@ def make_unnumbered(url: str) -> None:
         connection.execute(text("INSERT INTO meta VALUES ('schema_version', '1')"))
         columns = "device_id, certificate, enrolled_at, online, client_version, runtime, models"
         row = ":device_id, :certificate, :enrolled_at, :online, :client_version, :runtime, '{}'"
-        connection.execute(text(f"INSERT INTO devices ({columns}) VALUES ({row})"), vars(DEVICE))  # noqa: S608
+        connection.execute(text(f"INSERT INTO devices ({columns}) VALUES ({row})"), vars(device))  # noqa: S608
 
 
 def tables(url: str) -> set[str]:
@@ -110,6 +114,19 @@ def test_a_database_from_before_the_migrations_is_adopted_with_what_it_holds(emp
     repository = SqlRepository(empty_database)
     with repository.read() as reader:
         assert reader.device("barn-1") == DEVICE
+    repository.close()
+
+
+def test_certificates_of_devices_in_use_are_entered(empty_database: str) -> None:
+    key = Ed25519PrivateKey.generate()
+    ca = create_ca(key, "barn", now=NOW, days=30, serial=1)
+    device = issue_certificate(key, ca, "barn-1", key.public_key(), now=NOW, days=30, serial=0xABC)
+    make_unnumbered(empty_database, replace(DEVICE, certificate=device))
+    migrate(empty_database)
+    repository = SqlRepository(empty_database)
+    with repository.read() as reader:
+        days = 30 * 86_400
+        assert reader.certificates() == (IssuedCertificate("abc", "barn-1", NOW - 3600.0, float(NOW + days)),)
     repository.close()
 
 

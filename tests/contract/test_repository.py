@@ -11,6 +11,7 @@ import pytest
 from aggregator.access.roles import Role
 from aggregator.access.tokens import make_token
 from aggregator.adapters.sql import SqlRepository
+from aggregator.fleet.enrolment import make_enrolment_token
 from aggregator.records import (
     Assigned,
     AuditEntry,
@@ -19,6 +20,7 @@ from aggregator.records import (
     DeviceFilter,
     Evaluation,
     FleetSize,
+    IssuedCertificate,
     LedgerEntry,
     LogEntry,
     NoiseTree,
@@ -193,6 +195,68 @@ def test_devices(repository: Repository) -> None:
         writer.set_exclusion("barn-1", None)
     with repository.read() as reader:
         assert reader.device("barn-1") == replace(seen, online=False, excluded=None, last_seen=6.0)
+
+
+def test_enrolment_tokens(repository: Repository) -> None:
+    made = [
+        make_enrolment_token(
+            bytes([number]) * 38,
+            name=f"barn-{number}",
+            labels=("site=barn", "a"),
+            replaces=number == 2,
+            now=float(number),
+            seconds=60.0,
+            created_by="token:1 laptop",
+        )[1]
+        for number in (1, 2)
+    ]
+    with repository.write() as writer:
+        for token in made:
+            writer.add_enrolment_token(token)
+        writer.use_enrolment_token(made[0].token_id, "f" * 64, 7.0)
+        writer.revoke_enrolment_token(made[1].token_id, 8.0)
+        writer.revoke_enrolment_token(made[1].token_id, 9.0)
+    used = replace(made[0], used_at=7.0, key_id="f" * 64)
+    with repository.read() as reader:
+        assert reader.enrolment_tokens() == (used, replace(made[1], revoked_at=8.0))
+        assert reader.enrolment_token(made[0].token_id) == used
+        assert reader.enrolment_token("0" * 12) is None
+    with pytest.raises(Conflict), repository.write() as writer:
+        writer.add_enrolment_token(made[0])
+    with pytest.raises(NotFound), repository.write() as writer:
+        writer.use_enrolment_token(made[0].token_id, "e" * 64, 9.0)
+    with pytest.raises(NotFound), repository.write() as writer:
+        writer.revoke_enrolment_token("0" * 12, 9.0)
+
+
+def test_certificates_and_what_became_of_a_device(repository: Repository) -> None:
+    first = IssuedCertificate("1f", "barn-1", issued_at=1.0, expires_at=100.0)
+    second = replace(first, serial="20", issued_at=2.0)
+    with repository.write() as writer:
+        writer.add_device(DEVICE)
+        writer.add_device(replace(DEVICE, device_id="barn-2"))
+        for certificate in (second, first, replace(first, serial="21", device_id="barn-2")):
+            writer.add_certificate(certificate)
+        writer.revoke_certificate("1f", 3.0, "stolen")
+        writer.revoke_certificate("1f", 4.0, "again")
+        writer.set_device_state("barn-1", "revoked")
+    revoked = replace(first, revoked_at=3.0, reason="stolen")
+    with repository.read() as reader:
+        assert reader.certificates("barn-1") == (revoked, second)
+        assert reader.certificates(revoked=True) == (revoked,)
+        assert [each.serial for each in reader.certificates(revoked=False)] == ["21", "20"]
+        assert reader.device("barn-1") == replace(DEVICE, state="revoked")
+    with repository.write() as writer:
+        writer.note_enrolment("barn-1", "abcdef012345", 9.0)
+    with repository.read() as reader:
+        assert reader.device("barn-1") == replace(DEVICE, enrolled_at=9.0, token_id="abcdef012345")
+    for stray in (first, replace(first, serial="22", device_id="nobody")):
+        with pytest.raises(Conflict), repository.write() as writer:
+            writer.add_certificate(stray)
+    with pytest.raises(NotFound), repository.write() as writer:
+        writer.revoke_certificate("23", 3.0, "")
+    with pytest.raises(NotFound), repository.write() as writer:
+        writer.set_device_state("nobody", "retired")
 
 
 def test_the_size_of_the_fleet(repository: Repository) -> None:
