@@ -105,8 +105,12 @@ def _add_personalise(commands: Any) -> None:
         "covey-edge personalise --state /var/lib/covey --data /srv/recordings --epochs 20",
     )
     personalise.add_argument(
-        "--data", type=Path, required=True, metavar="DIR", help="NPZ files in the order of time, as for run"
+        "--data",
+        type=Path,
+        metavar="DIR",
+        help="NPZ files in the order of time, as for run (default: [[data]] in edge.toml)",
     )
+    _add_config(personalise)
     personalise.add_argument("--model", help="which model, when this device has several")
     personalise.add_argument("--epochs", type=int, default=20, help="passes (default: %(default)s)")
     personalise.add_argument(
@@ -175,8 +179,12 @@ def _add_run(commands: Any) -> None:
     )
     run.add_argument("--broker", required=True, metavar="URL", help="mqtts://HOST[:PORT], or mqtt:// locally")
     run.add_argument(
-        "--data", type=Path, required=True, metavar="DIR", help="NPZ files with x (float32) and y (int32)"
+        "--data",
+        type=Path,
+        metavar="DIR",
+        help="NPZ files with x (float32) and y (int32) (default: [[data]] in edge.toml)",
     )
+    _add_config(run)
     run.add_argument(
         "--model", action="append", metavar="NAME", help="follow this model only; may be repeated"
     )
@@ -196,6 +204,12 @@ def _add_run(commands: Any) -> None:
         choices=("debug", "info", "warning", "error"),
         default="info",
         help="what goes to standard error (default: %(default)s)",
+    )
+
+
+def _add_config(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--config", type=Path, metavar="FILE", help="the owner's settings (default: edge.toml in the state)"
     )
 
 

@@ -15,7 +15,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import assert_never
 
-from edge_client.adapters.data import DataSource
 from edge_client.adapters.files import StorageError
 from edge_client.adapters.mqtt import Inbound, LinkDown, LinkEvent, LinkUp, MqttLink, birth
 from edge_client.adapters.readings import FieldReader
@@ -51,6 +50,7 @@ from edge_client.events import (
 from edge_client.fields import InvalidFields
 from edge_client.profile import Profile
 from edge_client.session import SessionState, handle, restore
+from edge_client.sources import DataSource
 from protocol import topics
 from protocol.codec import decode_to_device, encode
 from protocol.errors import MalformedMessage, ProtocolError
@@ -143,6 +143,7 @@ class Daemon:
         self._store.blobs.keep_upload(active.round_id if active else None)
         self._store.keep_local()
         self._worker.start()
+        self._data.start()
         self._check_conditions()
         self._take(Started())
         self._link.start()
@@ -164,6 +165,7 @@ class Daemon:
         finally:
             self._link.stop(self._status(online=False))
             self._worker.stop()
+            self._data.stop()
 
     # --- in ----------------------------------------------------------------------------------------------
 

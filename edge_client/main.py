@@ -20,8 +20,10 @@ from typing import TYPE_CHECKING, Any
 from edge_client import __version__, cli
 
 if TYPE_CHECKING:
+    from edge_client.configuration import EdgeConfiguration
     from edge_client.fields import FieldSource
     from edge_client.policy import DevicePolicy
+    from edge_client.sources import DataSource
     from protocol.enrolment import EnrolmentBundle
 
 LOCK = "lock"
@@ -123,7 +125,6 @@ def _enroll(options: argparse.Namespace) -> None:
 def _run(options: argparse.Namespace) -> None:
     _import_paho()
     from edge_client.adapters.credentials import POLICY, load_credentials, load_policy, tls_files
-    from edge_client.adapters.data import NpzDirectory
     from edge_client.adapters.files import Lock
     from edge_client.adapters.mqtt import LinkSettings, MqttLink
     from edge_client.adapters.readings import FieldReader
@@ -159,7 +160,7 @@ def _run(options: argparse.Namespace) -> None:
     inbox = Inbox()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: inbox.put(Stop()))
-    data, fields = NpzDirectory(options.data), FieldReader(options.state, options.data)
+    data, fields = _data(options), FieldReader(options.state, options.data)
     link = MqttLink(LinkSettings(profile.device_id, address, tls, options.mqtt_version), sink=inbox.from_link)
     with DeviceStore.open(options.state) as store:
         worker = Worker(store.blobs, data, fields, inbox.put)
@@ -178,6 +179,31 @@ def _run(options: argparse.Namespace) -> None:
         daemon.run()
     lock.release()
     logging.getLogger("covey.edge").info("stopped device=%s", profile.device_id)
+
+
+def _data(options: argparse.Namespace) -> DataSource:
+    """Where this device's examples come from: --data, else the tables of edge.toml."""
+    from edge_client.adapters.credentials import CONFIGURATION
+
+    if options.data is not None:
+        from edge_client.adapters.data import NpzDirectory
+
+        return NpzDirectory(options.data)
+    configuration = _configuration(options)
+    if not configuration.data:
+        path = options.config or options.state / CONFIGURATION
+        raise CommandFailed(f"say where the examples come from: --data DIR, or a [[data]] table in {path}")
+    from edge_client.adapters.sources import open_sources
+
+    return open_sources(configuration.data, options.state)
+
+
+def _configuration(options: argparse.Namespace) -> EdgeConfiguration:
+    from edge_client.adapters.credentials import CONFIGURATION, load_configuration
+
+    if options.config is not None and not options.config.is_file():
+        raise CommandFailed(f"there is no configuration file {options.config}")
+    return load_configuration(options.config or options.state / CONFIGURATION)
 
 
 def _status(options: argparse.Namespace) -> None:
@@ -204,7 +230,7 @@ def _personalise(options: argparse.Namespace) -> None:
         config = PersonalConfig(options.epochs, options.learning_rate, gap=options.gap)
     except ValueError as error:
         raise CommandFailed(str(error)) from error
-    answer = report.personalise(options.state, options.data, options.model, config, tflite_trainer)
+    answer = report.personalise(options.state, _data(options), options.model, config, tflite_trainer)
     cli.say(cli.as_json(answer) if options.json else report.personal_text(answer))
 
 
@@ -318,6 +344,7 @@ def _expected() -> tuple[type[Exception], ...]:
     """What a command may raise for a reason that its user can do something about."""
     from edge_client.adapters.credentials import CredentialError
     from edge_client.adapters.files import StorageError
+    from edge_client.configuration import InvalidConfiguration
     from edge_client.fields import InvalidFields
     from edge_client.policy import InvalidPolicy
     from edge_client.report import ReportError
@@ -329,6 +356,7 @@ def _expected() -> tuple[type[Exception], ...]:
         CommandFailed,
         CredentialError,
         InvalidAddress,
+        InvalidConfiguration,
         InvalidFields,
         InvalidPolicy,
         ProtocolError,

@@ -18,7 +18,6 @@ from pydantic import TypeAdapter
 from edge_client import cli
 from edge_client.adapters.blobs import Blobs
 from edge_client.adapters.credentials import POLICY, load_credentials, load_policy
-from edge_client.adapters.data import NpzDirectory
 from edge_client.adapters.files import StorageError
 from edge_client.adapters.store import DATABASE, DeviceStore
 from edge_client.events import VersionStatus
@@ -26,6 +25,7 @@ from edge_client.ledger import DAY, History, LedgerEntry
 from edge_client.library import Library
 from edge_client.personalisation import Personal, PersonalConfig
 from edge_client.personalisation import personalise as fine_tuned
+from edge_client.sources import DataSource
 from edge_client.training import LocalTrainer
 from models.assignment import described
 from models.examples import InvalidExamples
@@ -242,7 +242,7 @@ def predict(state: Path, path: Path, model: str | None, trainer: TrainerFactory)
 
 
 def personalise(
-    state: Path, data: Path, model: str | None, config: PersonalConfig, trainer: TrainerFactory
+    state: Path, source: DataSource, model: str | None, config: PersonalConfig, trainer: TrainerFactory
 ) -> dict[str, Any]:
     """Fine-tunes the last good version on the device's own data; keeps the result if it is better.
 
@@ -252,9 +252,8 @@ def personalise(
         TrainingError: the examples do not do, or training diverged: nothing changed.
         StorageError: the store cannot be read or written, or another process personalises.
     """
-    source = NpzDirectory(data)
     if (fault := source.fault()) is not None:
-        raise ReportError(f"{data}: {fault.detail}")
+        raise ReportError(fault.detail)
     files = Blobs(state).personal
     serving = _serving(state, model)
     with files.writing():

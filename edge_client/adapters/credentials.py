@@ -6,6 +6,7 @@ enrolment.json    the bundle that the operator gave back; the next two are cut f
 certificate.pem   this device's certificate
 ca.pem            the fleet CA's
 policy.json       the owner's rules, if they differ from the defaults
+edge.toml         what else the owner sets, such as where examples come from
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from edge_client.adapters.files import private_directory, storage_errors, write_durably
 from edge_client.adapters.tls import TlsFiles
+from edge_client.configuration import EdgeConfiguration, InvalidConfiguration
 from edge_client.policy import DevicePolicy
 from protocol.enrolment import EnrolmentBundle
 from protocol.errors import BadSignature
@@ -33,6 +35,7 @@ from protocol.identity import create_request, key_id, open_request
 
 KEY, REQUEST, ENROLMENT = "identity.pem", "device.csr", "enrolment.json"
 CERTIFICATE, CA, POLICY = "certificate.pem", "ca.pem", "policy.json"
+CONFIGURATION = "edge.toml"
 _SLUG: TypeAdapter[str] = TypeAdapter(Slug)
 
 
@@ -137,6 +140,23 @@ def load_policy(path: Path) -> DevicePolicy:
         return DevicePolicy()
     with storage_errors(f"reading {path}"):
         return DevicePolicy.from_bytes(path.read_bytes())
+
+
+def load_configuration(path: Path) -> EdgeConfiguration:
+    """Reads the owner's `edge.toml`; everything has its default when there is no such file.
+
+    Raises:
+        InvalidConfiguration: the file holds something that it must not.
+        StorageError: it cannot be read.
+    """
+    if not path.exists():
+        return EdgeConfiguration()
+    with storage_errors(f"reading {path}"):
+        data = path.read_bytes()
+    try:
+        return EdgeConfiguration.from_bytes(data)
+    except InvalidConfiguration as error:
+        raise InvalidConfiguration(f"{path}: {error}") from error
 
 
 def save_policy(path: Path, policy: DevicePolicy) -> None:

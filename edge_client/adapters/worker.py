@@ -18,7 +18,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_client.adapters.blobs import Blobs
-from edge_client.adapters.data import DataSource
 from edge_client.adapters.files import StorageError, StorageFull
 from edge_client.adapters.model_check import check_in_child
 from edge_client.adapters.readings import FieldReader
@@ -42,6 +41,7 @@ from edge_client.events import (
 from edge_client.fields import InvalidFields, UnreadableField
 from edge_client.masked_input import packed_slices
 from edge_client.personalisation import personalise
+from edge_client.sources import DataSource
 from edge_client.training import (
     ExamplesRejected,
     LocalTrainer,
