@@ -10,42 +10,58 @@ from rich.console import Console
 from rich.table import Table
 
 from aggregator import cli_output as output
-from aggregator.cli_options import Form, Json, Output, OverSelect, Where, WhichDevices, idle, service
+from aggregator.cli_options import (
+    Cohort,
+    Colluders,
+    Delta,
+    Form,
+    Gather,
+    Json,
+    MaxEpsilon,
+    Minimum,
+    MinSurvivors,
+    Mode,
+    NoiseMultiplier,
+    Output,
+    OverSelect,
+    Seed,
+    SubcohortLimit,
+    Where,
+    WhichDevices,
+    deadlines,
+    idle,
+    options_of,
+    service,
+)
 from aggregator.cli_waiting import nothing_yet, wait
 from aggregator.evaluations import EvaluationRequest
 from aggregator.rounds.evaluation import VersionEvaluation
+from aggregator.rounds.planning import GATHER_SECONDS
+from aggregator.settings import DEFAULT_COHORT, DEFAULT_DELTA, given
 from protocol.dp.parameters import PrivacyMode
+from protocol.plan import SUBCOHORT_LIMIT, Deadlines
 
 _console = Console(highlight=False)
 
 
+@options_of(deadlines, "deadlines")
 def evaluate(
+    *,
     model: Annotated[str, typer.Argument(help="Name of the model.")],
     state: Where = None,
     version: Annotated[int | None, typer.Option(min=1, help="Its version.", show_default="newest")] = None,
-    cohort: Annotated[int, typer.Option(min=2, help="Devices in a full cohort.")] = 10,
-    minimum: Annotated[
-        int | None,
-        typer.Option(min=2, help="Check-ins that the round needs.", show_default="above 2/3 of the cohort"),
-    ] = None,
-    min_survivors: Annotated[
-        int | None,
-        typer.Option(min=2, help="Answers that a sum needs.", show_default="as many as --minimum"),
-    ] = None,
-    privacy: Annotated[
-        PrivacyMode, typer.Option(help="Who adds noise: nobody, the aggregator, every device.")
-    ] = PrivacyMode.DISTRIBUTED,
-    noise_multiplier: Annotated[
-        float | None,
-        typer.Option(min=0.0, help="Noise over sensitivity.", show_default="1 where there is noise"),
-    ] = None,
-    delta: Annotated[float, typer.Option(help="The delta at which epsilon is stated.")] = 1e-5,
-    max_epsilon: Annotated[
-        float | None,
-        typer.Option(help="Do not ask if it takes the fleet beyond it.", show_default="no limit"),
-    ] = None,
-    gather: Annotated[float, typer.Option(min=0.0, help="Seconds to wait for a full cohort.")] = 3.0,
-    seed: Annotated[int | None, typer.Option(min=0, help="Draws the cohort.", show_default="random")] = None,
+    cohort: Cohort = DEFAULT_COHORT,
+    minimum: Minimum = None,
+    min_survivors: MinSurvivors = None,
+    subcohort_limit: SubcohortLimit = SUBCOHORT_LIMIT,
+    privacy: Mode = PrivacyMode.DISTRIBUTED,
+    noise_multiplier: NoiseMultiplier = None,
+    colluders: Colluders = None,
+    delta: Delta = None,
+    max_epsilon: MaxEpsilon = None,
+    gather: Gather = GATHER_SECONDS,
+    deadlines: Deadlines,
+    seed: Seed = None,
     where: WhichDevices = "",
     held_out: Annotated[
         bool,
@@ -75,9 +91,12 @@ def evaluate(
             cohort=cohort,
             minimum=minimum,
             min_survivors=min_survivors,
+            subcohort_limit=subcohort_limit,
             privacy=privacy,
             noise_multiplier=noise_multiplier,
-            delta=delta,
+            colluders=given(colluders, 0),
+            delta=given(delta, DEFAULT_DELTA),
+            deadlines=deadlines,
             gather_seconds=gather,
             epsilon_limit=max_epsilon,
             where=where,

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+import inspect
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from pydantic import ValidationError
 
 from aggregator import main as covey
 from aggregator import profile as profiles
 from aggregator.client import Client
+from aggregator.settings import invalid
+from protocol.dp.parameters import PrivacyMode
+from protocol.plan import Deadlines
+
+Command = Callable[..., Any]
+_LIMITS = Deadlines()
+_DEADLINES = "Deadlines"
 
 State = Annotated[
     Path,
@@ -52,6 +62,134 @@ OverSelect = Annotated[
         min=1.0, max=10.0, help="Invite so many times the cohort: the first to check in make the roster."
     ),
 ]
+
+# --- of a round, whatever it asks
+
+Cohort = Annotated[int, typer.Option(min=2, help="Devices in a full cohort.")]
+Minimum = Annotated[
+    int | None,
+    typer.Option(min=2, help="Check-ins that a roster needs.", show_default="above 2/3 of a (sub-)cohort"),
+]
+MinSurvivors = Annotated[
+    int | None,
+    typer.Option(min=2, help="Masked inputs that a sum needs.", show_default="as many as --minimum"),
+]
+SubcohortLimit = Annotated[
+    int, typer.Option(min=2, help="Split a larger cohort: its parts hide, and fail, by themselves.")
+]
+Mode = Annotated[PrivacyMode, typer.Option(help="Who adds noise: nobody, the aggregator, every device.")]
+NoiseMultiplier = Annotated[
+    float | None, typer.Option(min=0.0, help="Noise over sensitivity.", show_default="1 where there is noise")
+]
+Colluders = Annotated[
+    int | None,
+    typer.Option(
+        min=0,
+        help="Distributed mode: survivors that may reveal their noise; others make up.",
+        show_default="0",
+    ),
+]
+Delta = Annotated[
+    float | None, typer.Option(help="The delta at which epsilon is stated.", show_default="1e-5")
+]
+MaxEpsilon = Annotated[
+    float | None,
+    typer.Option(help="Start no round that would take the fleet beyond it.", show_default="no limit"),
+]
+Gather = Annotated[
+    float, typer.Option(min=0.0, help="Seconds to wait for a full cohort.", rich_help_panel=_DEADLINES)
+]
+Seed = Annotated[int | None, typer.Option(min=0, help="Draws the cohorts.", show_default="random")]
+
+
+# --- of training
+
+Rounds = Annotated[
+    int | None, typer.Option(min=1, help="How many rounds.", show_default="the model's recipe")
+]
+LocalEpochs = Annotated[
+    int | None, typer.Option(min=1, help="Passes over local data.", show_default="the model's recipe")
+]
+LearningRate = Annotated[
+    float | None, typer.Option(help="Local learning rate.", show_default="the model's recipe")
+]
+ClipNorm = Annotated[
+    float | None, typer.Option(help="L2 bound of one update.", show_default="the model's recipe")
+]
+AdaptiveClip = Annotated[
+    float | None,
+    typer.Option(help="Let C follow this quantile of the updates' norms.", show_default="C is fixed"),
+]
+Bits = Annotated[
+    int | None,
+    typer.Option(min=8, max=32, help="Bits of one coordinate on the wire.", show_default="by the cohort"),
+]
+
+
+def deadlines(
+    advertise_seconds: Annotated[
+        float, typer.Option(min=0.1, help="Check-in.", rich_help_panel=_DEADLINES)
+    ] = _LIMITS.advertise_keys,
+    share_seconds: Annotated[
+        float, typer.Option(min=0.1, help="Exchange of shares.", rich_help_panel=_DEADLINES)
+    ] = _LIMITS.share_keys,
+    input_seconds: Annotated[
+        float, typer.Option(min=0.1, help="Work on the device, and upload.", rich_help_panel=_DEADLINES)
+    ] = _LIMITS.masked_input,
+    check_seconds: Annotated[
+        float, typer.Option(min=0.1, help="Consistency check.", rich_help_panel=_DEADLINES)
+    ] = _LIMITS.consistency_check,
+    unmask_seconds: Annotated[
+        float, typer.Option(min=0.1, help="Unmasking.", rich_help_panel=_DEADLINES)
+    ] = _LIMITS.unmasking,
+    offline_grace: Annotated[
+        float,
+        typer.Option(
+            min=0.0, help="How long a device that is offline is waited for.", rich_help_panel=_DEADLINES
+        ),
+    ] = _LIMITS.offline_grace,
+) -> Deadlines:
+    """What the options say of a round's deadlines, in seconds."""
+    return Deadlines(
+        advertise_keys=advertise_seconds,
+        share_keys=share_seconds,
+        masked_input=input_seconds,
+        consistency_check=check_seconds,
+        unmasking=unmask_seconds,
+        offline_grace=offline_grace,
+    )
+
+
+def options_of(factory: Callable[..., Any], argument: str) -> Callable[[Command], Command]:
+    """Gives a command the options of `factory`, whose result it takes as `argument`.
+
+    Args:
+        factory: a function whose parameters are options; its ValidationError becomes the user's BadParameter.
+        argument: name of the command's parameter that they stand in place of.
+    """
+    options = inspect.signature(factory, eval_str=True).parameters
+
+    def decorate(command: Command) -> Command:
+        own = inspect.signature(command, eval_str=True).parameters
+
+        @functools.wraps(command)
+        def wrapped(**given: Any) -> Any:
+            try:
+                made = factory(**{name: given.pop(name) for name in options})
+            except ValidationError as error:
+                raise typer.BadParameter(str(invalid(error))) from error
+            return command(**{argument: made}, **given)
+
+        parameters = [
+            each.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+            for name, parameter in own.items()
+            for each in (options.values() if name == argument else (parameter,))
+        ]
+        wrapped.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        wrapped.__annotations__ = {each.name: each.annotation for each in parameters}
+        return wrapped
+
+    return decorate
 
 
 class Form(StrEnum):

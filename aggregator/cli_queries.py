@@ -2,25 +2,49 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from pydantic import ValidationError
 
 from aggregator import cli_answers
 from aggregator import cli_output as output
-from aggregator.cli_options import Form, Json, Output, Where, idle, service
+from aggregator.cli_options import (
+    Cohort,
+    Colluders,
+    Command,
+    Delta,
+    Form,
+    Gather,
+    Json,
+    MaxEpsilon,
+    Minimum,
+    MinSurvivors,
+    Mode,
+    NoiseMultiplier,
+    Output,
+    Seed,
+    SubcohortLimit,
+    Where,
+    WhichDevices,
+    deadlines,
+    idle,
+    options_of,
+    service,
+)
 from aggregator.cli_waiting import nothing_yet, wait
 from aggregator.client import Client
 from aggregator.operations import OperationRefused
 from aggregator.queries import DEFAULT_BINS, DEFAULT_QUANTILE_BINS, QueryRequest
-from aggregator.settings import InvalidSettings, invalid
+from aggregator.rounds.planning import GATHER_SECONDS
+from aggregator.settings import DEFAULT_COHORT, DEFAULT_DELTA, InvalidSettings, given, invalid
+from aggregator.web.schemas import Campaign
 from protocol.dp.parameters import PrivacyMode
 from protocol.plan import (
     MAX_BINS,
+    SUBCOHORT_LIMIT,
+    Deadlines,
     HistogramQuestion,
     MeanQuestion,
     QuantileQuestion,
@@ -28,7 +52,7 @@ from protocol.plan import (
     SumQuestion,
 )
 
-Ask = Callable[..., Question]
+Which = Annotated[str, typer.Argument(metavar="QUERY", help="Id of the query, or its beginning.")]
 
 query_app = typer.Typer(
     no_args_is_help=True,
@@ -36,71 +60,51 @@ query_app = typer.Typer(
 )
 
 
-def _asking(question_of: Ask) -> Callable[..., None]:
-    """Makes a command of a question: its own options, and those that every query has."""
-    own = inspect.signature(question_of, eval_str=True).parameters
-    shared = inspect.signature(_ask, eval_str=True).parameters
-
-    @functools.wraps(question_of)
-    def command(**given: Any) -> None:
-        options = {name: given.pop(name) for name in own}
-        _ask(functools.partial(question_of, **options), **given)
-
-    parameters = [p for name, p in shared.items() if name != "question"] + list(own.values())
-    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    command.__annotations__ = {p.name: p.annotation for p in parameters}
-    return command
-
-
+@options_of(deadlines, "deadlines")
 def _ask(
-    question: Callable[[], Question],
+    *,
     field: Annotated[str, typer.Argument(help="Name of the field, as devices declare it.")],
     low: Annotated[float, typer.Option(help="Values below it count as it: chosen without the data.")],
     high: Annotated[float, typer.Option(help="Values above it count as it.")],
     state: Where = None,
-    cohort: Annotated[int, typer.Option(min=2, help="Devices in a full cohort.")] = 10,
-    minimum: Annotated[
-        int | None,
-        typer.Option(min=2, help="Check-ins that the round needs.", show_default="above 2/3 of the cohort"),
-    ] = None,
-    min_survivors: Annotated[
-        int | None,
-        typer.Option(min=2, help="Answers that a sum needs.", show_default="as many as --minimum"),
-    ] = None,
-    privacy: Annotated[
-        PrivacyMode, typer.Option(help="Who adds noise: nobody, the aggregator, every device.")
-    ] = PrivacyMode.DISTRIBUTED,
-    noise_multiplier: Annotated[
-        float | None,
-        typer.Option(min=0.0, help="Noise over sensitivity.", show_default="1 where there is noise"),
-    ] = None,
+    where: WhichDevices = "",
+    cohort: Cohort = DEFAULT_COHORT,
+    minimum: Minimum = None,
+    min_survivors: MinSurvivors = None,
+    subcohort_limit: SubcohortLimit = SUBCOHORT_LIMIT,
+    privacy: Mode = PrivacyMode.DISTRIBUTED,
+    noise_multiplier: NoiseMultiplier = None,
     epsilon: Annotated[
         float | None,
         typer.Option(help="Choose the noise so that this query costs at most this.", show_default=False),
     ] = None,
-    delta: Annotated[float, typer.Option(help="The delta at which epsilon is stated.")] = 1e-5,
-    max_epsilon: Annotated[
-        float | None,
-        typer.Option(help="Do not ask if it takes the fleet beyond it.", show_default="no limit"),
-    ] = None,
-    gather: Annotated[float, typer.Option(min=0.0, help="Seconds to wait for a full cohort.")] = 3.0,
-    seed: Annotated[int | None, typer.Option(min=0, help="Draws the cohort.", show_default="random")] = None,
+    colluders: Colluders = None,
+    delta: Delta = None,
+    max_epsilon: MaxEpsilon = None,
+    seed: Seed = None,
+    gather: Gather = GATHER_SECONDS,
+    deadlines: Deadlines,
     json: Json = False,
     form: Output = Form.TABLE,
+    question: Question,
 ) -> None:
     try:
         request = QueryRequest(
             field=field,
             low=low,
             high=high,
-            question=question(),
+            question=question,
+            where=where,
             cohort=cohort,
             minimum=minimum,
             min_survivors=min_survivors,
+            subcohort_limit=subcohort_limit,
             privacy=privacy,
             noise_multiplier=noise_multiplier,
             epsilon=epsilon,
-            delta=delta,
+            colluders=given(colluders, 0),
+            delta=given(delta, DEFAULT_DELTA),
+            deadlines=deadlines,
             gather_seconds=gather,
             epsilon_limit=max_epsilon,
             seed=seed,
@@ -120,6 +124,13 @@ def _ask(
             return
         wait(client, campaign.campaign, f"query {campaign.campaign[:8]}")
         _show(client, campaign.campaign, json=json or form is Form.JSON)
+
+
+def _asking(question_of: Callable[..., Question]) -> Command:
+    """Makes a command of a question: its own options, and those that every query has."""
+    command = options_of(question_of, "question")(_ask)
+    command.__name__, command.__doc__ = question_of.__name__, question_of.__doc__
+    return command
 
 
 @query_app.command("mean")
@@ -187,22 +198,35 @@ def query_list(state: Where = None, json: Json = False, form: Output = Form.TABL
 
 
 @query_app.command("show")
-def query_show(
-    query: Annotated[str, typer.Argument(help="Id of the query, or its beginning.")],
-    state: Where = None,
-    json: Json = False,
-    form: Output = Form.TABLE,
-) -> None:
+def query_show(query: Which, state: Where = None, json: Json = False, form: Output = Form.TABLE) -> None:
     """Shows the answer of a query again; it costs nothing.
 
     Example: covey query show 3f2a9c10
     """
     with service(state) as client:
-        found = [c for c in client.campaigns() if c.model is None and c.campaign.startswith(query)]
-        if len(found) != 1:
-            problem = "several queries begin" if found else "no query begins"
-            raise OperationRefused(f"{problem} with {query}: see `covey query list`")
-        _show(client, found[0].campaign, json=json or form is Form.JSON)
+        _show(client, _one(client, query).campaign, json=json or form is Form.JSON)
+
+
+@query_app.command("cancel")
+def query_cancel(query: Which, state: Where = None, json: Json = False, form: Output = Form.TABLE) -> None:
+    """Calls a query off. One whose devices were asked to unmask goes to its end: its privacy is spent.
+
+    Example: covey query cancel 3f2a9c10
+    """
+    with service(state) as client:
+        cancelled = client.cancel_campaign(_one(client, query).campaign)
+    if json or form is Form.JSON:
+        output.dump(cancelled)
+    else:
+        output.line(f"query {cancelled.campaign[:8]} is cancelled")
+
+
+def _one(client: Client, begins: str) -> Campaign:
+    found = [each for each in client.campaigns() if each.model is None and each.campaign.startswith(begins)]
+    if len(found) != 1:
+        problem = "several queries begin" if found else "no query begins"
+        raise OperationRefused(f"{problem} with {begins}: see `covey query list`")
+    return found[0]
 
 
 def _show(client: Client, campaign_id: str, *, json: bool) -> None:

@@ -2,24 +2,47 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from aggregator.cli_options import OverSelect, WhichDevices
+from aggregator.cli_options import (
+    AdaptiveClip,
+    Bits,
+    ClipNorm,
+    Colluders,
+    Delta,
+    Gather,
+    LearningRate,
+    LocalEpochs,
+    MaxEpsilon,
+    Minimum,
+    MinSurvivors,
+    NoiseMultiplier,
+    OverSelect,
+    Rounds,
+    Seed,
+    SubcohortLimit,
+    WhichDevices,
+    deadlines,
+    options_of,
+)
 from aggregator.operations import OperationRefused
 from aggregator.optimizers import Server
-from aggregator.settings import DEFAULT_DELTA, DEFAULT_REST_ROUNDS, CampaignRequest, given, invalid
+from aggregator.rounds.planning import GATHER_SECONDS
+from aggregator.settings import (
+    DEFAULT_COHORT,
+    DEFAULT_DELTA,
+    DEFAULT_REST_ROUNDS,
+    CampaignRequest,
+    given,
+    invalid,
+)
 from protocol.dp.parameters import PrivacyMode
 from protocol.plan import SUBCOHORT_LIMIT, Deadlines
 
-_LIMITS = Deadlines()
-DEFAULT_COHORT = 10
 MAX_PLAN_BYTES = 1_000_000
 
 
@@ -65,49 +88,20 @@ class PlannedPrivacy(BaseModel):
             ) from error
 
 
-def training_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Gives a command the options of training, in front of its own; it takes them as its first argument."""
-    own = list(inspect.signature(command, eval_str=True).parameters.values())[1:]
-    shared = inspect.signature(campaign_request, eval_str=True).parameters
-
-    @functools.wraps(command)
-    def wrapped(**options: Any) -> None:
-        training = {name: options.pop(name) for name in shared}
-        command(campaign_request(**training), **options)
-
-    parameters = [*shared.values(), *own]
-    wrapped.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    wrapped.__annotations__ = {p.name: p.annotation for p in parameters}
-    return wrapped
-
-
+@options_of(deadlines, "deadlines")
 def campaign_request(
+    *,
     model: Annotated[str, typer.Option(help="The model to train.")],
-    rounds: Annotated[
-        int | None, typer.Option(min=1, help="How many rounds.", show_default="the model's recipe")
-    ] = None,
+    deadlines: Deadlines,
+    rounds: Rounds = None,
     cohort: Annotated[
         int | None, typer.Option(min=2, help="Devices in a full cohort.", show_default="10, or the plan's")
     ] = None,
-    minimum: Annotated[
-        int | None,
-        typer.Option(
-            min=2, help="Check-ins that a roster needs.", show_default="above 2/3 of a (sub-)cohort"
-        ),
-    ] = None,
-    min_survivors: Annotated[
-        int | None,
-        typer.Option(min=2, help="Masked inputs that a sum needs.", show_default="as many as --minimum"),
-    ] = None,
-    subcohort_limit: Annotated[
-        int, typer.Option(min=2, help="Split a larger cohort: its parts hide, and fail, by themselves.")
-    ] = SUBCOHORT_LIMIT,
-    local_epochs: Annotated[
-        int | None, typer.Option(min=1, help="Passes over local data.", show_default="the model's recipe")
-    ] = None,
-    lr: Annotated[
-        float | None, typer.Option(help="Local learning rate.", show_default="the model's recipe")
-    ] = None,
+    minimum: Minimum = None,
+    min_survivors: MinSurvivors = None,
+    subcohort_limit: SubcohortLimit = SUBCOHORT_LIMIT,
+    local_epochs: LocalEpochs = None,
+    lr: LearningRate = None,
     privacy: Annotated[
         str,
         typer.Option(
@@ -116,36 +110,13 @@ def campaign_request(
             "`covey privacy plan --json` wrote, whose figures count where no option says otherwise.",
         ),
     ] = "none",
-    noise_multiplier: Annotated[
-        float | None,
-        typer.Option(min=0.0, help="Noise over sensitivity.", show_default="1 where there is noise"),
-    ] = None,
-    clip_norm: Annotated[
-        float | None, typer.Option(help="L2 bound of one update.", show_default="the model's recipe")
-    ] = None,
-    colluders: Annotated[
-        int | None,
-        typer.Option(
-            min=0,
-            help="Distributed mode: survivors that may reveal their noise; others make up.",
-            show_default="0, or the plan's",
-        ),
-    ] = None,
-    adaptive_clip: Annotated[
-        float | None,
-        typer.Option(help="Let C follow this quantile of the updates' norms.", show_default="C is fixed"),
-    ] = None,
-    bits: Annotated[
-        int | None,
-        typer.Option(min=8, max=32, help="Bits of one coordinate on the wire.", show_default="by the cohort"),
-    ] = None,
-    delta: Annotated[
-        float | None, typer.Option(help="The delta at which epsilon is stated.", show_default="1e-5")
-    ] = None,
-    max_epsilon: Annotated[
-        float | None,
-        typer.Option(help="Start no round that would take the fleet beyond it.", show_default="no limit"),
-    ] = None,
+    noise_multiplier: NoiseMultiplier = None,
+    clip_norm: ClipNorm = None,
+    colluders: Colluders = None,
+    adaptive_clip: AdaptiveClip = None,
+    bits: Bits = None,
+    delta: Delta = None,
+    max_epsilon: MaxEpsilon = None,
     restart_every: Annotated[
         int | None,
         typer.Option(
@@ -161,30 +132,7 @@ def campaign_request(
         float | None,
         typer.Option(help="Mode example: chance of an example to be in one step.", show_default="0.1"),
     ] = None,
-    gather: Annotated[
-        float, typer.Option(min=0.0, help="Seconds to wait for a full cohort.", rich_help_panel="Deadlines")
-    ] = 3.0,
-    advertise_seconds: Annotated[
-        float, typer.Option(min=0.1, help="Check-in.", rich_help_panel="Deadlines")
-    ] = _LIMITS.advertise_keys,
-    share_seconds: Annotated[
-        float, typer.Option(min=0.1, help="Exchange of shares.", rich_help_panel="Deadlines")
-    ] = _LIMITS.share_keys,
-    input_seconds: Annotated[
-        float, typer.Option(min=0.1, help="Training and upload.", rich_help_panel="Deadlines")
-    ] = _LIMITS.masked_input,
-    check_seconds: Annotated[
-        float, typer.Option(min=0.1, help="Consistency check.", rich_help_panel="Deadlines")
-    ] = _LIMITS.consistency_check,
-    unmask_seconds: Annotated[
-        float, typer.Option(min=0.1, help="Unmasking.", rich_help_panel="Deadlines")
-    ] = _LIMITS.unmasking,
-    offline_grace: Annotated[
-        float,
-        typer.Option(
-            min=0.0, help="How long a device that is offline is waited for.", rich_help_panel="Deadlines"
-        ),
-    ] = _LIMITS.offline_grace,
+    gather: Gather = GATHER_SECONDS,
     optimizer: Annotated[
         Server, typer.Option(help="How the mean update of a round moves the model.")
     ] = Server.FEDAVG,
@@ -202,7 +150,7 @@ def campaign_request(
         float | None,
         typer.Option(min=0.0, help="Weight of FedProx on the devices.", show_default="the model's recipe"),
     ] = None,
-    seed: Annotated[int | None, typer.Option(min=0, help="Draws the cohorts.", show_default="random")] = None,
+    seed: Seed = None,
     where: WhichDevices = "",
     rest: Annotated[
         int, typer.Option(min=0, max=1000, help="Who was in one of so many rounds before yields to others.")
@@ -249,14 +197,7 @@ def campaign_request(
         adaptive_quantile=adaptive_clip,
         bits=bits,
         delta=given(delta, DEFAULT_DELTA),
-        deadlines=Deadlines(
-            advertise_keys=advertise_seconds,
-            share_keys=share_seconds,
-            masked_input=input_seconds,
-            consistency_check=check_seconds,
-            unmasking=unmask_seconds,
-            offline_grace=offline_grace,
-        ),
+        deadlines=deadlines,
         gather_seconds=gather,
         epsilon_limit=max_epsilon,
         restart_every=restart_every,
@@ -269,3 +210,7 @@ def campaign_request(
         over_select=over_select,
         seed=seed,
     )
+
+
+training_options = options_of(campaign_request, "request")
+"""Gives a command the options of training; it takes them as `request`."""

@@ -12,10 +12,12 @@ from pydantic import ConfigDict, ValidationError
 from aggregator.rounds.planning import GATHER_SECONDS, CampaignSettings, VersionToEvaluate
 from aggregator.rounds.selector import InvalidSelector, parse
 from aggregator.settings import (
+    DEFAULT_COHORT,
     DEFAULT_DELTA,
     DEFAULT_NOISE_MULTIPLIER,
     InvalidSettings,
     cohort_of,
+    colluders_of,
     given,
     invalid,
     seed_of,
@@ -47,6 +49,7 @@ class EvaluationRequest:
         cohort: devices in a full cohort.
         privacy: who adds noise.
         noise_multiplier: noise over sensitivity; by default 1 where there is noise.
+        colluders: distributed mode: survivors that may reveal their noise; that of the others suffices.
         epsilon_limit: nothing is asked if it would take the fleet beyond it.
         where: which devices, such as `label=held-out`; everybody by default.
         held_out: ask only devices that have no part in any version of the model; else these go first.
@@ -58,12 +61,13 @@ class EvaluationRequest:
 
     model: str
     version: int | None = None
-    cohort: int = 10
+    cohort: int = DEFAULT_COHORT
     minimum: int | None = None
     min_survivors: int | None = None
     subcohort_limit: int = SUBCOHORT_LIMIT
     privacy: PrivacyMode = PrivacyMode.DISTRIBUTED
     noise_multiplier: float | None = None
+    colluders: int = 0
     delta: float = DEFAULT_DELTA
     deadlines: Deadlines = dataclasses.field(default_factory=Deadlines)
     gather_seconds: float = GATHER_SECONDS
@@ -99,6 +103,7 @@ class EvaluationRequest:
                         self.noise_multiplier, 0.0 if no_noise else DEFAULT_NOISE_MULTIPLIER
                     ),
                     delta=self.delta,
+                    colluders=colluders_of(self.colluders, self.privacy),
                     # The vector is short: the widest ring costs nothing, and takes the finest steps.
                     bits=MAX_BITS,
                     rotation=False,

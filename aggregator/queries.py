@@ -9,11 +9,14 @@ from typing import ClassVar
 from pydantic import ConfigDict, ValidationError
 
 from aggregator.rounds.planning import GATHER_SECONDS, CampaignSettings
+from aggregator.rounds.selector import InvalidSelector, parse
 from aggregator.settings import (
+    DEFAULT_COHORT,
     DEFAULT_DELTA,
     DEFAULT_NOISE_MULTIPLIER,
     InvalidSettings,
     cohort_of,
+    colluders_of,
     given,
     invalid,
     seed_of,
@@ -38,8 +41,10 @@ class QueryRequest:
         cohort: devices in a full cohort.
         privacy: who adds noise.
         noise_multiplier: noise over sensitivity; by default 1 where there is noise.
+        colluders: distributed mode: survivors that may reveal their noise; that of the others suffices.
         epsilon: chooses the noise multiplier so that this query costs at most this, in place of it.
         epsilon_limit: the query is not asked if it would take the fleet beyond it.
+        where: which devices, such as `label=site:barn`; everybody by default.
         seed: draws the cohort; random by default.
     """
 
@@ -49,17 +54,19 @@ class QueryRequest:
     low: float
     high: float
     question: Question
-    cohort: int = 10
+    cohort: int = DEFAULT_COHORT
     minimum: int | None = None
     min_survivors: int | None = None
     subcohort_limit: int = SUBCOHORT_LIMIT
     privacy: PrivacyMode = PrivacyMode.DISTRIBUTED
     noise_multiplier: float | None = None
+    colluders: int = 0
     epsilon: float | None = None
     delta: float = DEFAULT_DELTA
     deadlines: Deadlines = dataclasses.field(default_factory=Deadlines)
     gather_seconds: float = GATHER_SECONDS
     epsilon_limit: float | None = None
+    where: str = ""
     seed: int | None = None
 
     def resolve(self) -> CampaignSettings:
@@ -84,6 +91,7 @@ class QueryRequest:
                 clip_norm=1.0,
                 noise_multiplier=given(self.noise_multiplier, 0.0 if no_noise else DEFAULT_NOISE_MULTIPLIER),
                 delta=self.delta,
+                colluders=colluders_of(self.colluders, self.privacy),
                 # The vector is short: the widest ring costs nothing, and takes the finest steps.
                 bits=MAX_BITS,
                 rotation=False,
@@ -97,10 +105,13 @@ class QueryRequest:
                 deadlines=self.deadlines,
                 gather_seconds=self.gather_seconds,
                 selection_seed=seed_of(self.seed),
+                where=parse(self.where),
                 epsilon_limit=self.epsilon_limit,
             )
         except ValidationError as error:
             raise invalid(error) from error
+        except InvalidSelector as error:
+            raise InvalidSettings(f"where: {error}") from error
 
 
 def _within(

@@ -40,6 +40,7 @@ GENERIC = Recipe(rounds=10, local_epochs=1, learning_rate=0.05, clip_norm=1.0)
 
 T = TypeVar("T")
 
+DEFAULT_COHORT = 10
 DEFAULT_NOISE_MULTIPLIER = 1.0
 DEFAULT_DELTA = 1e-5
 DEFAULT_EXAMPLE_CLIP_NORM = 1.0
@@ -89,7 +90,7 @@ class CampaignRequest:
 
     model: str
     rounds: int | None = None
-    cohort: int = 10
+    cohort: int = DEFAULT_COHORT
     minimum: int | None = None
     min_survivors: int | None = None
     subcohort_limit: int = SUBCOHORT_LIMIT
@@ -181,17 +182,13 @@ class CampaignRequest:
             slots, noise = EXAMPLE_METRIC, 0.0
         elif self.example_clip_norm is not None or self.sampling_probability is not None:
             raise InvalidSettings("a clip norm of examples and their sampling belong to mode example")
-        if self.colluders and self.privacy is not PrivacyMode.DISTRIBUTED:
-            raise InvalidSettings(
-                "colluders belong to mode distributed: in no other do devices share the noise"
-            )
         return PrivacyParameters(
             mode=self.privacy,
             clip_norm=given(self.clip_norm, self.recipe.clip_norm),
             noise_multiplier=noise,
             delta=self.delta,
             bits=given(self.bits, min(MAX_BITS, DATA_BITS + math.ceil(math.log2(max(2, self.cohort))))),
-            colluders=self.colluders,
+            colluders=colluders_of(self.colluders, self.privacy),
             adaptive=None
             if self.adaptive_quantile is None
             else AdaptiveClipping(quantile=self.adaptive_quantile),
@@ -218,6 +215,17 @@ def cohort_of(
         subcohort_limit=subcohort_limit,
         graph=GraphAssumptions(grinding_bits=GRINDING_BITS),
     )
+
+
+def colluders_of(colluders: int, mode: PrivacyMode) -> int:
+    """The survivors that may reveal their noise.
+
+    Raises:
+        InvalidSettings: devices share no noise in this mode.
+    """
+    if colluders and mode is not PrivacyMode.DISTRIBUTED:
+        raise InvalidSettings("colluders belong to mode distributed: in no other do devices share the noise")
+    return colluders
 
 
 def invalid(error: ValidationError) -> InvalidSettings:

@@ -8,6 +8,16 @@ from typing import Annotated
 import typer
 from pydantic import ValidationError
 
+from aggregator.cli_options import (
+    AdaptiveClip,
+    Bits,
+    ClipNorm,
+    Delta,
+    LearningRate,
+    LocalEpochs,
+    NoiseMultiplier,
+    Rounds,
+)
 from aggregator.optimizers import Server
 from deploy.simulate.options import (
     Engine,
@@ -51,9 +61,7 @@ def simulate(
     held_out: Annotated[
         int, typer.Option(min=1, help="People, or devices, that are tested on and train nothing.")
     ] = 1,
-    rounds: Annotated[
-        int | None, typer.Option(min=1, help="Rounds of training.", show_default="the model's recipe")
-    ] = None,
+    rounds: Rounds = None,
     cohort: Annotated[
         int | None, typer.Option(min=2, help="Devices in a round.", show_default="10, or all")
     ] = None,
@@ -63,12 +71,8 @@ def simulate(
             min=2, help="Updates that the noise is sized for.", show_default="above 2/3 of the cohort"
         ),
     ] = None,
-    local_epochs: Annotated[
-        int | None, typer.Option(min=1, help="Passes over local data.", show_default="the model's recipe")
-    ] = None,
-    lr: Annotated[
-        float | None, typer.Option(help="Local learning rate.", show_default="the model's recipe")
-    ] = None,
+    local_epochs: LocalEpochs = None,
+    lr: LearningRate = None,
     server_optimizer: Annotated[
         Server | None, typer.Option(help="How the mean update moves the model.", show_default="fedavg")
     ] = None,
@@ -79,24 +83,11 @@ def simulate(
         PrivacyMode | None,
         typer.Option(help="Who adds noise: nobody, the aggregator, every device.", show_default="none"),
     ] = None,
-    noise_multiplier: Annotated[
-        float | None,
-        typer.Option(min=0.0, help="Noise over sensitivity.", show_default="1 where there is noise"),
-    ] = None,
-    clip_norm: Annotated[
-        float | None, typer.Option(help="L2 bound of one update.", show_default="the model's recipe")
-    ] = None,
-    adaptive_clip: Annotated[
-        float | None,
-        typer.Option(help="Let C follow this quantile of the updates' norms.", show_default="C is fixed"),
-    ] = None,
-    bits: Annotated[
-        int | None,
-        typer.Option(min=8, max=32, help="Bits of one coordinate.", show_default="by the cohort"),
-    ] = None,
-    delta: Annotated[
-        float | None, typer.Option(help="The delta at which epsilon is stated.", show_default="1e-5")
-    ] = None,
+    noise_multiplier: NoiseMultiplier = None,
+    clip_norm: ClipNorm = None,
+    adaptive_clip: AdaptiveClip = None,
+    bits: Bits = None,
+    delta: Delta = None,
     seed: Annotated[
         int | None, typer.Option(min=0, help="Of devices, cohorts, orders and noise.", show_default="1")
     ] = None,

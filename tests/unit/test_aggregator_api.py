@@ -6,6 +6,7 @@ import base64
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -16,12 +17,14 @@ from aggregator.access.roles import Role
 from aggregator.client import ApiError
 from aggregator.evaluations import EvaluationRequest
 from aggregator.queries import QueryRequest
+from aggregator.rounds.planning import CampaignSettings
 from aggregator.settings import CampaignRequest
 from aggregator.web.context import Vitals
 from aggregator.web.limits import Limits
 from aggregator.web.schemas import MAX_PAGE, TokenRequest
+from protocol.dp.parameters import PrivacyMode
 from protocol.identity import SignedDocument, key_id
-from protocol.plan import MODEL_KIND, MeanQuestion, QuantileQuestion
+from protocol.plan import MODEL_KIND, Deadlines, MeanQuestion, QuantileQuestion
 from tests.aggregator_devices import model_files
 from tests.api_bench import Api, api, csr
 
@@ -243,8 +246,42 @@ def test_a_query_is_asked_and_listed_like_rounds(bench: Api) -> None:
                 client.start_query(QueryRequest(**values))  # type: ignore[arg-type]
             assert refused.value.code == "refused"
         assert client.campaigns() == (asked,)
+        assert client.cancel_campaign(asked.campaign).status == "cancelled"
+        with pytest.raises(ApiError, match="is cancelled"):
+            client.cancel_campaign(asked.campaign)
+    with bench.client(Role.VIEWER) as client, pytest.raises(ApiError) as forbidden:
+        client.cancel_campaign(asked.campaign)
+    assert forbidden.value.status == 403
     body = {"field": "battery", "low": 0, "high": 80, "question": {"kind": "mode"}}
     problem(bench.call("POST", f"{V1}/queries", json=body), 422, "invalid-request")
+
+
+ROUND: dict[str, Any] = {
+    "where": "label=barn",
+    "cohort": 30,
+    "subcohort_limit": 15,
+    "minimum": 12,
+    "colluders": 2,
+    "deadlines": Deadlines(masked_input=44.0, offline_grace=3.0),
+}
+
+
+@pytest.mark.parametrize("kind", ["query", "evaluation", "training"])
+def test_what_a_round_asks_travels_whole(bench: Api, kind: str) -> None:
+    with bench.client(Role.OPERATOR) as client:
+        client.publish(*model_files(50))
+        if kind == "query":
+            asked = client.start_query(QueryRequest("battery", 0.0, 80.0, MeanQuestion(), **ROUND))
+        elif kind == "evaluation":
+            asked = client.start_evaluation(EvaluationRequest("toy", **ROUND))
+        else:
+            mode = PrivacyMode.DISTRIBUTED
+            asked = client.start_rounds(CampaignRequest("toy", privacy=mode, **ROUND))
+    assert asked.where == "label=barn"
+    (campaign,) = bench.context.operator.campaigns()
+    settings = CampaignSettings.from_bytes(campaign.settings)
+    assert settings.deadlines == ROUND["deadlines"] and settings.privacy.colluders == 2
+    assert (settings.cohort.size, settings.cohort.subcohort_limit, settings.cohort.minimum) == (30, 15, 12)
 
 
 def test_an_evaluation_is_asked_for_and_read(bench: Api) -> None:

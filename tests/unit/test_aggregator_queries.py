@@ -17,7 +17,7 @@ from aggregator.records import Campaign
 from aggregator.rounds.answer import HistogramAnswer, NumberAnswer
 from protocol import transcript
 from protocol.dp.parameters import PrivacyMode
-from protocol.plan import HistogramQuestion, MeanQuestion, Question, SumQuestion
+from protocol.plan import Deadlines, HistogramQuestion, MeanQuestion, Question, SumQuestion
 from tests.aggregator_bench import Bench
 from tests.unit.test_aggregator_service import REQUEST
 
@@ -165,6 +165,56 @@ def test_the_sums_of_sub_cohorts_are_one_answer(tmp_path: Path) -> None:
     answered = [table.devices[name].values["battery"] for name in view.report.survivors]
     assert number(view).estimate == pytest.approx(sum(answered) / len(answered), abs=1e-4)
     assert view.report.answer.participants == len(answered) >= 15
+
+
+def test_a_query_asks_only_whom_it_names(tmp_path: Path) -> None:
+    table = bench(tmp_path)
+    for name in ("device-0", "device-2", "device-3"):
+        table.operator.label(name, ["barn"])
+    _, view = run(table, asked(MeanQuestion(), where="label=barn", minimum=3, min_survivors=3))
+    assert sorted(view.record.invited) == ["device-0", "device-2", "device-3"]
+    assert number(view).estimate == pytest.approx((12.0 + 21.25 + 80.0) / 3, abs=1e-4)
+
+
+def test_noise_that_colluders_know_is_made_up_for(tmp_path: Path) -> None:
+    table = bench(tmp_path)
+    errors: list[float] = []
+    epsilons: list[float] = []
+    for colluders in (0, 2):
+        request = asked(MeanQuestion(), PrivacyMode.DISTRIBUTED, noise_multiplier=2.0, colluders=colluders)
+        _, view = run(table, request)
+        errors.append(number(view).standard_error)
+        assert view.report.answer is not None and view.report.answer.epsilon is not None
+        epsilons.append(view.report.answer.epsilon)
+    # 4 survivors suffice, of which 2 may collude: each of the other 2 adds what 2 of 4 had added.
+    assert errors[1] == pytest.approx(errors[0] * 2**0.5, rel=1e-3)
+    # All 5 survived: noise was that of 5 / 4 in the first query, and is that of 3 / 2 beside the colluders'.
+    assert epsilons[1] < epsilons[0]
+
+
+def test_a_query_waits_no_longer_than_its_deadline(tmp_path: Path) -> None:
+    table = bench(tmp_path)
+    table.devices["device-1"].mute = {"upload-offer"}
+    request = asked(MeanQuestion(), deadlines=Deadlines(masked_input=20), minimum=4, min_survivors=4)
+    _, view = run(table, request)
+    assert "device-1" not in view.report.survivors and len(view.report.survivors) == 4
+    assert view.record.ended_at is not None and 20 <= view.record.ended_at - view.record.started_at < 40
+
+
+@pytest.mark.parametrize("phase", ["AdvertiseKeys", "MaskedInput"])
+def test_a_query_is_called_off_before_anything_is_known(tmp_path: Path, phase: str) -> None:
+    table = bench(tmp_path)
+    table.devices["device-1"].mute = {"upload-offer"}
+    campaign = table.operator.start_query(asked(MeanQuestion(), PrivacyMode.DISTRIBUTED))
+    table.run_until(lambda: table.phase() == phase)
+    table.operator.cancel_campaign(campaign.campaign_id)
+    table.run_until(lambda: bool(table.rounds()) and table.rounds()[0].record.status == "aborted")
+    (view,) = table.rounds()
+    assert view.record.code == "cancelled" and view.report.answer is None
+    with table.repository.read() as reader:
+        assert reader.ledger() == ()
+    table.devices["device-1"].mute = set()  # they answer the next one
+    assert number(run(table, asked(MeanQuestion()))[1]).estimate == pytest.approx(TRUE_MEAN, abs=1e-4)
 
 
 @pytest.mark.parametrize(

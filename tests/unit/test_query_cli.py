@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,12 +11,16 @@ import pytest
 from aggregator import cli_answers
 from aggregator import main as covey
 from aggregator.rounds.answer import Answer, HistogramAnswer, NumberAnswer, QuantileAnswer
+from aggregator.rounds.planning import CampaignSettings
 from aggregator.rounds.report import RoundReport
+from aggregator.rounds.selector import written
+from aggregator.settings import seed_of
 from aggregator.web.schemas import Round
-from protocol.plan import HistogramQuestion, MeanQuestion, QuantileQuestion, QueryTask, Question
-from tests.unit.test_aggregator_cli import run
+from protocol.dp.parameters import PrivacyMode
+from protocol.plan import Deadlines, HistogramQuestion, MeanQuestion, QuantileQuestion, QueryTask, Question
+from tests.unit.test_aggregator_cli import model, run
 
-__all__ = ["run"]
+__all__ = ["model", "run"]
 
 Run = Callable[..., tuple[int, str, str]]
 BOUNDS = ("--low", 0, "--high", 80)
@@ -34,8 +39,14 @@ BOUNDS = ("--low", 0, "--high", 80)
         (("mean", "battery", *BOUNDS, "--cohort", 5, "--minimum", 6), 1, "minimum"),
         (("mean", "battery", *BOUNDS, "--epsilon", 1, "--privacy", "none"), 1, "without noise"),
         (("mean", "battery", *BOUNDS, "--privacy", "example"), 1, "one value"),
+        (("mean", "battery", *BOUNDS, "--privacy", "none", "--colluders", 1), 1, "mode distributed"),
+        (("mean", "battery", *BOUNDS, "--cohort", 5, "--colluders", 4), 1, "colluders"),
+        (("mean", "battery", *BOUNDS, "--where", "moon=full"), 1, "devices say no moon"),
+        (("mean", "battery", *BOUNDS, "--input-seconds", 1e9), 2, "masked_input"),
+        (("quantile", "battery", *BOUNDS, "--q", "nan"), 2, "q"),
         (("mean", "battery"), 2, "--low"),
         (("show", "abc"), 1, "covey query list"),
+        (("cancel", "abc"), 1, "covey query list"),
     ],
 )
 def test_what_is_refused_before_anybody_is_asked(
@@ -55,6 +66,70 @@ def test_a_query_waits_for_the_service(run: Run) -> None:
     assert code == 0 and "no aggregator is running" in errors
     assert "mean of battery" in run("query", "list")[1]
     assert "1 rounds of mean of battery begun" in run("round", "status")[1]
+
+
+ROUND = (
+    "--cohort", 30, "--minimum", 12, "--min-survivors", 8, "--subcohort-limit", 15,
+    "--privacy", "distributed", "--noise-multiplier", 2, "--colluders", 3, "--delta", 1e-6,
+    "--max-epsilon", 4, "--seed", 7,
+    "--where", "power=mains", "--gather", 5, "--advertise-seconds", 11, "--share-seconds", 12,
+    "--input-seconds", 13, "--check-seconds", 14, "--unmask-seconds", 15, "--offline-grace", 16,
+)  # fmt: skip
+"""Every option that a round has, whatever it asks."""
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("query", "mean", "battery", *BOUNDS),
+        ("query", "quantile", "battery", *BOUNDS, "--q", 0.9),
+        ("evaluate", "toy"),
+        ("round", "start", "--model", "toy"),
+        ("campaign", "create", "--model", "toy"),
+    ],
+)
+def test_the_options_of_a_round_are_the_same_whatever_it_asks(
+    run: Run, model: Path, tmp_path: Path, command: tuple[object, ...]
+) -> None:
+    run("aggregator", "init")
+    run("model", "publish", model)
+    code, _, errors = run(*command, *ROUND)
+    assert code == 0, errors
+    with covey.open_operator(tmp_path / "state") as operator:
+        (campaign,) = operator.campaigns()
+    settings = CampaignSettings.from_bytes(campaign.settings)
+    cohort, privacy = settings.cohort, settings.privacy
+    assert (cohort.size, cohort.minimum, cohort.minimum_survivors, cohort.subcohort_limit) == (30, 12, 8, 15)
+    assert (privacy.mode, privacy.noise_multiplier, privacy.colluders) == (PrivacyMode.DISTRIBUTED, 2.0, 3)
+    assert (privacy.delta, settings.epsilon_limit, settings.gather_seconds) == (1e-6, 4.0, 5.0)
+    assert (written(settings.where), settings.selection_seed) == ("power=mains", seed_of(7))
+    assert settings.deadlines == Deadlines(
+        advertise_keys=11,
+        share_keys=12,
+        masked_input=13,
+        consistency_check=14,
+        unmasking=15,
+        offline_grace=16,
+    )
+
+
+def test_a_query_is_called_off(run: Run, model: Path) -> None:
+    run("aggregator", "init")
+    run("model", "publish", model)
+    run("query", "mean", "battery", *BOUNDS)
+    run("evaluate", "toy")
+    query, evaluation = json.loads(run("campaign", "list", "--json")[1])
+    code, _, errors = run("query", "cancel", evaluation["campaign"])
+    assert code == 1 and "no query begins" in errors  # of another kind: `covey campaign cancel`
+    code, out, _ = run("query", "cancel", query["campaign"][:8], "--json")
+    assert (code, json.loads(out)["status"]) == (0, "cancelled")
+    code, _, errors = run("query", "cancel", query["campaign"])
+    assert code == 1 and "is cancelled" in errors
+    code, _, errors = run("query", "show", query["campaign"])
+    assert code == 3 and "cancelled" in errors
+    assert "cancelled" in run("query", "list")[1]
+    actions = [(each["action"], each["outcome"]) for each in json.loads(run("audit-log", "--json")[1])]
+    assert ("cancel-campaign", "done") in actions
 
 
 def shown(question: Question, figures: NumberAnswer | HistogramAnswer | QuantileAnswer) -> None:
