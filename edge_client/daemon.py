@@ -37,7 +37,9 @@ from edge_client.events import (
     Note,
     Output,
     Personalise,
+    PrepareUpdate,
     ReadField,
+    ReadUpdate,
     Send,
     SendChunks,
     Stamp,
@@ -142,6 +144,7 @@ class Daemon:
         active = self._state.active
         self._store.blobs.keep_upload(active.round_id if active else None)
         self._store.keep_local()
+        self._store.keep_pending()
         self._worker.start()
         self._data.start()
         self._check_conditions()
@@ -281,7 +284,10 @@ class Daemon:
             return self._find(output)
         elif isinstance(output, KeepBlobs):
             self._collect(output.digests)
-        elif isinstance(output, TestVersion | Train | Evaluate | ReadField | MaskInput | Personalise):
+        elif isinstance(
+            output,
+            TestVersion | Train | PrepareUpdate | ReadUpdate | Evaluate | ReadField | MaskInput | Personalise,
+        ):
             self._worker.submit(output)
         elif isinstance(output, Note):
             log(output)

@@ -24,6 +24,7 @@ from protocol.dp.mechanism import EncodingParameters
 from protocol.fields import BlobRef
 from protocol.identity import SignedDocument
 from protocol.messages import BlobNeed, FromDevice, ToDevice, VersionFailure
+from protocol.plan import Plan
 from protocol.secagg.client_state import ClientState
 from protocol.secagg.masking import Mask
 from protocol.version_assignment import VersionAssignment
@@ -131,6 +132,32 @@ class TrainingFinished:
 
 
 @dataclass(frozen=True)
+class UpdatePrepared:
+    """An update trained by a standing order is on disk, fsynced."""
+
+    model: str
+    order: str
+    blob: BlobRef
+
+
+@dataclass(frozen=True)
+class PreparationFailed:
+    """Training by a standing order failed."""
+
+    model: str
+    order: str
+    fault: Fault
+
+
+@dataclass(frozen=True)
+class UpdateRead:
+    """The pending update that a buffer collects was read."""
+
+    round_id: str
+    contribution: Contribution = field(repr=False)
+
+
+@dataclass(frozen=True)
 class Evaluated:
     """A version was evaluated on this device's examples."""
 
@@ -182,6 +209,9 @@ Event = (
     | VersionTested
     | VersionFailed
     | TrainingFinished
+    | UpdatePrepared
+    | PreparationFailed
+    | UpdateRead
     | Evaluated
     | FieldRead
     | InputWritten
@@ -247,6 +277,44 @@ class SaveLocal:
     model: str
     layout: str
     blob: BlobRef
+
+
+@dataclass(frozen=True)
+class PendingUpdate:
+    """A clipped update that waits on disk until a buffer collects it, once.
+
+    Attributes:
+        document: the signed order that it was trained by.
+        plan: its content, verified.
+        manifest: of the version that training began from.
+        blob: the file (`edge_client.pending_file`).
+        at: when it was ready, seconds since 1970.
+    """
+
+    document: SignedDocument
+    plan: Plan
+    manifest: ModelManifest
+    blob: BlobRef
+    at: int
+
+    @property
+    def order(self) -> str:
+        """The order's id."""
+        return self.plan.round_id
+
+
+@dataclass(frozen=True)
+class SavePending:
+    """Remember a pending update, in place of the one of its model before; the file is on disk already."""
+
+    update: PendingUpdate
+
+
+@dataclass(frozen=True)
+class DropPending:
+    """The pending update of a model is contributed, or of no use: it must never be contributed (again)."""
+
+    model: str
 
 
 class VersionStatus(StrEnum):
@@ -365,6 +433,30 @@ class Train:
 
 
 @dataclass(frozen=True)
+class PrepareUpdate:
+    """Train by a standing order, clip, and write the update; `UpdatePrepared` or `PreparationFailed` answers.
+
+    Attributes:
+        clip_norm: of the order.
+        local: as in `Train`.
+    """
+
+    order: str
+    manifest: ModelManifest
+    config: TrainingConfig
+    clip_norm: float
+    local: BlobRef | None = None
+
+
+@dataclass(frozen=True)
+class ReadUpdate:
+    """Read a pending update; the answer is `UpdateRead` or `WorkFailed`."""
+
+    round_id: str
+    blob: BlobRef
+
+
+@dataclass(frozen=True)
 class Evaluate:
     """Run a version on this device's examples; the answer is `Evaluated` or `WorkFailed`.
 
@@ -448,6 +540,8 @@ Durable = (
     SaveRound
     | SaveContribution
     | SaveLocal
+    | SavePending
+    | DropPending
     | CloseRound
     | SaveVersion
     | SaveStanding
@@ -458,6 +552,8 @@ DURABLE = (
     SaveRound,
     SaveContribution,
     SaveLocal,
+    SavePending,
+    DropPending,
     CloseRound,
     SaveVersion,
     SaveStanding,
@@ -473,6 +569,8 @@ Output = (
     | KeepBlobs
     | TestVersion
     | Train
+    | PrepareUpdate
+    | ReadUpdate
     | Evaluate
     | ReadField
     | MaskInput

@@ -25,7 +25,7 @@ from protocol.dp.errors import PrivacyError
 from protocol.errors import BadSignature, MalformedMessage
 from protocol.fields import RoundId
 from protocol.identity import SignedDocument, verify_certificate
-from protocol.plan import PLAN_KIND, EvaluateTask, Plan, QueryTask, TrainTask
+from protocol.plan import ORDER_KIND, PLAN_KIND, EvaluateTask, Plan, QueryTask, TrainTask
 from protocol.round_encoding import METRICS, contribution_event, round_encoding
 
 MAX_DETAIL = 300
@@ -112,12 +112,9 @@ def consider(desk: Desk, document: SignedDocument, now: int) -> Verdict:
         document: the signed plan, not verified yet.
         now: current time, seconds since 1970.
     """
-    try:
-        plan = Plan.from_bytes(document.open(PLAN_KIND, dict(desk.profile.plan_signers)))
-    except BadSignature as error:
-        return Refused(_claimed_round(document.payload), "bad-signature", str(error))
-    except MalformedMessage as error:
-        return Refused(_claimed_round(document.payload), "bad-plan", str(error))
+    plan = _opened(desk, document, PLAN_KIND)
+    if isinstance(plan, Refused):
+        return plan
     active = desk.active
     if active is not None and active.round_id == plan.round_id:
         return Repeated() if active.document.payload == document.payload else Contradicted()
@@ -127,6 +124,35 @@ def consider(desk: Desk, document: SignedDocument, now: int) -> Verdict:
         or _refuse_device(desk, plan, now)
         or _judge_task(desk, plan, document, now)
     )
+
+
+def consider_order(desk: Desk, document: SignedDocument, now: int) -> Verdict:
+    """Judges a standing order as the round that its update will be asked for: else it is trained in vain.
+
+    Args:
+        desk: what the device knows; rounds and conditions of the moment do not matter to an order.
+        document: the signed order, not verified yet.
+        now: current time, seconds since 1970.
+    """
+    plan = _opened(desk, document, ORDER_KIND)
+    if isinstance(plan, Refused):
+        return plan
+    if not isinstance(plan.task, TrainTask) or plan.task.order != plan.round_id:
+        return Refused(plan.round_id, "bad-plan", "the order is not one for training under its own id")
+    return (
+        _refuse_policy(desk, plan, document.key_id, now)
+        or _refuse_device(desk, plan, now)
+        or _judge_version(desk, plan, plan.task, document, now)
+    )
+
+
+def _opened(desk: Desk, document: SignedDocument, kind: str) -> Plan | Refused:
+    try:
+        return Plan.from_bytes(document.open(kind, dict(desk.profile.plan_signers)))
+    except BadSignature as error:
+        return Refused(_claimed_round(document.payload), "bad-signature", str(error))
+    except MalformedMessage as error:
+        return Refused(_claimed_round(document.payload), "bad-plan", str(error))
 
 
 def _claimed_round(payload: bytes) -> str | None:
@@ -188,7 +214,8 @@ def _supersedes(plan: Plan, active: Plan) -> bool:
 def _judge_task(desk: Desk, plan: Plan, document: SignedDocument, now: int) -> Verdict:
     task = plan.task
     if isinstance(task, TrainTask):
-        return _judge_version(desk, plan, task, document, now)
+        judge = _judge_version if task.order is None else _judge_pending
+        return judge(desk, plan, task, document, now)
     if isinstance(task, EvaluateTask):
         return _judge_version(desk, plan, task, document, now)
     if isinstance(task, QueryTask):
@@ -209,7 +236,7 @@ def _judge_version(
             round_id, "model-unusable", f"version {number} does not run here: {reason}"[:MAX_DETAIL]
         )
     version = desk.library.find(task.model, task.manifest_sha256)
-    if version is None and isinstance(task, TrainTask):
+    if version is None and isinstance(task, TrainTask) and task.order is None:
         older = _older(desk, task)
         if older is not None:
             return _judge_manifest(desk, plan, Training(task, older), document, now)
@@ -232,6 +259,25 @@ def _judge_version(
         )
     assignment = Training(task, manifest) if isinstance(task, TrainTask) else Evaluating(task, manifest)
     return _judge_manifest(desk, plan, assignment, document, now)
+
+
+def _judge_pending(desk: Desk, plan: Plan, task: TrainTask, document: SignedDocument, now: int) -> Verdict:
+    """A buffer: whether the update that waits here is one that it may have."""
+    round_id, pending = plan.round_id, desk.library.pending.get(task.model)
+    if pending is None or pending.order != task.order:
+        return Refused(round_id, "no-update-ready", "no update of this order waits here")
+    ordered = pending.plan.task
+    if not isinstance(ordered, TrainTask) or (ordered.training, pending.plan.privacy) != (
+        task.training,
+        plan.privacy,
+    ):
+        # In mode example the noise was added by the order: the buffer must not say that it was another.
+        return Refused(round_id, "bad-plan", "the buffer's training or privacy is not that of its order")
+    staleness = task.base_version - pending.manifest.version
+    if not 0 <= staleness <= task.training.maximum_staleness:
+        detail = f"the update is {staleness} versions old, {task.training.maximum_staleness} are allowed"
+        return Refused(round_id, "update-too-old", detail)
+    return _judge_manifest(desk, plan, Training(task, pending.manifest), document, now)
 
 
 def _older(desk: Desk, task: TrainTask) -> ModelManifest | None:

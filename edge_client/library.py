@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from edge_client.events import SaveLocal, VersionStatus
+from edge_client.events import PendingUpdate, SaveLocal, VersionStatus
 from models.manifest import ModelManifest
 from protocol.fields import BlobRef
 from protocol.identity import SignedDocument
@@ -153,10 +153,12 @@ class Library:
 
     Attributes:
         own: this device's local parameters of models that have such, by model; they outlive versions.
+        pending: updates that wait for a buffer, by model.
     """
 
     shelves: Mapping[str, Shelf] = field(default_factory=dict)
     own: Mapping[str, SaveLocal] = field(default_factory=dict)
+    pending: Mapping[str, PendingUpdate] = field(default_factory=dict)
 
     def shelf(self, model: str) -> Shelf:
         """The shelf of a model; an empty one when it is not known."""
@@ -206,6 +208,14 @@ class Library:
         """The library after a round has moved a model's local parameters."""
         return replace(self, own={**self.own, saved.model: saved})
 
+    def with_pending(self, update: PendingUpdate) -> Library:
+        """The library with an update that waits, in place of the one of its model before."""
+        return replace(self, pending={**self.pending, update.manifest.name: update})
+
+    def without_pending(self, model: str) -> Library:
+        """The library without a pending update of a model."""
+        return replace(self, pending={name: each for name, each in self.pending.items() if name != model})
+
     def with_shelf(self, model: str, shelf: Shelf) -> Library:
         """The library with another shelf of a model."""
         return replace(self, shelves={**self.shelves, model: shelf})
@@ -235,9 +245,12 @@ def restore(
     stored: Iterable[StoredVersion],
     own: Iterable[SaveLocal] = (),
     standings: Iterable[StoredStanding] = (),
+    pending: Iterable[PendingUpdate] = (),
 ) -> Library:
     """The library that an earlier process left; `resume` takes up what was under way."""
-    library = Library(own={saved.model: saved for saved in own})
+    library = Library(
+        own={saved.model: saved for saved in own}, pending={each.manifest.name: each for each in pending}
+    )
     for told in standings:
         shelf = library.shelf(told.assignment.model)
         standing = Standing(told.assignment.sequence, told.version)

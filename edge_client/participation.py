@@ -20,11 +20,13 @@ from typing import assert_never
 from edge_client.events import (
     CloseRound,
     Contribution,
+    DropPending,
     Evaluate,
     Fault,
     MaskInput,
     Outputs,
     ReadField,
+    ReadUpdate,
     RoundRecord,
     SaveContribution,
     SaveLocal,
@@ -227,6 +229,8 @@ def advance(active: ActiveRound, library: Library, stamp: Stamp) -> Step:
     if not isinstance(active.client, SharesSent | Masking):
         return active, ()
     if isinstance(active.work, Unstarted):
+        if isinstance(active.assignment, Training) and active.assignment.task.order is not None:
+            return _begin_on_pending(active, active.assignment, library, stamp)
         if isinstance(active.assignment, Training | Evaluating):
             return _begin_on_version(active, active.assignment, library, stamp)
         if isinstance(active.assignment, Answering):
@@ -263,6 +267,13 @@ def _begin_on_version(
     return active, ()
 
 
+def _begin_on_pending(active: ActiveRound, assignment: Training, library: Library, stamp: Stamp) -> Step:
+    pending = library.pending.get(assignment.task.model)
+    if pending is None or pending.order != assignment.task.order:
+        return abort(active, Fault("update-lost", "the update that the buffer collects is not here"), stamp)
+    return replace(active, work=WorkingNow()), (ReadUpdate(active.round_id, pending.blob),)
+
+
 def trained(active: ActiveRound, library: Library, update: LocalUpdate, stamp: Stamp) -> Step:
     """Training gave an update."""
     if not isinstance(active.work, WorkingNow) or not isinstance(active.assignment, Training):
@@ -275,13 +286,33 @@ def trained(active: ActiveRound, library: Library, update: LocalUpdate, stamp: S
         loss_after=round(update.loss_after, 4),
         staleness=active.assignment.staleness,
     )
-    contribution = contribution_of(update)
-    if active.assignment.staleness:
-        contribution = weighted(
-            contribution, active.plan.privacy.clip_norm, staleness_weight(active.assignment.staleness)
-        )
-    following, outputs = advance(replace(active, work=Worked(contribution)), library, stamp)
+    following, outputs = _with_update(active, active.assignment, contribution_of(update), library, stamp)
     return following, (finished, *outputs)
+
+
+def update_read(active: ActiveRound, library: Library, contribution: Contribution, stamp: Stamp) -> Step:
+    """The pending update that a buffer collects is here."""
+    if not isinstance(active.work, WorkingNow) or not isinstance(active.assignment, Training):
+        return active, ()
+    assignment = active.assignment
+    reading = note(
+        "update-collected",
+        round=active.round_id,
+        version=assignment.manifest.version,
+        staleness=assignment.staleness,
+    )
+    following, outputs = _with_update(active, assignment, contribution, library, stamp)
+    return following, (reading, *outputs)
+
+
+def _with_update(
+    active: ActiveRound, assignment: Training, contribution: Contribution, library: Library, stamp: Stamp
+) -> Step:
+    """Weighs an update by its staleness, and goes on to mask it."""
+    if assignment.staleness:
+        weight = staleness_weight(assignment.staleness)
+        contribution = weighted(contribution, active.plan.privacy.clip_norm, weight)
+    return advance(replace(active, work=Worked(contribution)), library, stamp)
 
 
 def evaluated(active: ActiveRound, library: Library, evaluation: Evaluation, stamp: Stamp) -> Step:
@@ -340,9 +371,13 @@ def input_written(active: ActiveRound, blob: BlobRef, local: BlobRef | None, sta
         event=contribution_event(plan, active.encoding),
     )
     moved: Outputs = ()
-    if local is not None and isinstance(active.assignment, Training):
+    if isinstance(active.assignment, Training):
         manifest = active.assignment.manifest
-        moved = (SaveLocal(manifest.name, manifest.local_layout, local),)
+        if local is not None:
+            moved = (SaveLocal(manifest.name, manifest.local_layout, local),)
+        if active.assignment.task.order is not None:
+            # In the transaction that commits to the masked input, so that no other buffer gets it, ever.
+            moved = (*moved, DropPending(manifest.name))
     return active, (
         _save(active, stamp),
         SaveContribution(entry),
@@ -427,12 +462,17 @@ def _hidden(privacy: PrivacyParameters, assignment: Training, stamp: Stamp) -> H
 
 
 def _train(plan: Plan, assignment: Training, local: BlobRef | None, stamp: Stamp) -> Train:
+    config = training_config(plan.privacy, assignment, stamp)
+    return Train(plan.round_id, assignment.manifest, config, local)
+
+
+def training_config(privacy: PrivacyParameters, assignment: Training, stamp: Stamp) -> TrainingConfig:
+    """How to train what a plan asks, with fresh randomness."""
     training = assignment.task.training
-    config = TrainingConfig(
+    return TrainingConfig(
         local_epochs=training.local_epochs,
         learning_rate=training.learning_rate,
         proximal_mu=training.proximal_mu,
         seed=int.from_bytes(derive_key(stamp.entropy, purpose="edge/example-order")[:8], "little"),
-        hidden=_hidden(plan.privacy, assignment, stamp),
+        hidden=_hidden(privacy, assignment, stamp),
     )
-    return Train(plan.round_id, assignment.manifest, config, local)

@@ -10,12 +10,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import assert_never
 
-from edge_client import models, participation, standing
+from edge_client import models, participation, preparation, standing
 from edge_client.events import (
     Announce,
     BlobFound,
     ConditionsChanged,
     Connected,
+    DropPending,
     Evaluated,
     Event,
     Fault,
@@ -26,8 +27,10 @@ from edge_client.events import (
     MessageReceived,
     Note,
     Outputs,
+    PendingUpdate,
     Personalise,
     Personalised,
+    PreparationFailed,
     RoundRecord,
     SaveContribution,
     SaveLocal,
@@ -36,6 +39,8 @@ from edge_client.events import (
     Started,
     Ticked,
     TrainingFinished,
+    UpdatePrepared,
+    UpdateRead,
     VersionFailed,
     VersionTested,
     WorkFailed,
@@ -51,6 +56,7 @@ from edge_client.invitation import (
     Repeated,
     Waiting,
     consider,
+    consider_order,
 )
 from edge_client.ledger import DAY, DaySpent, History
 from edge_client.library import Library, StoredStanding, StoredVersion, Version
@@ -58,6 +64,7 @@ from edge_client.library import restore as restore_library
 from edge_client.participation import ActiveRound, RoundRequest, Step
 from edge_client.personalisation import PersonalConfig
 from edge_client.policy import DevicePolicy
+from edge_client.preparation import Order, Orders
 from edge_client.profile import Profile
 from models.assignment import Answering, Evaluating, Training
 from models.manifest import InvalidManifest
@@ -73,6 +80,7 @@ from protocol.messages import (
     RoundEnd,
     ShareDelivery,
     SurvivorSet,
+    TrainingOrder,
     UnmaskRequest,
     UploadReceipt,
 )
@@ -96,6 +104,7 @@ class SessionState:
         unfit: why it cannot train right now.
         fields: that queries may ask for.
         personalised: digests of the versions that were fine-tuned here, or are being.
+        orders: standing orders whose updates are not ready yet.
     """
 
     library: Library = field(default_factory=Library)
@@ -106,6 +115,7 @@ class SessionState:
     unfit: Fault | None = None
     fields: frozenset[str] = frozenset()
     personalised: frozenset[str] = frozenset()
+    orders: Orders = field(default_factory=dict)
 
     @property
     def busy(self) -> bool:
@@ -120,6 +130,7 @@ class Memory:
     versions: tuple[StoredVersion, ...] = ()
     standings: tuple[StoredStanding, ...] = ()
     local: tuple[SaveLocal, ...] = ()
+    pending: tuple[PendingUpdate, ...] = ()
     active: RoundRecord | None = None
     used: frozenset[str] = frozenset()
     joined_at: tuple[int, ...] = ()
@@ -134,7 +145,7 @@ Result = tuple[SessionState, Outputs]
 def restore(memory: Memory) -> SessionState:
     """The state that follows from what is on disk; the event `Started` takes it up."""
     return SessionState(
-        library=restore_library(memory.versions, memory.local, memory.standings),
+        library=restore_library(memory.versions, memory.local, memory.standings, memory.pending),
         active=participation.restore(memory.active) if memory.active else None,
         used=memory.used,
         joined_at=memory.joined_at,
@@ -167,7 +178,13 @@ def handle(profile: Profile, state: SessionState, event: Event, stamp: Stamp) ->
         return _distrusted(state, event.sha256, event.fault, stamp)
     if isinstance(event, Personalised):
         return state, (_personalised(event),)
-    if isinstance(event, TrainingFinished | Evaluated | FieldRead | InputWritten | WorkFailed):
+    if isinstance(event, UpdatePrepared):
+        orders, library, outputs = preparation.prepared(state.orders, state.library, event, stamp)
+        state = replace(state, orders=orders, library=library)
+        return state, (*outputs, _keep(state))
+    if isinstance(event, PreparationFailed):
+        return _not_prepared(state, event, stamp)
+    if isinstance(event, TrainingFinished | UpdateRead | Evaluated | FieldRead | InputWritten | WorkFailed):
         return _worked(state, event, stamp)
     assert_never(event)
 
@@ -179,6 +196,8 @@ def _message(profile: Profile, state: SessionState, event: MessageReceived, stam
     message = event.message
     if isinstance(message, Invitation):
         return _invited(profile, state, message, stamp)
+    if isinstance(message, TrainingOrder):
+        return _ordered(profile, state, message, stamp)
     if isinstance(message, ModelAnnouncement):
         return _announced(profile, state, message, stamp)
     if isinstance(message, BlobChunk):
@@ -189,6 +208,8 @@ def _message(profile: Profile, state: SessionState, event: MessageReceived, stam
             return state, ()
         return _adopt(state, participation.chunks_needed(state.active, message, stamp))
     if state.active is None or message.round_id != state.active.round_id:
+        if isinstance(message, RoundEnd) and not message.completed:
+            return _order_ended(state, message)
         return _other_round(state, message)
     if isinstance(message, UploadReceipt):
         return _adopt(state, participation.receipt_received(state.active, message, stamp))
@@ -250,8 +271,63 @@ def _invited(profile: Profile, state: SessionState, message: Invitation, stamp: 
     return state, ()
 
 
-def _offered(profile: Profile, message: Invitation) -> Version | None:
-    """The version that came with an invitation, if a model signer vouches for it."""
+def _ordered(profile: Profile, state: SessionState, message: TrainingOrder, stamp: Stamp) -> Result:
+    offered = _offered(profile, message)
+    desk = Desk(profile, state.library, None, state.used, 0, state.history, None, offered=offered)
+    verdict = consider_order(desk, message.plan, stamp.unix)
+    if isinstance(verdict, Refused):
+        return _refuse(state, verdict)
+    if not isinstance(verdict, Accepted) or not isinstance(verdict.assignment, Training):
+        return state, ()
+    order = Order(message.plan, verdict.plan, verdict.assignment)
+    orders, library, outputs = preparation.ordered(state.orders, state.library, order, _collected(state))
+    model, fetching = order.assignment.task.model, _NOTHING
+    if orders.get(model) is order and offered is not None and order.assignment.manifest == offered.manifest:
+        library, fetching = standing.offered(library, offered, stamp)
+    state, preparing = _prepare(replace(state, orders=orders, library=library), stamp)
+    return state, (*outputs, *fetching, *preparing)
+
+
+def _order_ended(state: SessionState, message: RoundEnd) -> Result:
+    """No buffer of this order comes any more: what was trained for it is erased."""
+    orders = {model: each for model, each in state.orders.items() if each.plan.round_id != message.round_id}
+    library, outputs = state.library, _NOTHING
+    for model, pending in state.library.pending.items():
+        if pending.order == message.round_id and pending.order != _collected(state):
+            library, told = preparation.dropped(library, model, "its campaign is over")
+            outputs += told
+    return replace(state, orders=orders, library=library), outputs
+
+
+def _collected(state: SessionState) -> str | None:
+    """The order whose update the active round collects."""
+    if state.active is None or not isinstance(state.active.assignment, Training):
+        return None
+    return state.active.assignment.task.order
+
+
+def _prepare(state: SessionState, stamp: Stamp) -> Result:
+    """Trains by a standing order, while no round wants this device."""
+    if state.active is not None or state.unfit is not None or not state.orders:
+        return state, ()
+    orders, outputs = preparation.advance(state.orders, state.library, stamp)
+    return replace(state, orders=orders), outputs
+
+
+def _not_prepared(state: SessionState, event: PreparationFailed, stamp: Stamp) -> Result:
+    order = state.orders.get(event.model)
+    orders, outputs = preparation.failed(state.orders, event)
+    if orders is state.orders or order is None:
+        return state, ()
+    state = replace(state, orders=orders)
+    if event.fault.code != UNUSABLE:
+        return state, outputs
+    state, more = _distrusted(state, order.assignment.task.manifest_sha256, event.fault, stamp)
+    return state, (*outputs, *more)
+
+
+def _offered(profile: Profile, message: Invitation | TrainingOrder) -> Version | None:
+    """The version that came with an invitation or an order, if a model signer vouches for it."""
     if message.manifest is None:
         return None
     try:
@@ -309,22 +385,31 @@ def _connected(state: SessionState, stamp: Stamp) -> Result:
     # Said again in case it was lost: the aggregator takes each answer once, and ends what it has ended.
     answer = participation.answer_of(state.active) if state.active else None
     said: Outputs = (Send(answer),) if answer else ()
+    collected = _collected(state)
+    said += tuple(
+        Send(preparation.ready_message(update))
+        for update in state.library.pending.values()
+        if update.order != collected
+    )
     return state, (Announce(library.serving(), library.failures()), *fetching, *said)
 
 
 def _ticked(profile: Profile, state: SessionState, stamp: Stamp) -> Result:
     library, fetching = models.ticked(state.library, stamp)
-    state = replace(state, library=library)
-    if state.active is None:
+    active = state.active
+    if active is None:
+        orders, library, expired = preparation.ticked(state.orders, library, stamp)
+        state, preparing = _prepare(replace(state, library=library, orders=orders), stamp)
         state, personalising = _personalise(profile.policy, state)
-        return state, (*fetching, *personalising)
-    state, offering = _adopt(state, participation.tick(state.active, stamp))
+        return state, (*fetching, *expired, *preparing, *personalising)
+    state = replace(state, library=library)
+    state, offering = _adopt(state, participation.tick(active, stamp))
     return state, (*fetching, *offering)
 
 
 def _personalise(policy: DevicePolicy, state: SessionState) -> Result:
     """Starts to fine-tune one version that was not yet, if the owner wants that and nothing else is to do."""
-    if not policy.personal_epochs or state.busy or state.unfit is not None:
+    if not policy.personal_epochs or state.busy or state.orders or state.unfit is not None:
         return state, ()
     newest = (shelf.good[-1] for shelf in state.library.shelves.values() if shelf.good)
     version = next((version for version in newest if version.sha256 not in state.personalised), None)
@@ -368,7 +453,7 @@ def _distrusted(state: SessionState, sha256: str, fault: Fault, stamp: Stamp) ->
 
 def _worked(
     state: SessionState,
-    event: TrainingFinished | Evaluated | FieldRead | InputWritten | WorkFailed,
+    event: TrainingFinished | UpdateRead | Evaluated | FieldRead | InputWritten | WorkFailed,
     stamp: Stamp,
 ) -> Result:
     active = state.active
@@ -377,13 +462,21 @@ def _worked(
         return state, ()
     if isinstance(event, TrainingFinished):
         return _adopt(state, participation.trained(active, state.library, event.update, stamp))
+    if isinstance(event, UpdateRead):
+        return _adopt(state, participation.update_read(active, state.library, event.contribution, stamp))
     if isinstance(event, Evaluated):
         return _adopt(state, participation.evaluated(active, state.library, event.evaluation, stamp))
     if isinstance(event, FieldRead):
         return _adopt(state, participation.field_read(active, state.library, event.value, stamp))
     if isinstance(event, InputWritten):
         return _adopt(state, participation.input_written(active, event.blob, event.local, stamp))
+    collected = _collected(state)
     state, outputs = _adopt(state, participation.abort(active, event.fault, stamp))
+    model = next((m for m, update in state.library.pending.items() if update.order == collected), None)
+    if model is not None and not event.fault.transient:
+        # It would fail in the next buffer, too.
+        library, told = preparation.dropped(state.library, model, event.fault.code)
+        state, outputs = replace(state, library=library), (*outputs, *told)
     if event.fault.code != UNUSABLE or not isinstance(active.assignment, Training | Evaluating):
         return state, outputs
     state, more = _distrusted(state, active.assignment.task.manifest_sha256, event.fault, stamp)
@@ -405,6 +498,8 @@ def _adopt(state: SessionState, step: Step) -> Result:
             history = history.with_contribution(output.entry.at, output.entry.event)
         elif isinstance(output, SaveLocal):
             library = library.with_local(output)
+        elif isinstance(output, DropPending):
+            library = library.without_pending(output.model)
     ended = state.active is not None and active is None
     state = replace(state, active=active, history=history, library=library)
     return state, (*outputs, _keep(state)) if ended else outputs
@@ -412,7 +507,7 @@ def _adopt(state: SessionState, step: Step) -> Result:
 
 def _keep(state: SessionState) -> KeepBlobs:
     """The files that are still needed: those of the library, and of the version that the round is about."""
-    needed = state.library.blobs()
+    needed = state.library.blobs().union(*(order.blobs for order in state.orders.values()))
     if state.active is not None and not isinstance(state.active.assignment, Answering):
         manifest = state.active.assignment.manifest
         needed |= {manifest.graph.sha256, manifest.weights.sha256}

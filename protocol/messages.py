@@ -171,6 +171,15 @@ class UnmaskingShares(_Message):
     key_shares: Annotated[tuple[PeerShare, ...], FailFast(), Field(max_length=MAX_COHORT)]
 
 
+class UpdateReady(_Message):
+    """An update trained by a standing order waits on the device's disk for a buffer."""
+
+    type: Literal["update-ready"] = "update-ready"
+    order: RoundId
+    version: Version
+    """That it was trained from."""
+
+
 class ClientAbort(_Message):
     """The client saw the rules of the round broken: it erased its secrets and leaves the round."""
 
@@ -190,6 +199,18 @@ class Invitation(_Message):
     plan: SignedDocument
     manifest: SignedDocument | None = None
     """Of the version that the plan is about: a device may have to fetch it, but not to serve it."""
+
+
+class TrainingOrder(_Message):
+    """A standing order: train now, keep the update, and say when it is ready.
+
+    The plan is signed as `ORDER_KIND`; every buffer that collects the update has a plan of its own.
+    """
+
+    type: Literal["training-order"] = "training-order"
+    plan: SignedDocument
+    manifest: SignedDocument | None = None
+    """Of the version to train from."""
 
 
 class RosterEntry(Schema):
@@ -282,12 +303,14 @@ FromDevice = (
     | UploadOffer
     | ConsistencySignature
     | UnmaskingShares
+    | UpdateReady
     | ClientAbort
     | BlobNeed
     | BlobChunk
 )
 ToDevice = (
     Invitation
+    | TrainingOrder
     | Roster
     | ShareDelivery
     | UploadReceipt

@@ -22,6 +22,8 @@ from protocol.secagg.subcohorts import Split
 
 PLAN_KIND = "plan"
 MODEL_KIND = "model-manifest"
+ORDER_KIND = "training-order"
+"""Of a plan that is no round: what updates that buffers collect later are trained by (`TrainTask.order`)."""
 
 MAX_BINS = 4096
 MAX_BOUND = 1e15
@@ -66,6 +68,10 @@ class TrainTask(Schema):
     manifest_sha256: Sha256
     """Digest of the signed manifest of the base version: same graph, same starting weights for all."""
     training: TrainingParameters
+    order: RoundId | None = None
+    """None: train now. Else this is a buffer (Nguyen et al. 2022, FedBuff): contribute the update that was
+    trained before by the standing order of this id, from a version at most `maximum_staleness` older. The
+    order itself is a plan under its own id, signed as `ORDER_KIND`, so that no round can be made of it."""
 
 
 class EvaluateTask(Schema):
@@ -235,6 +241,10 @@ class Plan(Schema):
             raise ValueError("a noise tree is for training by cohorts that are not split")
         if isinstance(self.task, TrainTask) and self.task.training.maximum_staleness and privacy.adaptive:
             raise ValueError("a clip norm adapts to updates that all weigh the same: allow no staleness")
+        if isinstance(self.task, TrainTask) and self.task.order and (privacy.adaptive or privacy.tree):
+            raise ValueError(
+                "buffers have one clip norm and noise of their own: no adaptive clipping, no tree"
+            )
         if not trains and privacy.example is not None:
             raise ValueError(f"{self._asked} asks for figures of a device: it has no examples to hide")
         return self

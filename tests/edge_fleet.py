@@ -22,6 +22,7 @@ from edge_client.events import (
     BlobFound,
     CloseRound,
     Connected,
+    DropPending,
     Evaluate,
     Evaluated,
     Event,
@@ -35,12 +36,16 @@ from edge_client.events import (
     MaskInput,
     MessageReceived,
     Note,
+    PendingUpdate,
     Personalise,
     Personalised,
+    PrepareUpdate,
     ReadField,
+    ReadUpdate,
     RoundRecord,
     SaveContribution,
     SaveLocal,
+    SavePending,
     SaveRound,
     SaveStanding,
     SaveVersion,
@@ -53,11 +58,14 @@ from edge_client.events import (
     Ticked,
     Train,
     TrainingFinished,
+    UpdatePrepared,
+    UpdateRead,
     VersionTested,
 )
 from edge_client.ledger import History
 from edge_client.library import StoredStanding, StoredVersion, Version
-from edge_client.masked_input import packed_slices
+from edge_client.masked_input import contribution_of, packed_slices, weighted
+from edge_client.pending_file import dump_update, load_update
 from edge_client.policy import DevicePolicy
 from edge_client.profile import Profile
 from edge_client.session import Memory, SessionState, handle, restore
@@ -78,12 +86,14 @@ from protocol.messages import (
     ModelAnnouncement,
     RoundEnd,
     ToDevice,
+    TrainingOrder,
     UploadOffer,
     UploadReceipt,
     VersionFailure,
 )
 from protocol.plan import (
     MODEL_KIND,
+    ORDER_KIND,
     PLAN_KIND,
     CohortParameters,
     Plan,
@@ -225,6 +235,35 @@ def invitation(signed: Plan, signer: Ed25519PrivateKey = OPERATOR) -> Invitation
     return Invitation(plan=SignedDocument.create(signer, PLAN_KIND, signed.to_bytes()))
 
 
+ORDER = "0" * 31 + "1"
+
+
+def order(
+    base: ModelManifest | None = None,
+    order_id: str = ORDER,
+    maximum: int = 2,
+    signer: Ed25519PrivateKey = OPERATOR,
+    **changes: Any,
+) -> TrainingOrder:
+    """A standing order to train from a version, which comes with it."""
+    base = base or manifest()
+    signed = buffer_plan(order_id, base, order_id, maximum, **changes)
+    return TrainingOrder(
+        plan=SignedDocument.create(signer, ORDER_KIND, signed.to_bytes()),
+        manifest=SignedDocument.create(OPERATOR, MODEL_KIND, base.to_bytes()),
+    )
+
+
+def buffer_plan(
+    round_id: str, base: ModelManifest, order_id: str = ORDER, maximum: int = 2, **changes: Any
+) -> Plan:
+    """A buffer that collects the updates of an order."""
+    training = TrainingParameters(local_epochs=1, learning_rate=0.1, maximum_staleness=maximum)
+    training = changes.pop("training", training)
+    asked = plan(round_id, base, training=training, **changes)
+    return asked.model_copy(update={"task": asked.task.model_copy(update={"order": order_id})})
+
+
 PERMISSIVE = DevicePolicy(
     minimum_cohort=2, minimum_survivors=2, privacy_modes=frozenset(PrivacyMode), maximum_rounds_per_day=100
 )
@@ -244,6 +283,8 @@ class Disk:
     partial: dict[str, dict[int, bytes]] = field(default_factory=dict)
     uploads: dict[str, bytes] = field(default_factory=dict)
     local: dict[str, SaveLocal] = field(default_factory=dict)
+    pending: dict[str, PendingUpdate] = field(default_factory=dict)
+    files: dict[str, bytes] = field(default_factory=dict)
 
     def apply(self, output: object) -> None:
         """Carries out a durable output."""
@@ -258,6 +299,10 @@ class Disk:
             self.ledger.append(output)
         elif isinstance(output, SaveLocal):
             self.local[output.model] = output
+        elif isinstance(output, SavePending):
+            self.pending[output.update.manifest.name] = output.update
+        elif isinstance(output, DropPending):
+            self.pending.pop(output.model, None)
         elif isinstance(output, SaveVersion):
             # In the order in which they were served, or failed.
             self.versions.pop(output.document.digest.hex(), None)
@@ -307,6 +352,7 @@ class Disk:
                 for s in self.standings.values()
             ),
             local=tuple(self.local.values()),
+            pending=tuple(self.pending.values()),
             active=active[0] if active else None,
             used=frozenset(self.rounds),
             joined_at=tuple(self.joined_at.values()),
@@ -315,6 +361,7 @@ class Disk:
         )
 
 
+Job = Train | PrepareUpdate | ReadUpdate | Evaluate | ReadField | MaskInput | TestVersion | Personalise
 Fate = Callable[[object], Event | None]
 """What a job becomes: an event, or None for "still busy"."""
 
@@ -331,7 +378,7 @@ class FakeDevice:
         self.statuses: list[dict[str, int]] = []
         self.failures: dict[str, VersionFailure] = {}
         self.notes: list[Note] = []
-        self.jobs: list[Train | Evaluate | ReadField | MaskInput | TestVersion | Personalise] = []
+        self.jobs: list[Job] = []
         self.state: SessionState = restore(Memory())
         self.unix, self.steady, self._events = NOW, 0.0, 0
         self.local: NDArray[np.float32] | None = None
@@ -364,7 +411,7 @@ class FakeDevice:
                 self.give(self.disk.find(output.blob))
             elif isinstance(output, KeepBlobs):
                 self.disk.blobs = {d: b for d, b in self.disk.blobs.items() if d in output.digests}
-            elif isinstance(output, Train | Evaluate | ReadField | MaskInput | TestVersion | Personalise):
+            elif isinstance(output, Job):
                 self.jobs.append(output)
             elif isinstance(output, Note):
                 self.notes.append(output)
@@ -404,6 +451,13 @@ class FakeDevice:
                 self.give(FieldRead(job.round_id, self.values[job.field]))
             elif isinstance(job, Train):
                 self.give(TrainingFinished(job.round_id, self.update()))
+            elif isinstance(job, PrepareUpdate):
+                data = dump_update(weighted(contribution_of(self.update()), job.clip_norm, 1.0))
+                blob = describe(data)
+                self.disk.files[blob.sha256] = data
+                self.give(UpdatePrepared(job.manifest.name, job.order, blob))
+            elif isinstance(job, ReadUpdate):
+                self.give(UpdateRead(job.round_id, load_update(self.disk.files[job.blob.sha256])))
             elif isinstance(job, Evaluate):
                 self.give(Evaluated(job.round_id, self.evaluation))
             elif isinstance(job, Personalise):

@@ -4,6 +4,7 @@
     partial/<sha256>    a download; <sha256>.map says which chunks are surely in it
     uploads/<round id>  a packed masked input
     local/<sha256>      local parameters of a model; nothing that is sent is ever read from here
+    pending/<sha256>    an update that waits for a buffer (`edge_client.pending_file`)
     personal/<model>    a version fine-tuned on this device, likewise (`edge_client.adapters.personal`)
 
 A download's map is written every `MAP_EVERY` chunks and not with each, to spare an SD card: a power cut costs
@@ -45,6 +46,7 @@ class Blobs:
         self._partial = root / "partial"
         self._uploads = root / "uploads"
         self._local = root / "local"
+        self._pending = root / "pending"
         self.personal = PersonalFiles(root / "personal")
         self._arrived: dict[str, set[int]] = {}
 
@@ -54,7 +56,7 @@ class Blobs:
         Raises:
             StorageError: the file system refuses.
         """
-        for directory in (self._whole, self._partial, self._uploads, self._local):
+        for directory in (self._whole, self._partial, self._uploads, self._local, self._pending):
             private_directory(directory)
 
     # --- models ------------------------------------------------------------------------------------------
@@ -210,9 +212,7 @@ class Blobs:
             StorageFull: no space is left.
             StorageError: the write failed.
         """
-        blob = BlobRef.of(data)
-        write_durably(self._local / blob.sha256, [data])
-        return blob
+        return _write(self._local, data)
 
     def read_local(self, blob: BlobRef) -> bytes:
         """Reads local parameters, checking them.
@@ -220,18 +220,55 @@ class Blobs:
         Raises:
             StorageError: they are not there, cannot be read, or are damaged.
         """
-        with storage_errors("reading local parameters"):
-            data = (self._local / blob.sha256).read_bytes()
-        if hashlib.sha256(data).hexdigest() != blob.sha256:
-            raise StorageError(5, "the local parameters are damaged on disk")
-        return data
+        return _read(self._local, blob, "local parameters")
 
     def keep_local(self, digests: frozenset[str]) -> None:
         """Deletes all local parameters that are not among these."""
-        with storage_errors("deleting old local parameters"):
-            for path in self._local.iterdir():
-                if path.name not in digests:
-                    path.unlink(missing_ok=True)
+        _keep(self._local, digests, "local parameters")
+
+    # --- pending updates ---------------------------------------------------------------------------------
+
+    def write_pending(self, data: bytes) -> BlobRef:
+        """Writes a pending update durably; it counts once the database names it.
+
+        Raises:
+            StorageFull: no space is left.
+            StorageError: the write failed.
+        """
+        return _write(self._pending, data)
+
+    def read_pending(self, blob: BlobRef) -> bytes:
+        """Reads a pending update, checking it.
+
+        Raises:
+            StorageError: it is not there, cannot be read, or is damaged.
+        """
+        return _read(self._pending, blob, "a pending update")
+
+    def keep_pending(self, digests: frozenset[str]) -> None:
+        """Deletes all pending updates that are not among these."""
+        _keep(self._pending, digests, "pending updates")
+
+
+def _write(directory: Path, data: bytes) -> BlobRef:
+    blob = BlobRef.of(data)
+    write_durably(directory / blob.sha256, [data])
+    return blob
+
+
+def _read(directory: Path, blob: BlobRef, what: str) -> bytes:
+    with storage_errors(f"reading {what}"):
+        data = (directory / blob.sha256).read_bytes()
+    if hashlib.sha256(data).hexdigest() != blob.sha256:
+        raise StorageError(5, f"{what} cannot be used: damaged on disk")
+    return data
+
+
+def _keep(directory: Path, digests: frozenset[str], what: str) -> None:
+    with storage_errors(f"deleting old {what}"):
+        for path in directory.iterdir():
+            if path.name not in digests:
+                path.unlink(missing_ok=True)
 
 
 def _bitmap(indices: Iterable[int], count: int) -> bytes:

@@ -8,7 +8,7 @@ from pathlib import Path
 from edge_client.adapters.files import StorageError
 
 APPLICATION_ID = 0x436F7665  # "Cove"
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 
 _SCHEMA = """
 CREATE TABLE rounds (
@@ -73,6 +73,16 @@ CREATE TABLE standings (
     PRIMARY KEY (model, own)
 ) STRICT, WITHOUT ROWID;
 """
+_SINCE_4 = """
+CREATE TABLE pending (
+    model TEXT PRIMARY KEY,
+    document TEXT NOT NULL,
+    manifest BLOB NOT NULL,
+    sha256 TEXT NOT NULL,
+    size INTEGER NOT NULL,
+    at INTEGER NOT NULL
+) STRICT, WITHOUT ROWID;
+"""
 
 
 class UnknownSchema(StorageError):
@@ -104,12 +114,13 @@ def configure(connection: sqlite3.Connection) -> None:
     connection.execute("PRAGMA synchronous = FULL")
     if connection.execute("SELECT count(*) FROM sqlite_schema").fetchone()[0] == 0:
         connection.executescript(
-            f"BEGIN IMMEDIATE; {_SCHEMA} {_SINCE_2} {_SINCE_3} PRAGMA application_id = {APPLICATION_ID};"
+            f"BEGIN IMMEDIATE; {_SCHEMA} {_SINCE_2} {_SINCE_3} {_SINCE_4}"
+            f" PRAGMA application_id = {APPLICATION_ID};"
             f" PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;"
         )
         return
     version = connection.execute("PRAGMA user_version").fetchone()[0]
-    steps = [step for since, step in ((2, _SINCE_2), (3, _SINCE_3)) if version < since]
+    steps = [step for since, step in ((2, _SINCE_2), (3, _SINCE_3), (4, _SINCE_4)) if version < since]
     if steps:
         connection.executescript(
             f"BEGIN IMMEDIATE; {' '.join(steps)} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;"

@@ -4,6 +4,7 @@
     ledger    what this device contributed
     versions  signed manifests, and what became of them
     local     which file holds this device's local parameters of a model
+    pending   which file holds an update that waits for a buffer
 
 WAL with synchronous=FULL makes a commit durable when it returns, and lets `status` and `predict` read while
 `run` writes. `secure_delete` and a truncated log take the secrets of a finished round off the file as far as
@@ -32,11 +33,14 @@ from edge_client.adapters.files import (
 )
 from edge_client.events import (
     CloseRound,
+    DropPending,
     Durable,
     ForgetVersion,
+    PendingUpdate,
     RoundRecord,
     SaveContribution,
     SaveLocal,
+    SavePending,
     SaveRound,
     SaveStanding,
     SaveVersion,
@@ -154,6 +158,9 @@ class DeviceStore:
             # What remains is deleted at the next start.
             with contextlib.suppress(StorageError):
                 self.keep_local()
+        if any(isinstance(output, SavePending | DropPending) for output in rows):
+            with contextlib.suppress(StorageError):
+                self.keep_pending()
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[None]:
@@ -180,11 +187,22 @@ class DeviceStore:
         """
         self.blobs.keep_local(frozenset(saved.blob.sha256 for saved in self.local()))
 
+    def keep_pending(self) -> None:
+        """Deletes every file of a pending update that the database does not name.
+
+        Raises:
+            StorageError: reading or deleting failed.
+        """
+        rows = self._connection.execute("SELECT sha256 FROM pending").fetchall()
+        self.blobs.keep_pending(frozenset(row[0] for row in rows))
+
     def _write(
         self,
         output: SaveRound
         | SaveContribution
         | SaveLocal
+        | SavePending
+        | DropPending
         | CloseRound
         | SaveVersion
         | SaveStanding
@@ -222,6 +240,22 @@ class DeviceStore:
                 "INSERT OR REPLACE INTO local (model, layout, sha256, size) VALUES (?, ?, ?, ?)",
                 (output.model, output.layout, output.blob.sha256, output.blob.size),
             )
+        elif isinstance(output, SavePending):
+            update = output.update
+            self._connection.execute(
+                "INSERT OR REPLACE INTO pending (model, document, manifest, sha256, size, at)"
+                " VALUES (?, ?, ?, ?, ?, ?)",
+                (
+                    update.manifest.name,
+                    update.document.model_dump_json(),
+                    update.manifest.to_bytes(),
+                    update.blob.sha256,
+                    update.blob.size,
+                    update.at,
+                ),
+            )
+        elif isinstance(output, DropPending):
+            self._connection.execute("DELETE FROM pending WHERE model = ?", (output.model,))
         elif isinstance(output, ForgetVersion):
             self._connection.execute("DELETE FROM versions WHERE sha256 = ?", (output.sha256,))
         else:
@@ -289,6 +323,7 @@ class DeviceStore:
                 versions=self.versions(),
                 standings=self.standings(),
                 local=self.local(),
+                pending=self.pending(),
                 active=active,
                 used=used,
                 joined_at=tuple(row[0] for row in joined)[::-1],
@@ -405,6 +440,31 @@ class DeviceStore:
                 return ()  # read-only, and no newer process has written yet
             rows = self._connection.execute("SELECT model, layout, sha256, size FROM local").fetchall()
         return tuple(SaveLocal(model, layout, BlobRef(sha256=a, size=n)) for model, layout, a, n in rows)
+
+    def pending(self) -> tuple[PendingUpdate, ...]:
+        """The updates that wait for a buffer, by model.
+
+        Raises:
+            StorageError: the database cannot be read.
+        """
+        with _typed_errors("reading the pending updates"):
+            if self._schema() < 4:
+                return ()
+            rows = self._connection.execute(
+                "SELECT document, manifest, sha256, size, at FROM pending ORDER BY model"
+            ).fetchall()
+        found = []
+        for text, manifest, sha256, size, at in rows:
+            try:
+                document = SignedDocument.model_validate_json(text)
+                plan, version = Plan.from_bytes(document.payload), ModelManifest.from_bytes(manifest)
+            except (ValueError, MalformedMessage):
+                # Written by a client that knew other orders: it trains anew.
+                _LOG.warning("unreadable-pending-update")
+                continue
+            blob = BlobRef(sha256=sha256, size=size)
+            found.append(PendingUpdate(document, plan, version, blob, at))
+        return tuple(found)
 
     def ledger(self) -> tuple[LedgerEntry, ...]:
         """Every contribution, in order.

@@ -22,6 +22,7 @@ from edge_client.adapters.files import StorageError, StorageFull
 from edge_client.adapters.model_check import check_in_child
 from edge_client.adapters.readings import FieldReader
 from edge_client.events import (
+    Contribution,
     Evaluate,
     Evaluated,
     Event,
@@ -31,15 +32,21 @@ from edge_client.events import (
     MaskInput,
     Personalise,
     Personalised,
+    PreparationFailed,
+    PrepareUpdate,
     ReadField,
+    ReadUpdate,
     TestVersion,
     Train,
     TrainingFinished,
+    UpdatePrepared,
+    UpdateRead,
     VersionTested,
     WorkFailed,
 )
 from edge_client.fields import InvalidFields, UnreadableField
-from edge_client.masked_input import packed_slices
+from edge_client.masked_input import contribution_of, packed_slices, weighted
+from edge_client.pending_file import InvalidUpdate, dump_update, load_update
 from edge_client.personalisation import personalise
 from edge_client.sources import DataSource
 from edge_client.training import (
@@ -56,7 +63,8 @@ from protocol.dp.errors import NonFiniteUpdate, PrivacyError
 from protocol.dp.sampling import discrete_gaussian_sampler, skellam_sampler
 from protocol.fields import BlobRef
 
-Job = TestVersion | Train | Evaluate | ReadField | MaskInput | Personalise
+RoundJob = Train | ReadUpdate | Evaluate | ReadField | MaskInput
+Job = TestVersion | Personalise | PrepareUpdate | RoundJob
 TrainerFactory = Callable[[ModelManifest, bytes], LocalTrainer]
 ModelCheck = Callable[[ModelManifest, bytes, bytes], None]
 
@@ -78,6 +86,7 @@ _CODES: tuple[tuple[type[Exception], str, bool, str | None], ...] = (
     (InvalidWeights, "model-unusable", False, None),
     (UnreadableField, "field-unreadable", False, None),
     (InvalidFields, "field-unreadable", False, "the declaration of fields cannot be used"),
+    (InvalidUpdate, "update-lost", False, "the update that waited is damaged"),
     (PrivacyError, "encoding-failed", False, "the contribution cannot be encoded"),
     (MemoryError, "out-of-memory", True, None),
 )
@@ -124,6 +133,8 @@ def _failed(job: Job, fault: Fault) -> Event:
         return VersionTested(job.sha256, fault)
     if isinstance(job, Personalise):
         return Personalised(job.manifest.name, fault)
+    if isinstance(job, PrepareUpdate):
+        return PreparationFailed(job.manifest.name, job.order, fault)
     return WorkFailed(job.round_id, fault)
 
 
@@ -182,7 +193,7 @@ class Worker:
 
         Else rounds that fail one after the other, or are made to, would keep a slow device behind for hours.
         """
-        if not isinstance(job, TestVersion | Personalise):
+        if isinstance(job, RoundJob):
             self._round_id = job.round_id
         self._jobs.put(job)
 
@@ -196,7 +207,7 @@ class Worker:
         gc.collect()
         return_freed_memory()
         while (job := self._jobs.get()) is not None:
-            if not isinstance(job, TestVersion | Personalise) and job.round_id != self._round_id:
+            if isinstance(job, RoundJob) and job.round_id != self._round_id:
                 continue
             try:
                 event: Event = self._do(job)
@@ -238,7 +249,9 @@ class Worker:
             return InputWritten(job.round_id, blob, local)
         if isinstance(job, ReadField):
             return FieldRead(job.round_id, self._fields.read(job.field))
-        if isinstance(job, Train) and job.config.hidden is not None:
+        if isinstance(job, ReadUpdate):
+            return UpdateRead(job.round_id, self._read_update(job.blob))
+        if isinstance(job, Train | PrepareUpdate) and job.config.hidden is not None:
             # Nothing of an earlier training without noise may be left in the graph's variables.
             self._loaded = None
         trainer = self._trainer(job.manifest)
@@ -253,7 +266,17 @@ class Worker:
         if isinstance(job, Evaluate):
             return Evaluated(job.round_id, trainer.evaluate(weights, examples, own))
         update = trainer.train(weights, examples, job.config, job.config.generator(), own)
+        if isinstance(job, PrepareUpdate):
+            clipped = weighted(contribution_of(update), job.clip_norm, 1.0)
+            blob = self._blobs.write_pending(dump_update(clipped))
+            return UpdatePrepared(job.manifest.name, job.order, blob)
         return TrainingFinished(job.round_id, update)
+
+    def _read_update(self, blob: BlobRef) -> Contribution:
+        try:
+            return load_update(self._blobs.read_pending(blob))
+        except StorageError as error:
+            raise InvalidUpdate(str(error)) from error
 
     def _trainer(self, manifest: ModelManifest) -> LocalTrainer:
         """The trainer of a version; the last one is kept, since a version is tested and then trained."""

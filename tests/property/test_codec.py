@@ -43,8 +43,10 @@ from protocol.messages import (
     ShareKeys,
     SignedBy,
     SurvivorSet,
+    TrainingOrder,
     UnmaskingShares,
     UnmaskRequest,
+    UpdateReady,
     UploadOffer,
     UploadReceipt,
 )
@@ -72,11 +74,13 @@ FROM_DEVICE = [
     UploadOffer(round_id=ROUND, blob=BLOB),
     ConsistencySignature(round_id=ROUND, survivors_hash=bytes(32), signature=bytes(64)),
     UnmaskingShares(round_id=ROUND, survivors_hash=bytes(32), seed_shares=PEER_SHARES, key_shares=()),
+    UpdateReady(order=ROUND, version=3),
     ClientAbort(round_id=ROUND, code="split-view"),
     BlobNeed(blob=BLOB, indices=(0, 1)),
 ]
 TO_DEVICE = [
     Invitation(plan=SIGNED),
+    TrainingOrder(plan=SIGNED, manifest=SIGNED),
     Roster(round_id=ROUND, size=2, root=bytes(32), entries=(ENTRY,)),
     ShareDelivery(round_id=ROUND, roster_hash=bytes(32), shares=SHARES),
     UploadReceipt(round_id=ROUND, blob=BLOB, accepted=True),

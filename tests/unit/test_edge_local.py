@@ -155,7 +155,9 @@ def test_the_database_names_them_and_others_are_deleted(tmp_path: Path) -> None:
 def test_a_database_of_before_is_brought_up_to_date(tmp_path: Path) -> None:
     DeviceStore.open(tmp_path).close()
     connection = sqlite3.connect(tmp_path / DATABASE)
-    connection.executescript("DROP TABLE local; DROP TABLE standings; PRAGMA user_version = 1;")
+    connection.executescript(
+        "DROP TABLE local; DROP TABLE standings; DROP TABLE pending; PRAGMA user_version = 1;"
+    )
     connection.close()
     with DeviceStore.open(tmp_path, read_only=True) as store:
         assert store.local() == ()

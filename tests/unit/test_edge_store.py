@@ -148,7 +148,7 @@ def test_everything_is_private(tmp_path: Path) -> None:
     assert all(mode == (0o700 if path.is_dir() else 0o600) for path, mode in modes.items()), modes
 
 
-@pytest.mark.parametrize("pragma", ["user_version = 4", "application_id = 7"])
+@pytest.mark.parametrize("pragma", ["user_version = 5", "application_id = 7"])
 def test_an_unknown_schema_is_refused_and_left_alone(tmp_path: Path, pragma: str) -> None:
     DeviceStore.open(tmp_path).close()
     connection = sqlite3.connect(tmp_path / DATABASE)
