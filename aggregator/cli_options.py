@@ -134,8 +134,14 @@ def deadlines(
         float, typer.Option(min=0.1, help="Exchange of shares.", rich_help_panel=_DEADLINES)
     ] = _LIMITS.share_keys,
     input_seconds: Annotated[
-        float, typer.Option(min=0.1, help="Work on the device, and upload.", rich_help_panel=_DEADLINES)
-    ] = _LIMITS.masked_input,
+        float | None,
+        typer.Option(
+            min=0.1,
+            help="Work on the device, and upload.",
+            show_default=f"{_LIMITS.masked_input:g}; of a buffer, 60",
+            rich_help_panel=_DEADLINES,
+        ),
+    ] = None,
     check_seconds: Annotated[
         float, typer.Option(min=0.1, help="Consistency check.", rich_help_panel=_DEADLINES)
     ] = _LIMITS.consistency_check,
@@ -149,11 +155,11 @@ def deadlines(
         ),
     ] = _LIMITS.offline_grace,
 ) -> Deadlines:
-    """What the options say of a round's deadlines, in seconds."""
+    """What the options say of a round's deadlines, in seconds; `masked_input` is set if one said it."""
     return Deadlines(
+        **({} if input_seconds is None else {"masked_input": input_seconds}),
         advertise_keys=advertise_seconds,
         share_keys=share_seconds,
-        masked_input=input_seconds,
         consistency_check=check_seconds,
         unmasking=unmask_seconds,
         offline_grace=offline_grace,

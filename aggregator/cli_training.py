@@ -33,10 +33,13 @@ from aggregator.operations import OperationRefused
 from aggregator.optimizers import Server
 from aggregator.rounds.planning import GATHER_SECONDS
 from aggregator.settings import (
+    BUFFER_DEADLINES,
     DEFAULT_COHORT,
     DEFAULT_DELTA,
     DEFAULT_REST_ROUNDS,
+    DEFAULT_STALENESS,
     CampaignRequest,
+    Mode,
     given,
     invalid,
 )
@@ -140,12 +143,33 @@ def campaign_request(
         float | None,
         typer.Option(help="Learning rate of the optimizer.", show_default="1; of the adaptive ones, 0.1"),
     ] = None,
-    max_staleness: Annotated[
-        int,
+    mode: Annotated[
+        Mode,
         typer.Option(
-            min=0, max=100, help="Let devices train from a version so many older; weighs 1/sqrt(1+s)."
+            help="`rounds`: a cohort trains and its slowest device is waited for. `buffered`: devices train "
+            "when they can, and a buffer of updates is collected as soon as it is full (FedBuff).",
+            rich_help_panel="Asynchronous",
         ),
-    ] = 0,
+    ] = Mode.ROUNDS,
+    buffer: Annotated[
+        int | None,
+        typer.Option(
+            min=2,
+            help="Updates that make a new version, in mode buffered.",
+            show_default="as --cohort",
+            rich_help_panel="Asynchronous",
+        ),
+    ] = None,
+    max_staleness: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            max=100,
+            help="How many versions an update may be behind; it weighs 1/sqrt(1+s).",
+            show_default=f"0; in mode buffered, {DEFAULT_STALENESS}",
+            rich_help_panel="Asynchronous",
+        ),
+    ] = None,
     fedprox_mu: Annotated[
         float | None,
         typer.Option(min=0.0, help="Weight of FedProx on the devices.", show_default="the model's recipe"),
@@ -162,13 +186,17 @@ def campaign_request(
     Raises:
         BadParameter, OperationRefused: the privacy is neither a mode nor a plan.
     """
-    mode = PrivacyMode(privacy) if privacy in set(PrivacyMode) else None
-    plan = None if mode is not None else PlannedPrivacy.load(Path(privacy))
+    if buffer is not None:
+        if mode is not Mode.BUFFERED or cohort is not None:
+            raise typer.BadParameter("goes with --mode buffered, in place of --cohort", param_hint="--buffer")
+        cohort = buffer
+    noise = PrivacyMode(privacy) if privacy in set(PrivacyMode) else None
+    plan = None if noise is not None else PlannedPrivacy.load(Path(privacy))
     if plan is not None:
-        mode = plan.mode
+        noise = plan.mode
         rounds, cohort, delta = given(rounds, plan.rounds), cohort or plan.cohort, given(delta, plan.delta)
         noise_multiplier = given(noise_multiplier, plan.noise_multiplier)
-        if mode is PrivacyMode.EXAMPLE:
+        if noise is PrivacyMode.EXAMPLE:
             # Its clip norm is that of an example, and no fewest survivors matter to an example.
             example_clip = given(example_clip, plan.clip_norm)
             sampling = sampling if sampling is not None else plan.sampling_probability
@@ -179,6 +207,8 @@ def campaign_request(
             min_survivors = given(min_survivors, plan.min_survivors)
             minimum = given(minimum, min_survivors)
             restart_every = restart_every if restart_every is not None else plan.restart_every
+    if mode is Mode.BUFFERED and "masked_input" not in deadlines.model_fields_set:
+        deadlines = deadlines.model_copy(update={"masked_input": BUFFER_DEADLINES.masked_input})
     return CampaignRequest(
         model=model,
         rounds=rounds,
@@ -189,8 +219,9 @@ def campaign_request(
         local_epochs=local_epochs,
         learning_rate=lr,
         proximal_mu=fedprox_mu,
+        mode=mode,
         maximum_staleness=max_staleness,
-        privacy=given(mode, PrivacyMode.NONE),
+        privacy=given(noise, PrivacyMode.NONE),
         noise_multiplier=noise_multiplier,
         clip_norm=clip_norm,
         colluders=given(colluders, 0),

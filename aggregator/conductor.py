@@ -9,20 +9,28 @@ from dataclasses import dataclass
 
 from structlog.contextvars import bound_contextvars
 
+from aggregator.buffering import Buffers
 from aggregator.clock import Moment
 from aggregator.ending import Finisher
 from aggregator.fleet.authority import Authority
 from aggregator.fleet.presence import Change, Presence
 from aggregator.gathering import Gathering, gather, selection
 from aggregator.lost_rounds import give_up
-from aggregator.records import Campaign, NoiseTree, Round
+from aggregator.records import Campaign, NoiseTree, Round, Version
 from aggregator.registry.publishing import manifest_of
 from aggregator.repository import Reader, Repository, RepositoryError
 from aggregator.rounds import machine
 from aggregator.rounds.clipping import adapted
 from aggregator.rounds.events import DeviceOffline, DeviceOnline, MessageReceived, Reconnected, Tick
 from aggregator.rounds.noise_tree import placed
-from aggregator.rounds.planning import CampaignSettings, VersionToEvaluate, asked_by, assign, make_plan
+from aggregator.rounds.planning import (
+    CampaignSettings,
+    VersionToEvaluate,
+    asked_by,
+    assign,
+    make_plan,
+    readable,
+)
 from aggregator.rounds.report import RoundReport
 from aggregator.rounds.selection import places, ready
 from aggregator.rounds.subcohort import Trust
@@ -33,7 +41,7 @@ from models.assignment import described
 from models.manifest import ModelManifest
 from protocol.dp.events import event_for
 from protocol.errors import IllegalEvent, ProtocolError
-from protocol.messages import BlobChunk, RoundEnd, UploadOffer
+from protocol.messages import BlobChunk, Refusal, RoundEnd, UploadOffer
 from protocol.plan import TrainingParameters, TrainTask
 from protocol.round_encoding import round_encoding
 from protocol.secagg.server import ClientMessage
@@ -59,6 +67,7 @@ class Conductor:
             entropy: returns 32 fresh random bytes, for round ids.
         """
         self.traffic = TrafficMeter()
+        self.buffers = Buffers(authority)
         self._authority = authority
         self._trust = Trust(authority.ca)
         self._finisher = finisher
@@ -77,6 +86,7 @@ class Conductor:
         self._ended.clear()
         self._dropped.clear()
         self._lost.clear()
+        self.buffers.clear()
         with repository.read() as reader:
             for record in reader.rounds(last=REMEMBERED):
                 if record.status != "running":
@@ -110,7 +120,9 @@ class Conductor:
         """
         running = self._running.get(message.round_id)
         if running is None or running.state.ended:
-            if running is None:
+            if running is None and not (
+                isinstance(message, Refusal) and self.buffers.refused(work, device_id, message)
+            ):
                 self._tell_ended(work, device_id, message.round_id)
             return
         try:
@@ -133,6 +145,7 @@ class Conductor:
 
     def presence_changed(self, work: Work, device_id: str, change: Change) -> None:
         """Takes in that a device is there, or gone."""
+        self.buffers.device_changed(device_id)
         for running in self._running.values():
             if change is Change.BORN:
                 running.apply(work, DeviceOnline(device_id))
@@ -258,10 +271,13 @@ class Conductor:
         that, and so are queries. A device is in one round only. Queries and evaluations go first, or the
         rounds of a long campaign would leave them no devices until its end.
         """
-        busy = {_lane(running.record.model, running.state.plan.task) for running in self._running.values()}
+        running = {each.record.campaign_id for each in self._running.values()}
+        busy = {_lane(each.record.model, each.state.plan.task) for each in self._running.values()}
         lanes = [(_lane(campaign.model, asked_by(campaign)), campaign) for campaign in campaigns]
         for lane, campaign in sorted(lanes, key=lambda each: each[0].trains):
             if lane in busy:
+                if campaign.campaign_id in running and campaign.started < campaign.rounds:
+                    self._keep_training(work, campaign)
                 continue
             if campaign.started >= campaign.rounds:
                 if not _wanted(work, campaign):
@@ -286,27 +302,54 @@ class Conductor:
                 work.writer.forget_optimizer_memory(campaign.campaign_id)
                 logger.error("campaign %s failed: %s", campaign.campaign_id[:8], error)
 
-    def _serve(self, work: Work, campaign: Campaign) -> None:
-        settings = placed(
-            CampaignSettings.from_bytes(campaign.settings), campaign.campaign_id, campaign.started + 1
-        )
-        engaged = {
+    def _keep_training(self, work: Work, campaign: Campaign) -> None:
+        """Lets devices train while a buffer of the same campaign is collected."""
+        settings = readable(campaign)
+        if settings is not None and settings.buffered and campaign.status == "running":
+            version = self._version(work, campaign.model, settings)
+            self.buffers.ask(work, campaign, settings, version, self._idle())
+
+    def _waiting(
+        self, work: Work, campaign: Campaign, settings: CampaignSettings, idle: frozenset[str]
+    ) -> frozenset[str]:
+        """The idle devices whose updates wait for a buffer; the others are asked to train."""
+        version = self._version(work, campaign.model, settings)
+        self.buffers.ask(work, campaign, settings, version, idle)
+        return idle & self.buffers.waiting(campaign.campaign_id, version.version, settings.maximum_staleness)
+
+    def _idle(self) -> frozenset[str]:
+        """The devices that are online and in no round."""
+        return self._presence.online() - {
             device_id
             for running in self._running.values()
             for device_id in running.state.invited
             if machine.expects(running.state, device_id)
         }
-        online = self._presence.online() - engaged
-        wanted = places(settings.cohort.size, settings.over_select)
-        minimum = settings.cohort.minimum * settings.cohort.split.count
+
+    def _serve(self, work: Work, campaign: Campaign) -> None:
+        settings = placed(
+            CampaignSettings.from_bytes(campaign.settings), campaign.campaign_id, campaign.started + 1
+        )
+        online = self._idle()
+        size = places(settings.cohort.size, settings.over_select)
+        if settings.buffered:
+            # A buffer is collected when it is full, and then at once.
+            size = minimum = settings.cohort.size
+            candidates = self._waiting(work, campaign, settings, online)
+            short = f"waiting for updates: {{count}} of {minimum} ready"
+        else:
+            minimum = settings.cohort.minimum * settings.cohort.split.count
+            candidates = online
+            short = f"waiting for devices: {{count}} of at least {minimum} {{who}}"
         found = Gathering((), "online")
-        if len(online) >= minimum:
-            found = gather(work.writer, campaign, settings, online)
+        if len(candidates) >= minimum:
+            found = gather(work.writer, campaign, settings, candidates)
         available = found.pool
         if len(available) < minimum:
             self._patience.pop(campaign.campaign_id, None)
-            count = len(available) if len(online) >= minimum else len(online)
-            note = f"waiting for devices: {count} of at least {minimum} {found.who}"[:300]
+            count = len(available) if len(candidates) >= minimum else len(candidates)
+            why = self.buffers.why_refused(campaign.campaign_id) if settings.buffered else ""
+            note = "; ".join(filter(None, (short.format(count=count, who=found.who), why)))[:300]
             if campaign.note != note and _wanted(work, campaign):
                 work.writer.update_campaign(campaign.campaign_id, campaign.status, note)
             return
@@ -314,7 +357,7 @@ class Conductor:
         if not ready(
             len(available),
             minimum=minimum,
-            size=wanted,
+            size=size,
             waited=work.at.clock - since,
             patience=settings.gather_seconds,
         ):
@@ -328,7 +371,7 @@ class Conductor:
         self, work: Work, campaign: Campaign, settings: CampaignSettings, pool: tuple[str, ...]
     ) -> None:
         base = self._base(work, campaign.model, settings)
-        assignment = assign(settings, base)
+        assignment = assign(settings, base, order=campaign.campaign_id)
         last = work.writer.rounds(campaign_id=campaign.campaign_id, last=1)
         settings = adapted(settings, last[0] if last else None)
         round_id = self._entropy()[:16].hex()
@@ -360,6 +403,8 @@ class Conductor:
         if tree is not None and (known is None or known.tree != tree.tree):
             work.writer.plant_noise_tree(NoiseTree(campaign.campaign_id, tree.tree, self._entropy()))
         self._running[round_id] = RunningRound.begin(work, record, drawn, assignment, self._trust)
+        if settings.buffered:
+            self.buffers.collected(campaign.campaign_id, drawn.chosen)
         if settings.schedule is not None:
             # From now, not from the firing that this round serves: what was missed is not made up for.
             work.writer.set_due(campaign.campaign_id, settings.schedule.after(work.at.unix))
@@ -375,8 +420,11 @@ class Conductor:
 
     def _base(self, work: Work, model: str | None, settings: CampaignSettings) -> ModelManifest | None:
         """The version that a campaign's next round is about; None for a query."""
+        return None if model is None else manifest_of(self._version(work, model, settings))
+
+    def _version(self, work: Work, model: str | None, settings: CampaignSettings) -> Version:
         if model is None:
-            return None
+            raise LostBase("a query is about no version")
         if isinstance(settings.asks, VersionToEvaluate):
             version = work.writer.version(model, settings.asks.version)
         else:
@@ -384,7 +432,7 @@ class Conductor:
             version = work.writer.newest_version(model, "candidate", "canary", "stable")
         if version is None:
             raise LostBase(f"{model} has no such version: publish one with `covey model publish`")
-        return manifest_of(version)
+        return version
 
 
 def _wanted(work: Work, campaign: Campaign) -> bool:

@@ -24,7 +24,7 @@ from protocol.errors import IllegalEvent
 from protocol.fields import BlobRef
 from protocol.identity import SignedDocument
 from protocol.messages import BlobChunk, ClientAbort, Invitation, UploadOffer, UploadReceipt
-from protocol.plan import Plan
+from protocol.plan import Plan, TrainTask
 from protocol.round_encoding import round_encoding
 from protocol.secagg.server_state import Advertising, Collecting, Sharing
 from protocol.transfer import Reception
@@ -47,7 +47,7 @@ class RunningRound:
         assignment: what the plan asks, with the manifest of the version that it is about.
         inputs: device id -> SHA-256 of the masked input that is in the partial sum.
         receptions: uploads under way, by device.
-        base: the signed manifest of that version, for devices that have to fetch it; None for a query.
+        base: the signed manifest of that version, for devices that have to fetch it; None if they need none.
         changed: whether the report has to be saved.
     """
 
@@ -238,7 +238,8 @@ def _parse(record: Round) -> tuple[SignedDocument, Plan]:
 
 
 def _document(reader: Reader, plan: Plan) -> SignedDocument | None:
-    """The signed manifest of the version that a plan is about; None for a query."""
-    about = version_of(plan.task)
+    """The signed manifest of the version that devices need for a plan; None for a query or a buffer."""
+    collects = isinstance(plan.task, TrainTask) and plan.task.order is not None
+    about = None if collects else version_of(plan.task)
     version = None if about is None else reader.version(*about)
     return None if version is None else document_of(version)

@@ -30,7 +30,7 @@ from aggregator.work import Work
 from protocol import topics
 from protocol.codec import decode_from_device
 from protocol.errors import ProtocolError
-from protocol.messages import BlobChunk, BlobNeed, DeviceStatus, FromDevice
+from protocol.messages import BlobChunk, BlobNeed, DeviceStatus, FromDevice, UpdateReady
 from protocol.secagg.masking import apply_masks
 
 logger = logging.getLogger(__name__)
@@ -240,6 +240,8 @@ class Service:
                 self._downloads.answer(work, work.writer, device_id, message)
         elif isinstance(message, BlobChunk):
             self._conductor.chunk(work, device_id, message, body)
+        elif isinstance(message, UpdateReady):
+            self._conductor.buffers.update_ready(work, device_id, message)
         else:
             with bound_contextvars(round=message.round_id):
                 self._conductor.message(work, device_id, message)
@@ -252,6 +254,7 @@ class Service:
         with self._repository.read() as reader:
             campaigns = reader.campaigns("waiting", "running")
             self._conductor.drop_cancelled(reader)
+            self._conductor.buffers.end_others(work, reader)
         self._assigner.tick(work, self._repository)
         if campaigns:
             self._conductor.serve_campaigns(work, campaigns)

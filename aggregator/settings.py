@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import math
 import secrets
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from enum import StrEnum
 from typing import ClassVar, TypeVar
 
 from pydantic import ConfigDict, ValidationError
@@ -46,12 +47,27 @@ DEFAULT_DELTA = 1e-5
 DEFAULT_EXAMPLE_CLIP_NORM = 1.0
 DEFAULT_SAMPLING_PROBABILITY = 0.1
 DEFAULT_REST_ROUNDS = 10
+DEFAULT_STALENESS = 8
+"""Of buffers: an update weighs a third then."""
+BUFFER_DEADLINES = Deadlines(masked_input=60.0)
+"""Nothing is trained in a buffer: a minute is for masking and the upload."""
 DATA_BITS = 16
 """Bits of one coordinate before the sum of the cohort widens it."""
 
 
 class InvalidSettings(ValueError):
     """Figures that make no campaign; the message says which."""
+
+
+class Mode(StrEnum):
+    """How devices and aggregator take turns.
+
+    ROUNDS: a cohort trains, and everybody waits for its slowest member. BUFFERED: every device trains when it
+    can, and a buffer is collected as soon as it is full (FedBuff).
+    """
+
+    ROUNDS = "rounds"
+    BUFFERED = "buffered"
 
 
 @dataclass(frozen=True)
@@ -75,7 +91,9 @@ class CampaignRequest:
             every round noise of its own.
         example_clip_norm: mode example: L2 bound of one example's gradient; by default 1.
         sampling_probability: mode example: chance of an example to be in one step; by default 0.1.
-        maximum_staleness: a device without the newest version may train from one so many older.
+        mode: rounds that train, or buffers of updates that were trained before.
+        maximum_staleness: a device without the newest version may train from one so many older; how many
+            versions an update may be behind the one that its buffer is added to. By default none, and 8.
         optimizer: how the mean update moves the model.
         server_learning_rate: of the optimizer; its own by default.
         schedule: cron expression that says when rounds are due; by default one follows on the other.
@@ -97,7 +115,8 @@ class CampaignRequest:
     local_epochs: int | None = None
     learning_rate: float | None = None
     proximal_mu: float | None = None
-    maximum_staleness: int = 0
+    mode: Mode = Mode.ROUNDS
+    maximum_staleness: int | None = None
     privacy: PrivacyMode = PrivacyMode.NONE
     noise_multiplier: float | None = None
     clip_norm: float | None = None
@@ -105,7 +124,7 @@ class CampaignRequest:
     adaptive_quantile: float | None = None
     bits: int | None = None
     delta: float = DEFAULT_DELTA
-    deadlines: Deadlines = field(default_factory=Deadlines)
+    deadlines: Deadlines | None = None
     gather_seconds: float = GATHER_SECONDS
     epsilon_limit: float | None = None
     restart_every: int | None = None
@@ -135,6 +154,7 @@ class CampaignRequest:
         rounds = given(self.rounds, recipe.rounds)
         if rounds < 1:
             raise InvalidSettings("a campaign has at least one round")
+        buffered = self.mode is Mode.BUFFERED
         try:
             privacy = self._privacy()
             settings = CampaignSettings(
@@ -142,11 +162,11 @@ class CampaignRequest:
                     local_epochs=given(self.local_epochs, recipe.local_epochs),
                     learning_rate=given(self.learning_rate, recipe.learning_rate),
                     proximal_mu=given(self.proximal_mu, recipe.proximal_mu),
-                    maximum_staleness=self.maximum_staleness,
+                    maximum_staleness=given(self.maximum_staleness, DEFAULT_STALENESS if buffered else 0),
                 ),
                 privacy=privacy,
                 cohort=cohort_of(self.cohort, self.minimum, self.min_survivors, self.subcohort_limit),
-                deadlines=self.deadlines,
+                deadlines=given(self.deadlines, BUFFER_DEADLINES if buffered else Deadlines()),
                 gather_seconds=self.gather_seconds,
                 selection_seed=seed_of(self.seed),
                 server=ServerStep(optimizer=self.optimizer, learning_rate=self.server_learning_rate),
@@ -154,6 +174,7 @@ class CampaignRequest:
                 where=parse(self.where),
                 rest_rounds=self.rest_rounds,
                 over_select=self.over_select,
+                buffered=buffered,
                 epsilon_limit=self.epsilon_limit,
             )
         except ValidationError as error:

@@ -15,7 +15,7 @@ from protocol.enrolment import EnrolmentBundle
 from protocol.errors import BadSignature
 from protocol.fields import Slug
 from protocol.identity import SignedDocument, create_ca, issue_certificate, open_request
-from protocol.plan import MODEL_KIND, PLAN_KIND, Plan
+from protocol.plan import MODEL_KIND, ORDER_KIND, PLAN_KIND, Plan
 from protocol.version_assignment import ASSIGNMENT_KIND, VersionAssignment
 
 CA_DAYS = 3650
@@ -64,6 +64,10 @@ class Authority:
     def sign_plan(self, plan: Plan) -> SignedDocument:
         """Signs a plan as the operator."""
         return SignedDocument.create(self.operator_key, PLAN_KIND, plan.to_bytes())
+
+    def sign_order(self, plan: Plan) -> SignedDocument:
+        """Signs a standing order to train as the operator."""
+        return SignedDocument.create(self.operator_key, ORDER_KIND, plan.to_bytes())
 
     def sign_manifest(self, manifest: ModelManifest) -> SignedDocument:
         """Signs a model manifest as the operator."""

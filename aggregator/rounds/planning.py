@@ -95,8 +95,15 @@ class CampaignSettings(Schema):
     """Whoever was in one of so many rounds before gets only the places that nobody else takes."""
     over_select: Annotated[float, Field(ge=1, le=10)] = 1.0
     """Invite so many times the cohort; the first to check in make the roster."""
+    buffered: bool = False
+    """Devices train when they can, and each round collects the updates that wait (`aggregator.buffering`)."""
     epsilon_limit: Annotated[float, Field(gt=0, le=1e6)] | None = None
     """No round starts that would take the population beyond this epsilon, at the delta of `privacy`."""
+
+    @property
+    def maximum_staleness(self) -> int:
+        """Versions that a device may be behind; 0 where nothing is trained."""
+        return self.asks.maximum_staleness if isinstance(self.asks, TrainingParameters) else 0
 
     def to_bytes(self) -> bytes:
         """The JSON that the repository keeps."""
@@ -133,12 +140,15 @@ def asked_by(campaign: Campaign) -> TrainingParameters | VersionToEvaluate | Que
     return None if settings is None else settings.asks
 
 
-def assign(settings: CampaignSettings, base: ModelManifest | None) -> Assignment:
+def assign(
+    settings: CampaignSettings, base: ModelManifest | None, order: RoundId | None = None
+) -> Assignment:
     """What the next round of a campaign asks.
 
     Args:
         settings: of the campaign.
         base: the version to improve or to evaluate; None for a query.
+        order: id of the standing order whose updates a buffered campaign collects: that of the campaign.
 
     Raises:
         ValueError: training or evaluation without a version.
@@ -161,6 +171,7 @@ def assign(settings: CampaignSettings, base: ModelManifest | None) -> Assignment
             base_version=base.version,
             manifest_sha256=base.sha256(),
             training=asks,
+            order=order if settings.buffered else None,
         )
         return Training(task, base)
     assert_never(asks)
@@ -215,6 +226,8 @@ def check_settings(settings: CampaignSettings, base: ModelManifest | None) -> No
     """
     if settings.over_select > 1 and settings.cohort.split.count > 1:
         raise ValueError("a cohort that is split cannot be over-selected: raise its sub-cohort limit")
+    if settings.buffered:
+        _check_buffered(settings)
     unknown = {slot.name for slot in settings.privacy.metric_slots} - METRICS.keys()
     if unknown:
         raise ValueError(f"devices know no metric {sorted(unknown)}; they know {sorted(METRICS)}")
@@ -224,7 +237,7 @@ def check_settings(settings: CampaignSettings, base: ModelManifest | None) -> No
             f"with example_gradients=True"
         )
     try:
-        assignment = assign(settings, base)
+        assignment = assign(settings, base, "0" * 32)
         trial = make_plan(settings, "trial", "0" * 32, assignment.task, Moment(0, 0))
         round_encoding(trial, bytes(32), assignment.dimension)
         cohort = settings.cohort
@@ -232,3 +245,14 @@ def check_settings(settings: CampaignSettings, base: ModelManifest | None) -> No
             parameters(size, cohort.split.assumptions(size, cohort.graph))
     except (ProtocolError, ValueError) as error:
         raise ValueError(f"no round can follow these settings: {error}") from error
+
+
+def _check_buffered(settings: CampaignSettings) -> None:
+    if not isinstance(settings.asks, TrainingParameters):
+        raise ValueError("only training is buffered")
+    if settings.schedule is not None:
+        raise ValueError("a buffer is collected when it is full, by no schedule: leave one of them out")
+    if settings.privacy.adaptive is not None or settings.privacy.tree is not None:
+        raise ValueError(
+            "buffers have one clip norm and noise of their own: no adaptive clipping, no noise tree"
+        )

@@ -116,6 +116,7 @@ def test_devices_that_die_in_a_round_are_survived_and_come_back(
     state: Path, mosquitto: BrokerProcess
 ) -> None:
     """One device goes before its shares, another after them, and the aggregator is killed besides."""
+    assert REQUEST.deadlines is not None
     deadlines = REQUEST.deadlines.model_copy(update={"offline_grace": 1.0})
     request = replace(REQUEST, cohort=7, minimum=5, min_survivors=5, gather_seconds=2.0, deadlines=deadlines)
     with (
