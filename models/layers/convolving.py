@@ -189,29 +189,54 @@ def _shifted(x: Tensor, w: Tensor, axes: tuple[Window, Window]) -> Tensor:
     """Depthwise convolution by one filter w (kh, kw, c, 1) a channel: shifted images times its entries.
 
     The gradient by the input is such a sum of output gradients; where the stride is 1, the shifted ones also
-    give that by the filter.
+    give that by the filter. A batch of known size is one image for this, see `_joined`: three quarters of the
+    time, as what is shifted and what is multiplied by an entry then lies in long runs.
     """
     taps, channels = axes[0].kernel * axes[1].kernel, int(w.shape[2])
+    batch = x.shape[0] or 1
     first, second = (
         Window(axis.size + axis.reach - 1, axis.kernel, 1, axis.dilation, False) for axis in axes
     )
 
     @differentiable
     def run(x: Tensor, w: Tensor) -> tuple[Tensor, Gradient]:
-        filters = tf.unstack(tf.reshape(w, [taps, channels]))
+        rows = tf.reshape(w, [taps, channels])
+        if batch > 1:
+            rows = tf.reshape(tf.expand_dims(rows, 1) * tf.ones([batch, 1]), [taps, batch * channels])
+        filters, image = tf.unstack(rows), _joined(x)
 
         def gradient(dy: Tensor) -> tuple[Tensor, Tensor]:
+            dy = _joined(dy)
             # From the last entry to the first, as the kernel is mirrored.
             shifts = _shifts(_full(dy, axes), (first, second))[::-1]
             if axes[0].stride == 1:
-                dw = _products_summed(shifts, x)
+                dw = _products_summed(shifts, image, channels)
             else:
-                dw = _products_summed(_shifts(used_part(x, axes), axes), dy)
-            return _weighted(shifts, filters), tf.reshape(dw, w.shape)
+                dw = _products_summed(_shifts(used_part(image, axes), axes), dy, channels)
+            return _parted(_weighted(shifts, filters), batch), tf.reshape(dw, w.shape)
 
-        return _weighted(_shifts(used_part(x, axes), axes), filters), gradient
+        return _parted(_weighted(_shifts(used_part(image, axes), axes), filters), batch), gradient
 
     return run(x, w)
+
+
+def _joined(x: Tensor) -> Tensor:
+    """The images x (n, h, w, c) side by side in one of many channels: (1, h, w, n c); one alone, or an
+    unknown number of them, as they are.
+    """
+    n, h, w, c = x.shape
+    if n in (None, 1):
+        return x
+    return tf.reshape(tf.transpose(tf.reshape(x, [n, h * w, c]), [1, 0, 2]), [1, h, w, n * c])
+
+
+def _parted(x: Tensor, batch: int) -> Tensor:
+    """What `_joined` joined, as images again."""
+    if batch == 1:
+        return x
+    _, h, w, width = x.shape
+    parts = tf.transpose(tf.reshape(x, [h * w, batch, width // batch]), [1, 0, 2])
+    return tf.reshape(parts, [batch, h, w, width // batch])
 
 
 def _shifts(padded: Tensor, axes: tuple[Window, Window]) -> list[Tensor]:
@@ -240,15 +265,16 @@ def _weighted(parts: Sequence[Tensor], filters: Sequence[Tensor]) -> Tensor:
     return total
 
 
-def _products_summed(parts: Sequence[Tensor], other: Tensor) -> Tensor:
-    """For each of k images the sum of its product with another one: (k, c).
+def _products_summed(parts: Sequence[Tensor], other: Tensor, channels: int) -> Tensor:
+    """For each of k images the sum of its product with another one, for each channel of all joined: (k, c).
 
     The sum over an image is a mean by pooling, which is twice as fast as a sum over axes.
     """
     height, width = other.shape[1:3]
     means = [tf.nn.avg_pool2d(part * other, (height, width), 1, "VALID") for part in parts]
     joined = tf.concat(means, 1) if len(means) > 1 else means[0]
-    return tf.reduce_sum(joined, 0) * float(height * width)
+    each = tf.reshape(joined, [-1, len(parts), other.shape[3] // channels, channels])
+    return tf.reduce_sum(each, [0, 2]) * float(height * width)
 
 
 def _taps(images: Tensor, kernel: Tensor, strides: Pair) -> Tensor:
