@@ -80,8 +80,8 @@ class GroupNormalisation(_Scaled):
         groups = int(x.shape[-1]) if self.layer.groups == -1 else int(self.layer.groups)
         rest = list(values)
         factor = rest.pop(0) if self.layer.scale else None
-        y = normalise_groups(self.image(x), groups, self.layer.epsilon, factor)
-        y = primitives.add_bias(y, rest.pop(0)) if self.layer.center else y
+        bias = rest.pop(0) if self.layer.center else None
+        y = normalise_groups(self.image(x), groups, self.layer.epsilon, factor, bias)
         return tf.reshape(y, [-1, *x.shape[1:]]) if len(x.shape) != 4 else y
 
     def image(self, x: Tensor) -> Tensor:
@@ -89,13 +89,17 @@ class GroupNormalisation(_Scaled):
         return x if len(x.shape) == 4 else tf.reshape(x, [-1, 1, math.prod(x.shape[1:-1]), x.shape[-1]])
 
 
-def normalise_groups(x: Tensor, groups: int, epsilon: float, factor: Tensor | None) -> Tensor:
-    """x (n, h, w, c) normalised in groups of neighbouring channels, times a factor (c,), if there is one.
+def normalise_groups(
+    x: Tensor, groups: int, epsilon: float, factor: Tensor | None, bias: Tensor | None
+) -> Tensor:
+    """x (n, h, w, c) normalised in groups of neighbouring channels, times a factor and plus a bias (c,).
 
-    Everything but six passes over x, and seven backward, is of size (n, c): means over positions come first,
-    those over a group's channels then.
+    Everything but five passes over x, and seven backward, is of size (n, c): means over positions come first,
+    those over a group's channels then. Either of factor and bias may be missing.
     """
     channels = int(x.shape[3])
+    positions = float(x.shape[1] * x.shape[2])
+    given = [part for part in (factor, bias) if part is not None]
     gamma = factor if factor is not None else tf.ones([1])
 
     def of_group(means: Tensor) -> Tensor:
@@ -103,28 +107,28 @@ def normalise_groups(x: Tensor, groups: int, epsilon: float, factor: Tensor | No
         if groups == channels:
             return means
         grouped = tf.reshape(means, [-1, groups, channels // groups])
-        # Back to every channel by enlargement: broadcasting converts to a constant.
-        column = tf.reshape(tf.reduce_mean(grouped, 2), [-1, groups, 1, 1])
-        wide = tf.image.resize(column, [groups, channels // groups], "nearest")
+        # Back to every channel by a product: broadcasting converts to a constant.
+        wide = tf.reduce_mean(grouped, 2, keepdims=True) * tf.ones([channels // groups])
         return tf.reshape(wide, [-1, 1, 1, channels])
 
     @differentiable
-    def run(x: Tensor, gamma: Tensor) -> tuple[Tensor, Gradient]:
+    def run(x: Tensor, *given: Tensor) -> tuple[Tensor, Gradient]:
         centred = x - of_group(_mean(x))
         share = tf.math.rsqrt(of_group(_mean(centred * centred)) + epsilon)
         size = share * gamma
+        y = centred * size
 
-        def gradient(dy: Tensor) -> tuple[Tensor, Tensor | None]:
-            along = _mean(dy * centred)
+        def gradient(dy: Tensor) -> tuple[Tensor, ...]:
+            each, along = _mean(dy), _mean(dy * centred)
             pull = share * share * share * of_group(along * gamma)
-            dx = dy * size - centred * pull - share * of_group(_mean(dy) * gamma)
-            if factor is None:
-                return dx, None
-            return dx, tf.reduce_sum(along * share, [0, 1, 2]) * float(x.shape[1] * x.shape[2])
+            dx = dy * size - centred * pull - share * of_group(each * gamma)
+            sums = [along * share] if factor is not None else []
+            sums += [each] if bias is not None else []
+            return dx, *(tf.reduce_sum(part, [0, 1, 2]) * positions for part in sums)
 
-        return centred * size, gradient
+        return y if bias is None else y + bias, gradient
 
-    return run(x, gamma)
+    return run(x, *given)
 
 
 def _mean(x: Tensor) -> Tensor:
