@@ -194,7 +194,7 @@ def aggregator_init(
     """Makes the fleet's keys, its CA, the database, an empty registry, and what the broker is started with.
 
     The broker (mosquitto 2) and the aggregator get certificates of the fleet's CA; STATE/broker holds the
-    broker's whole configuration, with access rules that keep every device to its own topics.
+    broker's whole configuration. It lets every device do what concerns its own topics, and nothing else.
 
     The database is SQLite in the state directory, or what COVEY_DATABASE_URL names, for example
     postgresql://covey@db.local/covey. Its password belongs there, in a password file (~/.pgpass) or in
@@ -216,9 +216,7 @@ def aggregator_init(
         raise OperationRefused(str(error)) from error
     output.line(f"made the fleet {fleet} in {state}; keep a copy of {state}/keys in a safe place")
     output.line(f"the first admin token is in {state}/admin-token, for `covey login` on another machine")
-    start = (
-        "mosquitto" if broker.startswith("mqtt://") else f"cd {state}/broker && mosquitto -c mosquitto.conf"
-    )
+    start = "mosquitto" if broker.startswith("mqtt://") else f"sh {state}/broker/start"
     output.line(f"next:  {start}")
     output.line(f"       covey aggregator run --state {state}")
     output.line(f"       covey model publish DIR --state {state}")

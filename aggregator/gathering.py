@@ -54,6 +54,7 @@ def gather(
         for device in reader.devices()
         if device.device_id in online
         and device.device_id not in out
+        and device.state == "active"
         and device.excluded is None
         and fits(settings.where, device)
     )

@@ -26,7 +26,10 @@ from aggregator.adapters.sql_engine import url_of_file, without_password
 from aggregator.adapters.tls import TlsFiles
 from aggregator.client import Client
 from aggregator.clock import SystemClock
+from aggregator.doorkeeper import Doorkeeper
+from aggregator.fleet import access
 from aggregator.fleet.authority import Authority
+from aggregator.fleet.broker import ACCESS_FILE
 from aggregator.operations import LiveRound, Model, OperationRefused, Operator, RoundView
 from aggregator.private_file import replace_private
 from aggregator.records import Campaign, Device, Version
@@ -184,7 +187,18 @@ def write_broker(state: Path, names: Sequence[str] = ()) -> Path:
         )
     with private_files():
         now = SystemClock().moment().unix
-        broker_files.write(place.broker, place.keys, keyfiles.load(place.keys), address, names, now=now)
+        with _open_repository(place) as repository, repository.read() as reader:
+            devices, revoked = reader.active_devices(), reader.certificates(revoked=True)
+        broker_files.write(
+            place.broker,
+            place.keys,
+            keyfiles.load(place.keys),
+            address,
+            names,
+            devices=devices,
+            revoked=revoked,
+            now=now,
+        )
         if settings.tls_certificate is None:
             _save(place, settings.model_copy(update=_broker_identity(place)))
     return place.broker
@@ -364,7 +378,9 @@ def run(
         stack.enter_context(opened.claim())
         operator = _operator(place, opened)
         operator.note_all_offline()
-        transport = MqttTransport(address, f"covey-aggregator-{settings.fleet}", tls)
+        doorkeeper = _doorkeeper(place) if address.tls else None
+        more = () if doorkeeper is None else (access.RESPONSES,)
+        transport = MqttTransport(address, f"covey-aggregator-{settings.fleet}", tls, more=more)
         # What faces the network has no use for the CA's key.
         authority = replace(operator.authority, ca_key=None)
         metrics = ServiceMetrics(operator.repository)
@@ -380,11 +396,13 @@ def run(
             operator.clock,
             unmask=cores.unmask,
             promotion=settings.promotion,
+            doorkeeper=doorkeeper,
         )
 
         def vitals() -> Vitals:
             age = operator.clock.moment().clock - service.turned
-            return Vitals(broker=service.connected, loop=age < LOOP_SECONDS, trouble=service.trouble)
+            trouble = service.trouble or ("" if doorkeeper is None else doorkeeper.trouble)
+            return Vitals(broker=service.connected, loop=age < LOOP_SECONDS, trouble=trouble)
 
         def ready() -> dict[str, bool]:
             found = vitals()
@@ -416,6 +434,17 @@ def run(
         transport.start()
         logger.info("aggregator of %s, state in %s, broker %s", settings.fleet, state, address)
         service.run(stop)
+
+
+def _doorkeeper(place: StateDirectory) -> Doorkeeper | None:
+    file = place.broker / ACCESS_FILE
+    if not file.exists():
+        logger.warning(
+            "the broker's access is not kept: where an earlier Covey set it up, run `covey aggregator "
+            "broker`, and start it anew"
+        )
+        return None
+    return Doorkeeper(lambda document: replace_private(file, document))
 
 
 def _publishers(settings: Settings) -> dict[str, Ed25519PublicKey]:

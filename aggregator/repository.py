@@ -105,6 +105,10 @@ class Reader(Protocol):
         """At most `limit` devices that fit, by id, from the first id above `after` on."""
         ...
 
+    def active_devices(self) -> frozenset[str]:
+        """Ids of the devices that may connect: neither revoked nor retired."""
+        ...
+
     def fleet_size(self) -> FleetSize:
         """How many devices there are."""
         ...

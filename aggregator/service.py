@@ -17,8 +17,10 @@ from structlog.contextvars import bound_contextvars
 from aggregator.assigning import Assigner, Promotion
 from aggregator.clock import Clock, Moment
 from aggregator.conductor import Conductor
+from aggregator.doorkeeper import Doorkeeper
 from aggregator.downloads import Downloads
 from aggregator.ending import Finisher
+from aggregator.fleet.access import RESPONSES
 from aggregator.fleet.authority import Authority
 from aggregator.fleet.presence import Change, Presence
 from aggregator.records import Campaign
@@ -26,7 +28,7 @@ from aggregator.registry.artefacts import ArtefactStore, StoreUnavailable
 from aggregator.repository import Repository, RepositoryError, StorageUnavailable, Superseded
 from aggregator.rounds.release import Unmask
 from aggregator.transport import Connected, Delivery, Disconnected, Inbound, Transport
-from aggregator.work import Work
+from aggregator.work import Outgoing, Work
 from protocol import topics
 from protocol.codec import decode_from_device
 from protocol.errors import ProtocolError
@@ -39,6 +41,8 @@ BATCH = 256
 TICK_SECONDS = 0.2
 PAUSE_SECONDS = 1.0
 STORE_PAUSE_SECONDS = 5.0
+MEMBERS_SECONDS = 1.0
+"""How long after a device was revoked the broker is told, at most."""
 
 
 def _entropy() -> bytes:
@@ -62,6 +66,7 @@ class Service:
         entropy: Callable[[], bytes] = _entropy,
         unmask: Unmask = apply_masks,
         promotion: Promotion = Promotion.AUTO,
+        doorkeeper: Doorkeeper | None = None,
     ) -> None:
         """Prepares the service; `run` starts it.
 
@@ -69,6 +74,7 @@ class Service:
             entropy: returns 32 fresh random bytes.
             unmask: takes masks off a sum.
             promotion: what becomes of a new version by itself.
+            doorkeeper: keeps the broker's access; None where that is done elsewhere.
         """
         self.trouble = ""
         self._repository = repository
@@ -79,6 +85,9 @@ class Service:
         self._conductor = Conductor(authority, finisher, self._presence, entropy)
         self._downloads = Downloads(store)
         self._assigner = Assigner(authority, clock, promotion)
+        self._doorkeeper = doorkeeper
+        self._members: frozenset[str] = frozenset()
+        self._members_at = float("-inf")
         self._loaded = False
         self._connected = False
         self._outage_since: float | None = None
@@ -198,12 +207,20 @@ class Service:
             self._presence.reset()
             self._assigner.reconnected()
             self._conductor.reconnected(work, outage)
+            if self._doorkeeper is not None:
+                self._doorkeeper.connected()
             logger.info("connected to the broker")
         elif isinstance(inbound, Disconnected) and self._connected:
             self._connected, self._outage_since = False, work.at.clock
             logger.warning("the connection to the broker is lost")
+            if self._doorkeeper is not None:
+                self._doorkeeper.disconnected()
 
     def _deliver(self, work: Work, delivery: Delivery) -> None:
+        if delivery.topic == RESPONSES:
+            if self._doorkeeper is not None:
+                work.outbox += self._doorkeeper.heard(delivery.payload, self._members, work.at.clock)
+            return
         place = topics.parse_up(delivery.topic)
         if place is None:
             return
@@ -215,16 +232,31 @@ class Service:
                 message, body = decode_from_device(delivery.payload)
                 if channel != _channel(message):
                     raise ProtocolError(f"a {message.type} on the channel {channel}")
-                if not self._is_enrolled(work, device_id):
-                    logger.warning("a message of %s, which is not enrolled", device_id)
+                if not self._may_speak(work, device_id):
                     return
                 self._conductor.traffic.up(device_id, len(delivery.payload))
                 self._dispatch(work, device_id, message, body)
             except ProtocolError as error:
                 logger.warning("dropped a message of %s: %s", device_id, error)
 
-    def _is_enrolled(self, work: Work, device_id: str) -> bool:
-        return work.writer.device(device_id) is not None
+    def _may_speak(self, work: Work, device_id: str) -> bool:
+        device = work.writer.device(device_id)
+        if device is None:
+            logger.warning("a message of %s, which is not enrolled", device_id)
+            return False
+        if device.state != "active":
+            logger.warning("a message of %s, which is %s", device_id, device.state)
+            self._see_off(work, device_id)
+        return device.state == "active"
+
+    def _see_off(self, work: Work, device_id: str) -> None:
+        """Takes in that a device is not of the fleet any more: no round waits for it."""
+        if device_id in self._presence.online():
+            gone = DeviceStatus(session=bytes(32), online=False, models={})
+            work.writer.note_status(device_id, gone, work.at.unix)
+            self._conductor.presence_changed(work, device_id, Change.GONE)
+        self._presence.forget(device_id)
+        work.outbox.append(Outgoing(topics.up(device_id, "status"), b"", retain=True))
 
     def _dispatch(self, work: Work, device_id: str, message: FromDevice, body: memoryview) -> None:
         if isinstance(message, DeviceStatus):
@@ -250,6 +282,7 @@ class Service:
 
     def _poll(self, work: Work) -> None:
         self._conductor.tick(work)
+        self._keep_members(work)
         campaigns: tuple[Campaign, ...]
         with self._repository.read() as reader:
             campaigns = reader.campaigns("waiting", "running")
@@ -258,6 +291,18 @@ class Service:
         self._assigner.tick(work, self._repository)
         if campaigns:
             self._conductor.serve_campaigns(work, campaigns)
+
+    def _keep_members(self, work: Work) -> None:
+        clock = work.at.clock
+        if clock >= self._members_at:
+            self._members_at = clock + MEMBERS_SECONDS
+            with self._repository.read() as reader:
+                self._members = reader.active_devices()
+            for device_id in sorted(self._presence.online() - self._members):
+                logger.info("%s is not of the fleet any more", device_id)
+                self._see_off(work, device_id)
+        if self._doorkeeper is not None:
+            work.outbox += self._doorkeeper.tick(self._members, clock)
 
     def _end_rounds(self, at: Moment) -> None:
         if at.clock < self._store_again:

@@ -1,7 +1,8 @@
 """What the broker is started with, and what the aggregator shows it, as files.
 
-STATE/broker/mosquitto.conf, acl          the broker's configuration and its access rules
-STATE/broker/ca.pem                       whose certificates it takes
+STATE/broker/start, mosquitto.conf        how the broker is started, and its configuration
+STATE/broker/access.json                  who may do what, as the aggregator wrote it last
+STATE/broker/ca.pem, revoked.pem          whose certificates it takes, and which of them not any more
 STATE/broker/server.pem, server-key.pem   its own certificate, by the fleet's CA
 STATE/broker/data/                        what it keeps
 STATE/keys/aggregator.pem, aggregator-key.pem   the certificate by which it knows the aggregator
@@ -22,9 +23,10 @@ from cryptography.hazmat.primitives.asymmetric.ec import (
 )
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
-from aggregator.fleet import broker, server_certificate
+from aggregator.fleet import access, broker, revocation, server_certificate
 from aggregator.fleet.authority import Authority
 from aggregator.private_file import replace_private
+from aggregator.records import IssuedCertificate
 from protocol.broker_address import BrokerAddress
 
 CONFIGURATION_FILE = "mosquitto.conf"
@@ -40,6 +42,8 @@ def write(
     address: BrokerAddress,
     names: Iterable[str] = (),
     *,
+    devices: Iterable[str] = (),
+    revoked: Iterable[IssuedCertificate] = (),
     now: float,
 ) -> None:
     """Writes all of them, readable by their owner only; those that are there are replaced.
@@ -50,6 +54,8 @@ def write(
         authority: with the CA's key.
         address: where clients reach the broker.
         names: more host names and addresses that its certificate is to hold.
+        devices: ids of those that may connect.
+        revoked: certificates that let nobody in any more.
         now: seconds since 1970.
 
     Raises:
@@ -74,12 +80,25 @@ def write(
     replace_private(directory / broker.CA_FILE, ssl.DER_cert_to_PEM_cert(authority.ca).encode())
     replace_private(directory / broker.KEY_FILE, _pem(server_key))
     replace_private(directory / broker.CERTIFICATE_FILE, server)
-    replace_private(directory / broker.RULES_FILE, broker.rules().encode())
+    replace_private(directory / broker.ACCESS_FILE, access.document(access.wanted(devices)))
+    write_revoked(directory, authority, revoked, now=now)
+    replace_private(directory / broker.START_FILE, broker.start_script(CONFIGURATION_FILE).encode())
     replace_private(
         directory / CONFIGURATION_FILE, broker.configuration(authority.fleet, address.port).encode()
     )
     replace_private(keys / IDENTITY_KEY, _pem(identity_key))
     replace_private(keys / IDENTITY_CERTIFICATE, identity)
+
+
+def write_revoked(
+    directory: Path, authority: Authority, revoked: Iterable[IssuedCertificate], *, now: float
+) -> None:
+    """Writes the list of revoked certificates, which the broker reads at its next start or reload.
+
+    Raises:
+        EnrolmentRefused: the CA's key is kept elsewhere.
+    """
+    replace_private(directory / broker.REVOKED_FILE, revocation.revocation_list(authority, revoked, now=now))
 
 
 def _pem(key: EllipticCurvePrivateKey) -> bytes:

@@ -12,6 +12,7 @@ import queue
 import secrets
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -105,17 +106,26 @@ class MqttTransport:
             transport.stop()
     """
 
-    def __init__(self, address: BrokerAddress, client_id: str, tls: TlsFiles | None = None) -> None:
+    def __init__(
+        self,
+        address: BrokerAddress,
+        client_id: str,
+        tls: TlsFiles | None = None,
+        *,
+        more: Sequence[str] = (),
+    ) -> None:
         """Prepares the transport; `start` connects.
 
         Args:
             client_id: fixed, so that the broker keeps the session over restarts.
+            more: what it subscribes to besides the uplinks of all devices.
 
         Raises:
             InvalidAddress: the TLS files cannot be used.
         """
         self._address = address
         self._client_id = client_id
+        self._subscriptions = [(topic, 1) for topic in (topics.UPLINKS, *more)]
         self._tls = (tls or TlsFiles()).context() if address.tls else None
         self._inbound: queue.Queue[tuple[Inbound, _Connection]] = queue.Queue(QUEUE_LIMIT)
         self._outgoing = _Outgoing()
@@ -256,7 +266,7 @@ class MqttTransport:
                 connection.reason = f"the broker refused: {reason}"
                 connection.gone.set()
             else:
-                client.subscribe(topics.UPLINKS, 1)
+                client.subscribe(self._subscriptions)
                 connection.up = True
                 # Before any delivery of this connection: they all come from this thread.
                 self._hand_over(Connected(), connection)

@@ -31,6 +31,11 @@ class EnrolmentReader:
             query = query.where(table.c.revoked_at.is_not(None) if revoked else table.c.revoked_at.is_(None))
         return tuple(IssuedCertificate(**row._asdict()) for row in self._connection.execute(query))
 
+    def active_devices(self) -> frozenset[str]:
+        """Devices that may connect."""
+        query = select(s.devices.c.device_id).where(s.devices.c.state == "active")
+        return frozenset(self._connection.scalars(query))
+
     def enrolment_token(self, token_id: str) -> EnrolmentToken | None:
         """One token."""
         table = s.enrolment_tokens

@@ -1,7 +1,9 @@
 """The fleet's broker: who may do what on it, and the certificates that prove who is who. Pure.
 
 Mutual TLS says who a client is: its certificate's common name becomes its user name and its client id, so
-that no device can act or connect as another. The rules below say what each may do.
+that no device can act or connect as another. What each may do, mosquitto's dynamic security plugin decides
+(`aggregator.fleet.access`): it ends the connection of a device that is revoked, which neither access rules in
+a file nor a list of revoked certificates do.
 
 The aggregator's certificate holds a P-256 key and a common name that no device can have, since a device id
 holds no dot: nobody can enrol as the aggregator, and nobody takes this certificate for a device's.
@@ -14,7 +16,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from aggregator.fleet.authority import Authority, EnrolmentRefused
-from protocol import identity, topics
+from protocol import identity
 from protocol.codec import MAX_FRAME_BYTES
 
 AGGREGATOR = "covey.aggregator"
@@ -27,7 +29,11 @@ DAYS = 730
 CA_FILE = "ca.pem"
 CERTIFICATE_FILE = "server.pem"
 KEY_FILE = "server-key.pem"
-RULES_FILE = "acl"
+ACCESS_FILE = "access.json"
+"""What the plugin starts with, as the aggregator wrote it last."""
+REVOKED_FILE = "revoked.pem"
+"""Certificates that the broker refuses before anybody speaks MQTT."""
+START_FILE = "start"
 DATA_DIRECTORY = "data"
 
 _TOPIC_BYTES = 1024
@@ -39,8 +45,7 @@ _QUEUED_BYTES = 256 * 2**20
 # Saved every minute: each time syncs everything to the disk, and the broker serves nobody meanwhile. Nothing
 # relies on it: devices and the aggregator say again after a reconnect what the broker may have forgotten.
 _CONFIGURATION = """\
-# mosquitto 2 for the fleet {fleet}; `covey aggregator broker` writes it anew.
-# Start it in this directory: mosquitto -c mosquitto.conf
+# mosquitto 2 for the fleet {fleet}; `covey aggregator broker` writes it anew. Start it by ./{start}.
 
 listener {port}
 cafile {ca}
@@ -53,7 +58,12 @@ allow_anonymous false
 require_certificate true
 use_identity_as_username true
 use_username_as_clientid true
-acl_file {rules}
+crlfile {revoked}
+
+# Nobody may do anything but what this plugin allows, which the aggregator tells it. Without the plugin, the
+# broker does not start. Found by the system's linker, wherever a distribution puts it.
+plugin mosquitto_dynamic_security.so
+plugin_opt_config_file {data}/{access}
 
 max_packet_size {packet}
 max_keepalive 600
@@ -74,6 +84,23 @@ log_type notice
 """
 
 
+# The plugin of mosquitto 2.0 writes its file in place: a power cut could leave half of it, and nobody would
+# be let in, not even the aggregator. So it works on a copy.
+_START = """\
+#!/bin/sh
+# Starts the broker with the access that the aggregator wrote last.
+case "$0" in */*) cd "${{0%/*}}" || exit 1 ;; esac
+cp {access} {data}/{access} || exit 1
+PATH="$PATH:/usr/sbin:/usr/local/sbin"
+exec mosquitto -c {configuration}
+"""
+
+
+def start_script(configuration_file: str) -> str:
+    """The text of the script that starts the broker."""
+    return _START.format(access=ACCESS_FILE, data=DATA_DIRECTORY, configuration=configuration_file)
+
+
 def configuration(fleet: str, port: int) -> str:
     """The text of `mosquitto.conf`, for mosquitto 2.
 
@@ -87,33 +114,13 @@ def configuration(fleet: str, port: int) -> str:
         ca=CA_FILE,
         certificate=CERTIFICATE_FILE,
         key=KEY_FILE,
-        rules=RULES_FILE,
+        revoked=REVOKED_FILE,
+        access=ACCESS_FILE,
+        start=START_FILE,
         packet=MAX_FRAME_BYTES + _TOPIC_BYTES,
         queued=_QUEUED_BYTES,
         data=DATA_DIRECTORY,
     )
-
-
-def rules() -> str:
-    """The text of mosquitto's access control list; what it does not allow is refused.
-
-    `%u` is the name in the client's certificate.
-    """
-    return f"""\
-# The aggregator hears every device, and is the only one that speaks to them.
-user {AGGREGATOR}
-topic read {topics.UPLINKS}
-topic write {topics.down("+", "msg")}
-topic write {topics.down("+", "chunk")}
-topic write {topics.MODELS}
-
-# A device publishes on its own uplinks; it hears its own downlinks and what all hear.
-pattern write {topics.up("%u", "status")}
-pattern write {topics.up("%u", "msg")}
-pattern write {topics.up("%u", "chunk")}
-pattern read {topics.downlinks("%u")}
-pattern read {topics.MODELS}
-"""
 
 
 def issue_aggregator(authority: Authority, key: EllipticCurvePublicKey, *, now: float, serial: int) -> bytes:

@@ -59,6 +59,10 @@ class Presence:
         self._seen[device_id] = _Seen(None if seen is None else seen.session, True, clock)
         return Change.BORN
 
+    def forget(self, device_id: str) -> None:
+        """Takes in that a device is not of the fleet any more."""
+        self._seen.pop(device_id, None)
+
     def online(self) -> frozenset[str]:
         """The devices that are there."""
         return frozenset(device_id for device_id, seen in self._seen.items() if seen.online)

@@ -37,6 +37,10 @@ FIRST_DELAY_SECONDS = 0.5
 MAX_DELAY_SECONDS = 60.0
 # amqtt says nothing at all to an MQTT 5 client; a broker across a slow link needs a moment.
 HANDSHAKE_SECONDS = {MQTTProtocolVersion.MQTTv5: 3.0, MQTTProtocolVersion.MQTTv311: 10.0}
+NO_RIGHTS = (
+    "the broker gives this device no rights: it was enrolled a moment ago, or is not of the fleet any more; "
+    "the fleet's operator sees which by `covey device show`"
+)
 NONE: Final[Mapping[str, VersionFailure]] = MappingProxyType({})
 _RANDOM = secrets.SystemRandom()
 _LOG = logging.getLogger("covey.edge.mqtt")
@@ -102,6 +106,8 @@ class _Connection:
     answered: threading.Event = field(default_factory=threading.Event)
     gone: threading.Event = field(default_factory=threading.Event)
     up: bool = False
+    barred: bool = False
+    """It came up, but the broker lets it do nothing."""
     reached: bool = False
     reason: str = "the broker did not answer"
 
@@ -172,7 +178,7 @@ class MqttLink:
                 failures = 0
             else:
                 failures += 1
-                if connection.reached:
+                if connection.reached and not connection.barred:
                     # Somebody is there who does not answer, or refuses: it may be the version.
                     version = next(versions)
             self._current = None
@@ -183,7 +189,7 @@ class MqttLink:
             self._stopping.wait(delay)
 
     def _live(self, connection: _Connection, version: MQTTProtocolVersion) -> bool:
-        """Connects and stays until the connection is gone; returns whether it ever was up."""
+        """Connects and stays until the connection is gone; returns whether it ever was of use."""
         client, address = connection.client, self._settings.address
         try:
             if version == MQTTProtocolVersion.MQTTv5:
@@ -210,7 +216,7 @@ class MqttLink:
         if connection.up:
             connection.up = False
             self._sink(LinkDown(connection.reason))
-            return True
+            return not connection.barred
         return False
 
     def _open(self, version: MQTTProtocolVersion) -> _Connection:
@@ -242,8 +248,15 @@ class MqttLink:
                 self._sink(LinkUp(connection.session, "5" if five else "3.1.1"))
             connection.answered.set()
 
+        def on_subscribe(_: Any, __: Any, ___: int, reasons: Any, ____: Any) -> None:
+            # A broker that does not know a device lets it connect, and then neither speak nor listen.
+            if any(reason.is_failure for reason in reasons):
+                connection.reason, connection.barred = NO_RIGHTS, True
+                connection.gone.set()
+
         def on_disconnect(_: Any, __: Any, ___: Any, reason: Any, ____: Any) -> None:
-            connection.reason = f"the connection ended: {reason}" if connection.up else connection.reason
+            if connection.up and not connection.barred:
+                connection.reason = f"the connection ended: {reason}"
             connection.gone.set()
             connection.answered.set()
 
@@ -259,6 +272,7 @@ class MqttLink:
                 _LOG.warning("queue-full topic=%s", message.topic)
 
         client.on_connect = on_connect
+        client.on_subscribe = on_subscribe
         client.on_disconnect = on_disconnect
         client.on_message = on_message
         return connection

@@ -73,7 +73,8 @@ def test_the_three_processes_work_together(tmp_path: Path, monkeypatch: pytest.M
         enrol(edge, covey.enrol(state, initialise(edge, "barn-1")))
         data = tmp_path / "data"
         data.mkdir()
-        assert services["broker"]["command"] == ["-c", "mosquitto.conf"]
+        assert services["broker"]["entrypoint"] == ["/bin/sh"]
+        assert services["broker"]["command"] == ["start"]
         log = tmp_path / "aggregator.log"
         with FleetBroker(state, broker_port) as broker, log.open("wb") as file:
             service = subprocess.Popen(

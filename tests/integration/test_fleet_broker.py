@@ -18,6 +18,7 @@ pytest.importorskip("fastapi")
 
 from aggregator import main as covey
 from aggregator.adapters.tls import TlsFiles
+from aggregator.fleet import access
 from aggregator.fleet.authority import EnrolmentRefused
 from aggregator.fleet.broker import AGGREGATOR
 from deploy.broker import find_mosquitto
@@ -61,6 +62,14 @@ class Bench:
         set_policy(state, POLICY)
         return state
 
+    def admit(self) -> None:
+        """Lets the broker know who is enrolled, as its next start would."""
+        self.broker.stop()
+        with covey.open_operator(self.state) as operator, operator.repository.read() as reader:
+            content = access.document(access.wanted(reader.active_devices()))
+        (self.state / "broker" / "access.json").write_bytes(content)
+        self.broker.start()
+
     def peer(self, identity: Path | None, client_id: str) -> Peer:
         """A client with the certificate of a device, or without one."""
         if identity is not None:
@@ -80,7 +89,7 @@ def bench(tmp_path: Path) -> Iterator[Bench]:
     made = run(
         "aggregator", "init", "--state", state, "--fleet", "orchard", "--broker", f"mqtts://localhost:{port}"
     )
-    assert f"cd {state}/broker && mosquitto -c mosquitto.conf" in made
+    assert f"sh {state}/broker/start" in made
     assert f"covey aggregator run --state {state}" in made and "covey model publish DIR" in made
     with FleetBroker(state, port) as broker:
         yield Bench(state, broker)
@@ -127,6 +136,7 @@ def test_who_shows_no_certificate_of_the_fleet_is_not_let_in(bench: Bench) -> No
 
 def test_a_device_has_its_own_topics_and_no_others(bench: Bench) -> None:
     one, two = bench.device("barn-1"), bench.device("barn-2")
+    bench.admit()
     with bench.peer(one, "barn-1") as a, bench.peer(two, "barn-2") as b, bench.aggregator() as hub:
         assert a.connect() and b.connect() and hub.connect()
         for peer in (a, b):
@@ -140,6 +150,7 @@ def test_a_device_has_its_own_topics_and_no_others(bench: Bench) -> None:
                 peer.subscribe(topic)
             peer.subscribe(f"$share/group/{topics.UPLINKS}")
             peer.subscribe("$SYS/#")
+            peer.subscribe(access.RESPONSES)
             peer.subscribe(topics.MODELS)
         hub.subscribe(topics.UPLINKS)
         # B tries everything that is A's, or the aggregator's.
@@ -151,6 +162,7 @@ def test_a_device_has_its_own_topics_and_no_others(bench: Bench) -> None:
             topics.model("watch"),
             topics.up("barn-2", "msg").replace("msg", "other"),
             "covey/v2/x",
+            access.CONTROL,
         ):
             b.publish(topic, b"forged", retain=True)
         a.publish(topics.up("barn-1", "msg"), b"from A")
@@ -174,6 +186,7 @@ def test_a_device_has_its_own_topics_and_no_others(bench: Bench) -> None:
 
 def test_nobody_connects_as_another(bench: Bench) -> None:
     one, two = bench.device("barn-1"), bench.device("barn-2")
+    bench.admit()
     with bench.peer(one, "barn-1") as a, bench.aggregator() as hub:
         assert a.connect() and hub.connect()
         a.subscribe(topics.downlinks("barn-1"))
