@@ -180,11 +180,13 @@ def command(*arguments: object) -> list[str]:
 class Device:
     """A `covey-edge run` process that can be killed and started again."""
 
-    def __init__(self, state: Path, data: Path, broker: BrokerProcess, *options: str) -> None:
+    def __init__(self, state: Path, data: Path | None, broker: BrokerProcess, *options: str) -> None:
         self.state = state
         self.log = state.with_suffix(".log")
+        # Without a directory, examples come from what edge.toml says.
+        own = [] if data is None else ["--data", data]
         self._command = command(
-            "run", "--state", state, "--broker", broker.url, "--data", data, "--model", "watch", *options
+            "run", "--state", state, "--broker", broker.url, *own, "--model", "watch", *options
         )
         self._process: subprocess.Popen[bytes] | None = None
 

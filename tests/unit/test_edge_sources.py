@@ -349,7 +349,7 @@ def test_tables_are_chosen_by_model_and_joined(tmp_path: Path) -> None:
         ("[[data]]", "data.0.source"),
         ("[[data]]\nsource = 'npz'", r"data \(npz\)\.path"),
         ("[[data]]\nsource = 'npz'\npath = '/srv'\npasth = '/x'", "pasth"),
-        ("[[data]]\nsource = 'csw'\npath = '/srv'", "no source csw; known are csv, npz, sqlite"),
+        ("[[data]]\nsource = 'csw'\npath = '/srv'", "no source csw; known are csv, iio, mqtt, npz, sqlite"),
         ("[[data]]\nsource='npz'\npath='/a'\n[[data]]\nsource='npz'\npath='/b'", "two tables"),
         ("#" * 70_000, "bytes"),
     ],
@@ -392,19 +392,21 @@ def test_the_plug_in_of_the_manual_works_as_another_package(tmp_path: Path) -> N
     (info / "entry_points.txt").write_text("[covey.data]\n" + "".join(f"{k} = {v}\n" for k, v in points))
     (site / "counter_source.py").write_text(blocks["counter_source.py"])
     (tmp_path / "edge.toml").write_text(blocks["edge.toml"])
+    (tmp_path / "manifest.json").write_bytes(predicting(1, 4, 1).to_bytes())
     code = (
         "import sys; from pathlib import Path\n"
         "from edge_client.adapters.sources import open_sources\n"
         "from edge_client.configuration import EdgeConfiguration\n"
-        "from tests.unit.test_edge_sources import predicting\n"
+        "from models.manifest import ModelManifest\n"
         "tables = EdgeConfiguration.from_bytes(Path(sys.argv[1]).read_bytes()).data\n"
-        "found = open_sources(tables, Path(sys.argv[2])).load(predicting(1, 4, 1))\n"
+        "model = ModelManifest.from_bytes(Path(sys.argv[3]).read_bytes())\n"
+        "found = open_sources(tables, Path(sys.argv[2])).load(model)\n"
         "print(found.x.shape, found.y[:2].tolist())\n"
     )
 
     def run(path: Path) -> subprocess.CompletedProcess[str]:
         environment = {**os.environ, "PYTHONPATH": f"{site}:{Path(__file__).parents[2]}"}
-        argv = [sys.executable, "-c", code, str(path), str(state)]
+        argv = [sys.executable, "-c", code, str(path), str(state), str(tmp_path / "manifest.json")]
         return subprocess.run(argv, capture_output=True, text=True, env=environment, timeout=60)
 
     done = run(tmp_path / "edge.toml")

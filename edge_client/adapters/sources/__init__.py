@@ -27,6 +27,8 @@ BUILTIN: Final = MappingProxyType(
         "npz": ("edge_client.adapters.data", "open_npz"),
         "csv": ("edge_client.adapters.sources.csv_files", "open_csv"),
         "sqlite": ("edge_client.adapters.sources.sqlite_table", "open_sqlite"),
+        "mqtt": ("edge_client.adapters.sources.mqtt_sensors", "open_mqtt"),
+        "iio": ("edge_client.adapters.sources.iio", "open_iio"),
     }
 )
 
