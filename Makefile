@@ -40,7 +40,7 @@ APT := DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recomm
 TEST_PACKAGES := mosquitto postgresql dosfstools fdisk mtools xz-utils sqlite3
 SLOW_PACKAGES := chromium chromium-driver mmdebstrap qemu-user-static binutils-aarch64-linux-gnu arch-test qemu-system-arm openssh-client
 
-.PHONY: bundle image lock-bundle help demo test test-slow test-313 test-all lint format bench bench-peers bench-torch fuzz \
+.PHONY: bundle docs image lock-bundle help demo test test-slow test-313 test-all lint format bench bench-peers bench-torch fuzz \
 	setup setup-dev debian debian-slow parity setup-parity clean
 
 help:  ## list the targets
@@ -86,6 +86,9 @@ lint: $(STAMP)-dev  ## check style, types and the direction of imports
 format: $(STAMP)-dev  ## rewrite the code in the house style
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
+
+docs: $(STAMP)-dev  ## build the documentation's site into build/docs, the reference from the code
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build $(ARGS)
 
 bench: $(STAMP)-dev bench-peers  ## run benchmarks/$(BENCH).py beside its peers: make bench BENCH=secagg ARGS="--json FILE"
 	@$(BIN)/python benchmarks/$(BENCH).py $(ARGS)
