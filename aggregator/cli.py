@@ -177,6 +177,13 @@ def aggregator_init(
         list[str] | None,
         typer.Option(help="One more host name or address of the broker, for its certificate; repeatable."),
     ] = None,
+    api_url: Annotated[
+        str | None,
+        typer.Option(
+            help="Where devices with a ticket come in, https://HOST:8443: the service listens there.",
+            show_default="on this machine only",
+        ),
+    ] = None,
     insecure: Annotated[
         bool, typer.Option("--insecure", help="Allow an unencrypted broker on another machine.")
     ] = False,
@@ -200,7 +207,7 @@ def aggregator_init(
     postgresql://covey@db.local/covey. Its password belongs there, in a password file (~/.pgpass) or in
     aggregator.json: never on the command line.
 
-    Example: covey aggregator init --fleet orchard --broker mqtts://broker.local:8883
+    Example: covey aggregator init --fleet orchard --broker mqtts://hub.local --api-url https://hub.local:8443
     """
     try:
         covey.init(
@@ -211,6 +218,7 @@ def aggregator_init(
             objects=objects,
             objects_endpoint=objects_endpoint,
             broker_names=broker_name or (),
+            api_url=api_url,
         )
     except ValueError as error:
         raise OperationRefused(str(error)) from error
@@ -220,6 +228,8 @@ def aggregator_init(
     output.line(f"next:  {start}")
     output.line(f"       covey aggregator run --state {state}")
     output.line(f"       covey model publish DIR --state {state}")
+    if api_url is not None:
+        output.line(f"       covey device token --count 5 --expires 7d --state {state}")
 
 
 @aggregator_app.command("broker")

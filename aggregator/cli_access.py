@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -12,15 +11,13 @@ import typer
 from aggregator import cli_output as output
 from aggregator import profile as profiles
 from aggregator.access.roles import Role
-from aggregator.cli_options import Form, Json, Output, Where, service
+from aggregator.cli_options import Form, Json, Output, Where, seconds, service
 from aggregator.client import Client
 from aggregator.operations import OperationRefused
 from aggregator.private_file import replace_private
 from aggregator.web.schemas import MAX_TOKEN_DAYS, TokenRequest
 
 token_app = typer.Typer(no_args_is_help=True, help="Tokens: who may do what over the API.")
-
-_UNITS = {"m": 60, "h": 3600, "d": 86_400}
 
 
 def login(
@@ -111,7 +108,7 @@ def token_create(
 
     Example: covey token create --role viewer --expires 30d --label dashboard > token
     """
-    request = TokenRequest(role=role, label=label, seconds=_seconds(expires))
+    request = TokenRequest(role=role, label=label, seconds=seconds(expires, MAX_TOKEN_DAYS))
     with service(state) as client:
         made = client.create_token(request)
     if json or form is Form.JSON:
@@ -156,11 +153,3 @@ def audit_log(
     """
     with service(state) as client:
         output.audit_log(client.audit_log(limit=last).items, json=json or form is Form.JSON)
-
-
-def _seconds(text: str) -> float:
-    found = re.fullmatch(r"([0-9]{1,6})([mhd])", text)
-    seconds = 0 if found is None else int(found[1]) * _UNITS[found[2]]
-    if not 0 < seconds <= MAX_TOKEN_DAYS * _UNITS["d"]:
-        raise OperationRefused(f"{text} is no time: write 30d, 12h or 90m, at most {MAX_TOKEN_DAYS}d")
-    return float(seconds)

@@ -7,13 +7,16 @@ from typing import Annotated
 
 import typer
 
+from aggregator import cli_enrolment_output as enrolment_output
 from aggregator import cli_output as output
 from aggregator.adapters.keyfiles import private_key
+from aggregator.cli_enrolment import ticket_app
 from aggregator.cli_options import Form, Json, Output, Where, service
 from protocol.identity import SignedDocument
 from protocol.plan import MODEL_KIND
 
 device_app = typer.Typer(no_args_is_help=True, help="The devices of the fleet.")
+device_app.add_typer(ticket_app, name="token")
 model_app = typer.Typer(no_args_is_help=True, help="The models and their versions.")
 
 
@@ -54,13 +57,29 @@ def device_list(
     json: Json = False,
     form: Output = Form.TABLE,
 ) -> None:
-    """Lists the devices, and which of them are online.
+    """Lists the devices, how they came in, and which of them are online.
 
     Example: covey device list --label site=north --online --output json
     """
     with service(state) as client:
         found = tuple(client.devices(label=label, online=online, answers_with=answers_with))
     output.devices(found, json=json or form is Form.JSON)
+
+
+@device_app.command("show")
+def device_show(
+    device: Annotated[str, typer.Argument(help="Id of the device.")],
+    state: Where = None,
+    json: Json = False,
+    form: Output = Form.TABLE,
+) -> None:
+    """Shows a device: when and by which ticket it came in, its certificates, and what it last said.
+
+    Example: covey device show barn-1
+    """
+    with service(state) as client:
+        found, certificates = client.device(device), client.certificates(device)
+    enrolment_output.device(found, certificates, json=json or form is Form.JSON)
 
 
 @device_app.command("label")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
@@ -16,6 +17,7 @@ from pydantic import ValidationError
 from aggregator import main as covey
 from aggregator import profile as profiles
 from aggregator.client import Client
+from aggregator.refusals import OperationRefused
 from aggregator.settings import invalid
 from protocol.dp.parameters import PrivacyMode
 from protocol.plan import Deadlines
@@ -23,6 +25,7 @@ from protocol.plan import Deadlines
 Command = Callable[..., Any]
 _LIMITS = Deadlines()
 _DEADLINES = "Deadlines"
+_UNITS = {"m": 60, "h": 3600, "d": 86_400}
 
 State = Annotated[
     Path,
@@ -222,6 +225,19 @@ def service(state: Path | None) -> Iterator[Client]:
     else:
         with Client(profile.url, profile.token, ca=profile.ca) as client:
             yield client
+
+
+def seconds(text: str, most_days: int) -> float:
+    """How long `30d`, `12h` or `90m` are.
+
+    Raises:
+        OperationRefused: it is none of these, or more than so many days.
+    """
+    found = re.fullmatch(r"([0-9]{1,6})([mhd])", text)
+    asked = 0 if found is None else int(found[1]) * _UNITS[found[2]]
+    if not 0 < asked <= most_days * _UNITS["d"]:
+        raise OperationRefused(f"{text} is no time: write 30d, 12h or 90m, at most {most_days}d")
+    return float(asked)
 
 
 def idle(state: Path | None) -> bool:

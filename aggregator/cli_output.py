@@ -38,6 +38,16 @@ def fail(text: str) -> None:
     _errors.print(f"[red]error:[/red] {escape(text)}", soft_wrap=True)
 
 
+def print_table(table: Table) -> None:
+    """Prints a table."""
+    _console.print(table)
+
+
+def dump_value(value: object) -> None:
+    """Prints what JSON can say, on one line."""
+    _dump(value)
+
+
 def _dump(value: object) -> None:
     sys.stdout.write(json_module.dumps(value) + "\n")
     sys.stdout.flush()
@@ -61,16 +71,30 @@ def devices(items: Sequence[Device], *, json: bool) -> None:
         dump(items)
         return
     if not items:
-        line("no devices yet: enrol one with `covey device enroll --csr device.csr --out device.json`")
+        line("no devices yet: `covey device token` makes tickets that let them in")
         return
-    table = Table("device", "status", "last seen", "client", "runtime", "models", "labels", box=None)
+    table = Table(
+        "device",
+        "status",
+        "last seen",
+        "client",
+        "runtime",
+        "models",
+        "labels",
+        "enrolled",
+        "ticket",
+        box=None,
+    )
     for d in items:
         status = "[green]online[/green]" if d.online else "offline"
+        if d.state != "active":
+            status = f"[red]{d.state}[/red]"
         if d.excluded is not None:
             status += f" [red]excluded: {escape(d.excluded)}[/red]"
         models = ", ".join(f"{name} {number}" for name, number in sorted(d.models.items()))
         row = (d.device, status, moment(d.last_seen), escape(d.client_version), escape(d.runtime))
-        table.add_row(*row, escape(models), escape(" ".join(d.labels)))
+        came = (moment(d.enrolled_at), d.token or "")
+        table.add_row(*row, escape(models), escape(" ".join(d.labels)), *came)
     _console.print(table)
 
 

@@ -31,6 +31,12 @@ from aggregator.rounds.evaluation import VersionEvaluation
 from aggregator.rounds.selection import Selection
 from aggregator.settings import CampaignRequest
 from aggregator.web import rollout_schemas, schemas
+from aggregator.web.enrolment_schemas import (
+    EnrolmentToken,
+    EnrolmentTokenRequest,
+    IssuedCertificate,
+    NewEnrolmentToken,
+)
 from aggregator.web.schemas import PREFIX
 from protocol.enrolment import EnrolmentBundle
 from protocol.identity import SignedDocument
@@ -155,6 +161,23 @@ class Client:
         """Enrols a device by its signing request (PKCS#10, DER)."""
         body = {"csr": base64.b64encode(csr).decode(), "name": name}
         return self._send("POST", "/devices", EnrolmentBundle, json=body)
+
+    def make_tickets(self, request: EnrolmentTokenRequest) -> tuple[NewEnrolmentToken, ...]:
+        """Makes tickets, each of which lets one device in; they are shown this once."""
+        page = schemas.Page[NewEnrolmentToken]
+        return self._send("POST", "/enrolment-tokens", page, json=request.model_dump(mode="json")).items
+
+    def enrolment_tokens(self) -> tuple[EnrolmentToken, ...]:
+        """Every enrolment token ever made."""
+        return self._get("/enrolment-tokens", schemas.Page[EnrolmentToken]).items
+
+    def revoke_enrolment_token(self, token_id: str) -> EnrolmentToken:
+        """Revokes a ticket; a device that came in by it stays."""
+        return self._send("DELETE", f"/enrolment-tokens/{_part(token_id)}", EnrolmentToken)
+
+    def certificates(self, device_id: str) -> tuple[IssuedCertificate, ...]:
+        """The certificates that a device was given, oldest first."""
+        return self._get(f"/devices/{_part(device_id)}/certificates", schemas.Page[IssuedCertificate]).items
 
     def devices(
         self,

@@ -12,8 +12,11 @@ import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from urllib.parse import urlsplit
 
+from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+from cryptography.hazmat.primitives.serialization import Encoding
 from pydantic import TypeAdapter, ValidationError
 
 from aggregator.access.roles import Role
@@ -30,6 +33,7 @@ from aggregator.doorkeeper import Doorkeeper
 from aggregator.fleet import access
 from aggregator.fleet.authority import Authority
 from aggregator.fleet.broker import ACCESS_FILE
+from aggregator.fleet.enrolment import Doorway
 from aggregator.operations import LiveRound, Model, OperationRefused, Operator, RoundView
 from aggregator.private_file import replace_private
 from aggregator.records import Campaign, Device, Version
@@ -51,7 +55,7 @@ from aggregator.state import (
 from aggregator.web.listen import ListenAddress
 from aggregator.web.local import LocalEndpoint, new_local_token
 from protocol.broker_address import BrokerAddress
-from protocol.enrolment import EnrolmentBundle
+from protocol.enrolment import ApiUrl, EnrolmentBundle
 from protocol.fields import Slug
 from protocol.identity import key_id
 
@@ -83,6 +87,7 @@ FIRST_TOKEN_SECONDS = 90 * 86_400
 LOOP_SECONDS = 30.0
 """A main loop that has not gone round for so long is stuck."""
 _SLUG: TypeAdapter[str] = TypeAdapter(Slug)
+_API_URL: TypeAdapter[str] = TypeAdapter(ApiUrl)
 logger = logging.getLogger(__name__)
 
 
@@ -95,6 +100,7 @@ def init(
     objects: str | None = None,
     objects_endpoint: str | None = None,
     broker_names: Sequence[str] = (),
+    api_url: str | None = None,
 ) -> None:
     """Makes a state directory: keys, CA, database and registry, readable by their owner only.
 
@@ -109,6 +115,8 @@ def init(
         objects: where artefacts go, such as `s3://bucket/prefix`; by default into the state directory.
         objects_endpoint: URL of that server, unless it is Amazon's.
         broker_names: more host names and addresses that the broker's certificate is to hold.
+        api_url: of the API as devices reach it, such as `https://hub.example:8443`; the service then listens
+            at that port of every address.
 
     Raises:
         FileExistsError: it holds an aggregator already; nothing was changed.
@@ -119,6 +127,7 @@ def init(
     except ValidationError as error:
         raise ValueError("a fleet's name has lower-case letters, digits and hyphens, at most 63") from error
     address = BrokerAddress.parse(broker, insecure=insecure)
+    reach = _reach(api_url)
     if objects is not None:
         check_address(objects)
     place = StateDirectory(state)
@@ -132,7 +141,12 @@ def init(
     authority = Authority.create(fleet, now=int(moment.unix), serial=secrets.randbits(120) | 1)
     keyfiles.save(authority, place.keys)
     settings = Settings(
-        fleet=fleet, broker=broker, database=remembered, objects=objects, objects_endpoint=objects_endpoint
+        fleet=fleet,
+        broker=broker,
+        database=remembered,
+        objects=objects,
+        objects_endpoint=objects_endpoint,
+        **reach,
     )
     if address.tls:
         settings = settings.model_copy(update=_broker_identity(place))
@@ -152,6 +166,17 @@ def init(
         (state / "ca.pem").write_text(ssl.DER_cert_to_PEM_cert(authority.ca))
         # Last: a directory with settings is a complete one.
         _save(place, settings)
+
+
+def _reach(api_url: str | None) -> dict[str, str]:
+    if api_url is None:
+        return {}
+    try:
+        _API_URL.validate_python(api_url)
+        port = urlsplit(api_url).port or 443
+    except ValueError as error:
+        raise ValueError(f"{api_url} is no address for devices: write https://HOST:8443") from error
+    return {"api_url": api_url, "listen": f"0.0.0.0:{port}"}
 
 
 def _broker_identity(place: StateDirectory) -> dict[str, Path]:
@@ -192,7 +217,7 @@ def write_broker(state: Path, names: Sequence[str] = ()) -> Path:
         broker_files.write(
             place.broker,
             place.keys,
-            keyfiles.load(place.keys),
+            _authority(place),
             address,
             names,
             devices=devices,
@@ -241,13 +266,33 @@ def _open_repository(place: StateDirectory) -> Iterator[SqlRepository]:
 
 def _operator(place: StateDirectory, repository: Repository) -> Operator:
     settings = place.settings()
+    authority = _authority(place)
     return Operator(
         repository,
         open_store(place, settings),
-        keyfiles.load(place.keys),
+        authority,
         SystemClock(),
         _publishers(settings),
+        Doorway(settings.api_url, _trust(place, settings, authority), settings.broker),
     )
+
+
+def _authority(place: StateDirectory) -> Authority:
+    """The fleet's keys, read anew: the CA's may have come, or gone."""
+    return keyfiles.load(place.keys, place.file(place.settings().ca_key))
+
+
+def _trust(place: StateDirectory, settings: Settings, authority: Authority) -> bytes | None:
+    """DER of the certificate by which the API's own is checked."""
+    if settings.api_certificate is None:
+        return authority.ca
+    issuer = place.file(settings.api_ca)
+    if issuer is None:
+        return None
+    try:
+        return x509.load_pem_x509_certificate(issuer.read_bytes()).public_bytes(Encoding.DER)
+    except (OSError, ValueError) as error:
+        raise NotInitialised(f"api_ca, {issuer}, is no certificate in a PEM file: {error}") from error
 
 
 def migrate(state: Path) -> tuple[str | None, str]:
@@ -325,7 +370,7 @@ def connect(state: Path) -> Iterator[Client]:
     token, user = new_local_token()
     with open_operator(state) as operator:
         online = replace(operator, authority=replace(operator.authority, ca_key=None))
-        context = Context(online, lambda: keyfiles.load(place.keys), local=LocalKey.of(token, user))
+        context = Context(online, lambda: _authority(place), local=LocalKey.of(token, user))
         with Client(URL, token, transport=InProcess(create_app(context))) as client:
             yield client
 
@@ -420,11 +465,11 @@ def run(
             serving(
                 place.api,
                 online,
-                lambda: keyfiles.load(place.keys),
+                lambda: _authority(place),
                 feed,
                 where,
                 vitals=vitals,
-                names=settings.names,
+                names=_names(settings),
                 files=own,
                 oidc=settings.oidc,
                 metrics=metrics,
@@ -445,6 +490,12 @@ def _doorkeeper(place: StateDirectory) -> Doorkeeper | None:
         )
         return None
     return Doorkeeper(lambda document: replace_private(file, document))
+
+
+def _names(settings: Settings) -> tuple[str, ...]:
+    """What clients call the API by, besides this machine's own names."""
+    own = None if settings.api_url is None else urlsplit(settings.api_url).hostname
+    return settings.names if own is None else (*settings.names, own)
 
 
 def _publishers(settings: Settings) -> dict[str, Ed25519PublicKey]:

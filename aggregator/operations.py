@@ -15,8 +15,10 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from aggregator.access.roles import Role
 from aggregator.access.tokens import ID_BYTES, SECRET_BYTES, TokenRecord, make_token
 from aggregator.clock import Clock
+from aggregator.enrolment_operations import EnrolmentOperations
 from aggregator.evaluations import EvaluationRequest
-from aggregator.fleet.authority import Authority, issued_certificate, requested_name
+from aggregator.fleet.authority import Authority
+from aggregator.fleet.enrolment import Doorway
 from aggregator.queries import QueryRequest
 from aggregator.records import (
     AuditEntry,
@@ -44,7 +46,6 @@ from aggregator.settings import CampaignRequest, InvalidSettings
 from models.manifest import ModelManifest
 from protocol.codec import decode_from_device
 from protocol.dp.errors import PrivacyError
-from protocol.enrolment import EnrolmentBundle
 from protocol.messages import DeviceStatus
 
 
@@ -84,7 +85,7 @@ class LiveRound:
 
 
 @dataclass(frozen=True)
-class Operator(RolloutOperations):
+class Operator(EnrolmentOperations, RolloutOperations):
     """The operations, on one aggregator's state."""
 
     repository: Repository
@@ -92,31 +93,9 @@ class Operator(RolloutOperations):
     authority: Authority
     clock: Clock
     publishers: Mapping[str, Ed25519PublicKey] = field(default_factory=dict)
+    doorway: Doorway = field(default_factory=Doorway)
 
     # --- devices
-
-    def enrol(self, request: bytes, *, name: str | None = None) -> EnrolmentBundle:
-        """Enrols a device by its signing request; the same device may renew its certificate this way.
-
-        Args:
-            request: PKCS#10, DER.
-            name: the id that it gets; by default the one that it asks for.
-
-        Raises:
-            EnrolmentRefused: it says what to do.
-        """
-        asked = name or requested_name(request)
-        with self.repository.write() as writer:
-            known = writer.device(asked)
-            device = self.authority.enrol(
-                request, known, name=name, now=self.clock.moment().unix, serial=secrets.randbits(120) | 1
-            )
-            if known is None:
-                writer.add_device(device)
-            else:
-                writer.replace_certificate(device.device_id, device.certificate)
-            writer.add_certificate(issued_certificate(device))
-        return self.authority.bundle(device)
 
     def devices(self) -> tuple[Device, ...]:
         """Every enrolled device."""

@@ -31,6 +31,7 @@ from aggregator.assigning import Promotion
 from aggregator.registry.artefacts import ArtefactStore
 from aggregator.web.listen import DEFAULT_LISTEN
 from aggregator.web.oidc_settings import OidcSettings
+from protocol.enrolment import ApiUrl
 
 DEFAULT_BROKER = "mqtt://127.0.0.1:1883"
 DATABASE_VARIABLE = "COVEY_DATABASE_URL"
@@ -59,6 +60,10 @@ class Settings(BaseModel):
         names: host names and addresses that its certificate is to hold.
         api_certificate: PEM of a certificate from elsewhere, as browsers want; the CA's by default.
         api_key: its key.
+        api_ca: PEM of who issued it, by which devices check it that come with a ticket.
+        api_url: of the API as devices reach it, `https://host:8443`; its certificate holds that name, too.
+        ca_key: PEM of the CA's private key, when it is not among the keys: on a disk that is there at times,
+            so that devices are enrolled at these times only.
         oidc: how people sign in.
         promotion: `auto` gives every new version to the fleet; `manual` leaves it a candidate until a rollout
             has brought it to everybody. Rounds go on from the newest version either way.
@@ -79,6 +84,9 @@ class Settings(BaseModel):
     names: tuple[str, ...] = ()
     api_certificate: Path | None = None
     api_key: Path | None = None
+    api_ca: Path | None = None
+    api_url: ApiUrl | None = None
+    ca_key: Path | None = None
     oidc: OidcSettings | None = None
     promotion: Promotion = Promotion.AUTO
     publishers: tuple[Annotated[str, Field(pattern="^[0-9a-f]{64}$")], ...] = ()

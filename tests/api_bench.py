@@ -18,6 +18,7 @@ from aggregator.adapters import keyfiles
 from aggregator.adapters.objects import DirectoryStore
 from aggregator.client import Client
 from aggregator.fleet.authority import Authority
+from aggregator.fleet.enrolment import Doorway
 from aggregator.operations import Operator
 from aggregator.web.api import create_app
 from aggregator.web.context import Context
@@ -78,6 +79,7 @@ def api(path: Path, **changes: Any) -> Iterator[Api]:
         replace(authority, ca_key=None),
         clock,
         publishers,
+        Doorway("https://hub.example:8443", authority.ca, "mqtts://hub.example:8883"),
     )
     context = Context(operator, lambda: keyfiles.load(path / "keys"), feed, **changes)
     found = Api(create_app(context), context, clock, {})

@@ -39,8 +39,12 @@ def save(authority: Authority, directory: Path) -> None:
     _write_new(directory / _CA, authority.ca)
 
 
-def load(directory: Path) -> Authority:
+def load(directory: Path, ca_key: Path | None = None) -> Authority:
     """Reads the key files. The CA's key may be missing: it is needed to enrol devices, and for nothing else.
+
+    Args:
+        directory: `STATE/keys`.
+        ca_key: the CA's key, when it is somewhere else.
 
     Raises:
         UnusableKeys: they are missing, damaged, or others may read them.
@@ -52,7 +56,7 @@ def load(directory: Path) -> Authority:
         ca = (directory / _CA).read_bytes()
     except OSError as error:
         raise UnusableKeys(f"{directory / _CA} cannot be read: restore it from a backup") from error
-    return Authority(ca, ca_key=_read(directory / _CA_KEY), operator_key=operator_key)
+    return Authority(ca, ca_key=_read(ca_key or directory / _CA_KEY), operator_key=operator_key)
 
 
 def private_key(path: Path) -> Ed25519PrivateKey:

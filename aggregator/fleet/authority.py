@@ -27,6 +27,10 @@ class EnrolmentRefused(Exception):
     """A signing request that gets no certificate; the message says what to do."""
 
 
+class CaOffline(EnrolmentRefused):
+    """A signing request that gets no certificate now, for the CA's key is not there; it may come again."""
+
+
 @dataclass(frozen=True)
 class Authority:
     """The fleet's CA and the operator's key.
@@ -77,8 +81,8 @@ class Authority:
         """Signs which version the fleet, or a device, is to have, as the operator."""
         return SignedDocument.create(self.operator_key, ASSIGNMENT_KIND, assignment.to_bytes())
 
-    def bundle(self, device: Device) -> EnrolmentBundle:
-        """What an enrolled device is given."""
+    def bundle(self, device: Device, broker: str | None = None) -> EnrolmentBundle:
+        """What an enrolled device is given; `broker` is where it finds the fleet."""
         operator = self.operator_key.public_key().public_bytes_raw()
         return EnrolmentBundle(
             fleet=self.fleet,
@@ -87,10 +91,18 @@ class Authority:
             ca=self.ca,
             plan_signers=(operator,),
             model_signers=(operator,),
+            broker=broker,
         )
 
     def enrol(
-        self, request: bytes, known: Device | None, *, name: str | None, now: float, serial: int
+        self,
+        request: bytes,
+        known: Device | None,
+        *,
+        name: str | None,
+        now: float,
+        serial: int,
+        replaces: bool = False,
     ) -> Device:
         """Issues a certificate for a signing request.
 
@@ -100,9 +112,11 @@ class Authority:
             name: the id that the operator gives; the request's own name is taken when None.
             now: seconds since 1970.
             serial: a random positive integer of at most 159 bits.
+            replaces: whether another key may take the name over, or a device come back that was sent away.
 
         Raises:
-            EnrolmentRefused: a bad request or name, a name of another key, or the CA's key is offline.
+            CaOffline: the CA's key is kept elsewhere.
+            EnrolmentRefused: a bad request or name, or one of another key or of a device that was sent away.
         """
         try:
             asked, public_key = open_request(request)
@@ -113,21 +127,28 @@ class Authority:
             raise EnrolmentRefused(
                 "a device id has lower-case letters, digits and hyphens, at most 63: give one with --name"
             ) from error
-        if known is not None:
-            owner = x509.load_der_x509_certificate(known.certificate).public_key()
-            if owner != public_key:
+        if known is not None and not replaces:
+            if not has_key(known, public_key):
                 raise EnrolmentRefused(
-                    f"{device_id} is enrolled with another key: choose another name with --name, "
-                    f"or remove the old device first"
+                    f"{device_id} is enrolled with another key: choose another name with --name, or let the "
+                    f"new device take its place by `covey device token --name {device_id} --replace`"
+                )
+            if known.state != "active":
+                raise EnrolmentRefused(
+                    f"{device_id} is {known.state}: a ticket of `covey device token --name {device_id} "
+                    "--replace` lets it in again"
                 )
         if self.ca_key is None:
-            raise EnrolmentRefused(
-                "the CA's key is kept elsewhere: put it back among the keys for an enrolment"
-            )
+            raise CaOffline("the CA's key is kept elsewhere: put it back among the keys for an enrolment")
         certificate = issue_certificate(
             self.ca_key, self.ca, device_id, public_key, now=int(now), days=DEVICE_DAYS, serial=serial
         )
         return Device(device_id, certificate, enrolled_at=now)
+
+
+def has_key(device: Device, key: object) -> bool:
+    """Whether a device's certificate is for this public key."""
+    return bool(x509.load_der_x509_certificate(device.certificate).public_key() == key)
 
 
 def issued_certificate(device: Device) -> IssuedCertificate:

@@ -11,6 +11,10 @@ import hmac
 from dataclasses import dataclass, field
 from typing import Literal
 
+from pydantic import ValidationError
+
+from aggregator.refusals import OperationRefused
+from protocol.enrolment import EnrolmentTicket
 from protocol.fields import Slug
 
 ID_BYTES = 6
@@ -130,6 +134,15 @@ def check_token(token: str, record: EnrolmentToken | None, key_id: str, now: flo
     return record
 
 
+def status(token: EnrolmentToken, now: float) -> Literal["open", "used", "expired", "revoked"]:
+    """What became of a token: `open` lets a device in."""
+    if token.used_at is not None:
+        return "used"
+    if token.revoked_at is not None:
+        return "revoked"
+    return "open" if now < token.expires_at else "expired"
+
+
 def token_id_of(token: str) -> str:
     """The public part of a token that has the form of one."""
     return token.partition("_")[0]
@@ -137,3 +150,52 @@ def token_id_of(token: str) -> str:
 
 def _hash(secret: bytes) -> bytes:
     return hashlib.sha256(secret).digest()
+
+
+@dataclass(frozen=True)
+class Doorway:
+    """How devices come in, and where they go then.
+
+    Attributes:
+        url: of the API, as devices reach it; None when nobody has said it.
+        trust: DER of the certificate by which the API's own is checked; None when that is not known.
+        broker: address of the broker, as devices reach it.
+    """
+
+    url: str | None = None
+    trust: bytes | None = None
+    broker: str | None = None
+
+    def ticket(self, name: Slug, token: str, url: str | None = None) -> EnrolmentTicket:
+        """The ticket that a device comes in by.
+
+        Args:
+            name: id of the device.
+            token: as `make_enrolment_token` made it.
+            url: of the API, in place of the usual one.
+
+        Raises:
+            OperationRefused: no device could use it; the message says what to do.
+        """
+        if (address := url or self.url) is None:
+            raise OperationRefused(
+                "say where devices reach the API: --url https://HOST:8443, or `api_url` in aggregator.json"
+            )
+        if self.trust is None:
+            raise OperationRefused(
+                "the API shows a certificate that is not of the fleet's CA: name who issued it, a PEM file, "
+                "as `api_ca` in aggregator.json"
+            )
+        try:
+            return EnrolmentTicket(
+                url=address.rstrip("/"),
+                name=name,
+                token=token,
+                trust_sha256=hashlib.sha256(self.trust).hexdigest(),
+            )
+        except ValidationError as error:
+            if error.errors()[0]["loc"] == ("name",):
+                raise OperationRefused(
+                    f"{name} is no device id: it has lower-case letters, digits and hyphens, at most 63"
+                ) from error
+            raise OperationRefused(f"{address} is no address for devices: write https://HOST:8443") from error

@@ -12,6 +12,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from aggregator.telemetry.metered import MeteredApi
 from aggregator.web import (
     access_routes,
+    enrolment_routes,
     event_routes,
     fleet_routes,
     login_routes,
@@ -51,6 +52,8 @@ def create_app(context: Context) -> FastAPI:
     for router in (
         fleet_routes.looking,
         fleet_routes.acting,
+        enrolment_routes.acting,
+        enrolment_routes.anybody,
         model_routes.looking,
         model_routes.acting,
         round_routes.looking,

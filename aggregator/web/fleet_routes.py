@@ -12,7 +12,7 @@ from fastapi import Path, Query, Request, Response
 from aggregator.access.roles import Role
 from aggregator.fleet.authority import requested_name
 from aggregator.records import DeviceFilter
-from aggregator.web import schemas
+from aggregator.web import enrolment_schemas, schemas
 from aggregator.web.admission import By, guarded
 from aggregator.web.context import context_of
 from aggregator.web.problems import ApiProblem, documented
@@ -63,8 +63,18 @@ def show_device(by: By, device: DeviceId) -> schemas.Device:
     return schemas.Device.of(by.operator.device(device))
 
 
+@looking.get("/devices/{device}/certificates", name="list-certificates")
+def list_certificates(by: By, device: DeviceId) -> schemas.Page[enrolment_schemas.IssuedCertificate]:
+    """The certificates that a device was given, oldest first."""
+    found = by.operator.certificates(device)
+    return schemas.Page(items=tuple(enrolment_schemas.IssuedCertificate.of(each) for each in found))
+
+
 @acting.post(
-    "/devices", name="enrol-device", status_code=201, responses=documented("enrolment-refused", "conflict")
+    "/devices",
+    name="enrol-device",
+    status_code=201,
+    responses=documented("enrolment-refused", "enrolment-closed", "conflict"),
 )
 def enrol_device(by: By, request: Request, body: schemas.EnrolRequest) -> EnrolmentBundle:
     """Issues a device's certificate; answers with the bundle that the device needs, which holds no secret."""

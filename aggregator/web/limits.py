@@ -14,6 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from aggregator.web.problems import ApiProblem, respond
 from aggregator.web.schemas import PREFIX
+from protocol.enrolment import ENROLMENTS_PATH, MAX_REQUEST_BYTES
 
 MiB = 2**20
 _CLOSE = {"Connection": "close"}
@@ -26,16 +27,20 @@ class Limits:
     Attributes:
         body_bytes: of a request.
         upload_bytes: of a request that publishes a model: manifest, graph and weights.
+        enrolment_bytes: of a device's request to be let in, which is read before anything is known of it.
         per_address: requests from one address, all its tokens together.
         per_principal: requests of one token or person.
         failures: requests from one address with credentials that open nothing.
+        enrolments: requests of devices that want to be let in, from one address; a site may have only one.
     """
 
     body_bytes: int = MiB
     upload_bytes: int = 256 * MiB
+    enrolment_bytes: int = MAX_REQUEST_BYTES
     per_address: str = "3000/minute"
     per_principal: str = "1200/minute"
     failures: str = "20/minute"
+    enrolments: str = "240/minute"
 
 
 @dataclass
@@ -65,6 +70,14 @@ class RateLimiter:
             ApiProblem: too many of them.
         """
         self._hit(parse(self.limits.per_principal), "principal", name)
+
+    def enrolment(self, address: str) -> None:
+        """Counts a request of a device that wants to be let in.
+
+        Raises:
+            ApiProblem: too many of them.
+        """
+        self._hit(parse(self.limits.enrolments), "enrolment", address)
 
     def failure(self, address: str) -> None:
         """Counts credentials that opened nothing."""
@@ -98,6 +111,8 @@ class BodyLimit:
             return
         uploads = scope["method"] == "POST" and scope["path"] == f"{PREFIX}/versions"
         most = self._limits.upload_bytes if uploads else self._limits.body_bytes
+        if scope["path"] == ENROLMENTS_PATH:
+            most = self._limits.enrolment_bytes
         detail = f"at most {most:,} bytes are taken here"
         declared = dict(scope["headers"]).get(b"content-length", b"0")
         if not declared.isdigit() or int(declared) > most:

@@ -13,7 +13,8 @@ from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
 from aggregator.access.tokens import InvalidToken
-from aggregator.fleet.authority import EnrolmentRefused
+from aggregator.fleet.authority import CaOffline, EnrolmentRefused
+from aggregator.fleet.enrolment import TokenRefused
 from aggregator.operations import NoSuch, OperationRefused
 from aggregator.registry.artefacts import MissingArtefact
 from aggregator.registry.publishing import PublishRefused, UnknownSigner
@@ -30,10 +31,14 @@ TITLES = {
     "forbidden": (403, "your role may not do this"),
     "cross-site": (403, "this request came from another site"),
     "unknown-signer": (403, "signed by a key that this fleet does not know"),
+    "token-unknown": (403, "no ticket of this fleet"),
     "not-found": (404, "no such thing"),
     "method-not-allowed": (405, "this cannot be done to it"),
     "refused": (409, "not now, or not like this"),
     "conflict": (409, "it is there already"),
+    "token-used": (409, "the ticket let another device in"),
+    "token-expired": (410, "the ticket has expired"),
+    "token-revoked": (410, "the ticket was revoked"),
     "too-large": (413, "the request is too large"),
     "invalid-request": (422, "the request is not valid"),
     "enrolment-refused": (422, "the device is not enrolled"),
@@ -41,6 +46,7 @@ TITLES = {
     "rate-limited": (429, "too many requests"),
     "internal": (500, "the service stumbled"),
     "unavailable": (503, "the service cannot do this now"),
+    "enrolment-closed": (503, "nobody is enrolled now"),
 }
 """Code -> (status, title). A code never changes its meaning."""
 
@@ -49,6 +55,7 @@ _OF_CORE: Sequence[tuple[type[Exception], str]] = (
     (NoSuch, "not-found"),
     (OperationRefused, "refused"),
     (PrivacyError, "refused"),
+    (CaOffline, "enrolment-closed"),
     (EnrolmentRefused, "enrolment-refused"),
     (UnknownSigner, "unknown-signer"),
     (PublishRefused, "publish-refused"),
@@ -105,6 +112,7 @@ def install(app: FastAPI) -> None:
     for kind, code in _OF_CORE:
         app.add_exception_handler(kind, _handler(code))
     app.exception_handler(ApiProblem)(_api_problem)
+    app.exception_handler(TokenRefused)(_token_refused)
     app.exception_handler(RequestValidationError)(_invalid)
     app.exception_handler(HTTPException)(_http)
     app.exception_handler(Exception)(_defect)
@@ -134,6 +142,10 @@ def _refuse(
 
 def _api_problem(request: Request, error: ApiProblem) -> Response:
     return _refuse(request, error.code, str(error), error.headers)
+
+
+def _token_refused(request: Request, error: TokenRefused) -> Response:
+    return _refuse(request, error.code, str(error))
 
 
 def _invalid(request: Request, error: RequestValidationError) -> Response:

@@ -11,7 +11,7 @@ from aggregator import records
 from aggregator.access.roles import Role
 from aggregator.access.tokens import TokenRecord
 from aggregator.operations import RoundView
-from aggregator.records import CampaignStatus, RoundStatus, Stage
+from aggregator.records import CampaignStatus, DeviceState, RoundStatus, Stage
 from aggregator.rounds.planning import VersionToEvaluate, readable
 from aggregator.rounds.report import RoundReport
 from aggregator.rounds.selector import written
@@ -85,6 +85,8 @@ class Device(ApiModel):
         conditions: its circumstances, as it last said them; what is None is unknown.
         last_seen: seconds since 1970; None before the first time.
         failures: model -> the version that failed on it last, and why.
+        state: whether it may be in the fleet.
+        token: id of the enrolment token that let it in; None when an operator signed its request.
     """
 
     device: str
@@ -98,6 +100,8 @@ class Device(ApiModel):
     labels: tuple[str, ...] = ()
     conditions: Conditions = Conditions()
     failures: Mapping[str, VersionFailure] = Field(default_factory=dict)
+    state: DeviceState = "active"
+    token: str | None = None
 
     @classmethod
     def of(cls, d: records.Device) -> Self:
@@ -114,6 +118,8 @@ class Device(ApiModel):
             labels=d.labels,
             conditions=d.conditions,
             failures=d.failures,
+            state=d.state,
+            token=d.token_id,
         )
 
 
