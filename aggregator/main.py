@@ -442,6 +442,7 @@ def run(
             unmask=cores.unmask,
             promotion=settings.promotion,
             doorkeeper=doorkeeper,
+            downloads=settings.downloads,
         )
 
         def vitals() -> Vitals:
@@ -473,6 +474,7 @@ def run(
                 files=own,
                 oidc=settings.oidc,
                 metrics=metrics,
+                limits=settings.limits,
             )
         )
         stack.callback(transport.stop)

@@ -18,7 +18,7 @@ from aggregator.assigning import Assigner, Promotion
 from aggregator.clock import Clock, Moment
 from aggregator.conductor import Conductor
 from aggregator.doorkeeper import Doorkeeper
-from aggregator.downloads import Downloads
+from aggregator.downloads import DEFAULT_LIMITS, DownloadLimits, Downloads
 from aggregator.ending import Finisher
 from aggregator.fleet.access import RESPONSES
 from aggregator.fleet.authority import Authority
@@ -67,6 +67,7 @@ class Service:
         unmask: Unmask = apply_masks,
         promotion: Promotion = Promotion.AUTO,
         doorkeeper: Doorkeeper | None = None,
+        downloads: DownloadLimits = DEFAULT_LIMITS,
     ) -> None:
         """Prepares the service; `run` starts it.
 
@@ -75,6 +76,7 @@ class Service:
             unmask: takes masks off a sum.
             promotion: what becomes of a new version by itself.
             doorkeeper: keeps the broker's access; None where that is done elsewhere.
+            downloads: how fast models go out.
         """
         self.trouble = ""
         self._repository = repository
@@ -83,7 +85,7 @@ class Service:
         self._presence = Presence()
         finisher = Finisher(store, authority, entropy, unmask)
         self._conductor = Conductor(authority, finisher, self._presence, entropy)
-        self._downloads = Downloads(store)
+        self._downloads = Downloads(store, downloads)
         self._assigner = Assigner(authority, clock, promotion)
         self._doorkeeper = doorkeeper
         self._members: frozenset[str] = frozenset()

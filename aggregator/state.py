@@ -28,7 +28,9 @@ from aggregator.adapters.objects import DirectoryStore
 from aggregator.adapters.objects_s3 import S3Store
 from aggregator.adapters.sql_engine import parse_url, url_of_file
 from aggregator.assigning import Promotion
+from aggregator.downloads import DownloadLimits
 from aggregator.registry.artefacts import ArtefactStore
+from aggregator.web.limit_settings import Limits
 from aggregator.web.listen import DEFAULT_LISTEN
 from aggregator.web.oidc_settings import OidcSettings
 from protocol.enrolment import ApiUrl
@@ -67,6 +69,8 @@ class Settings(BaseModel):
         oidc: how people sign in.
         promotion: `auto` gives every new version to the fleet; `manual` leaves it a candidate until a rollout
             has brought it to everybody. Rounds go on from the newest version either way.
+        downloads: how fast models go out.
+        limits: how much anybody may ask of the API.
         publishers: Ed25519 public keys, hexadecimal: with any of them, only signed models are published.
     """
 
@@ -89,6 +93,8 @@ class Settings(BaseModel):
     ca_key: Path | None = None
     oidc: OidcSettings | None = None
     promotion: Promotion = Promotion.AUTO
+    downloads: DownloadLimits = DownloadLimits()
+    limits: Limits = Limits()
     publishers: tuple[Annotated[str, Field(pattern="^[0-9a-f]{64}$")], ...] = ()
 
 

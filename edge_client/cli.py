@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -188,6 +189,12 @@ def _add_run(commands: Any) -> None:
     run.add_argument(
         "--model", action="append", metavar="NAME", help="follow this model only; may be repeated"
     )
+    run.add_argument(
+        "--max-download-rate",
+        type=byte_rate,
+        metavar="RATE",
+        help="bytes of models a second, on average, such as 200k or 1.5M (default: no limit)",
+    )
     run.add_argument("--policy", type=Path, metavar="FILE", help="policy (default: policy.json in the state)")
     run.add_argument(
         "--mqtt-version",
@@ -225,6 +232,18 @@ def _command(commands: Any, name: str, summary: str, example: str) -> argparse.A
         "--state", type=Path, required=True, metavar="DIR", help="this device's state directory"
     )
     return command
+
+
+def byte_rate(text: str) -> float:
+    """Bytes a second from a number, with k for 10^3 or M for 10^6."""
+    number, unit = (text[:-1], text[-1]) if text[-1:] in ("k", "M") else (text, "")
+    try:
+        rate = float(number) * {"": 1.0, "k": 1e3, "M": 1e6}[unit]
+    except ValueError:
+        rate = math.nan
+    if not 1 <= rate < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is no rate: say bytes a second, such as 200k or 1.5M")
+    return rate
 
 
 def say(line: str, stream: TextIO | None = None) -> None:

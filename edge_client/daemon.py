@@ -50,6 +50,7 @@ from edge_client.events import (
     WorkFailed,
 )
 from edge_client.fields import InvalidFields
+from edge_client.library import download_limit
 from edge_client.profile import Profile
 from edge_client.session import SessionState, handle, restore
 from edge_client.sources import DataSource
@@ -125,15 +126,21 @@ class Daemon:
         *,
         client_version: str,
         runtime: str,
+        max_download_rate: float | None = None,
         unix: Callable[[], float] = time.time,
         steady: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Puts the parts together; `run` starts them."""
+        """Puts the parts together; `run` starts them.
+
+        Args:
+            max_download_rate: bytes of models a second, on average; no limit when None.
+        """
         self._profile, self._store, self._link = profile, store, link
         self._worker, self._data, self._fields, self._inbox = worker, data, fields, inbox
         self._client_version, self._runtime = client_version, runtime
         self._unix, self._steady = unix, steady
-        self._state: SessionState = restore(store.load())
+        limit = None if max_download_rate is None else download_limit(max_download_rate, steady())
+        self._state: SessionState = restore(store.load(), limit)
         self._session = bytes(32)
         self._postponed: list[tuple[float, Event]] = []
         self._fields_unusable = False

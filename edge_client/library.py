@@ -10,7 +10,8 @@ from edge_client.events import PendingUpdate, SaveLocal, VersionStatus
 from models.manifest import ModelManifest
 from protocol.fields import BlobRef
 from protocol.identity import SignedDocument
-from protocol.messages import VersionFailure
+from protocol.messages import CHUNK_BYTES, WINDOW, VersionFailure
+from protocol.token_bucket import TokenBucket
 from protocol.transfer import Reception
 from protocol.version_assignment import VersionAssignment
 
@@ -154,11 +155,13 @@ class Library:
     Attributes:
         own: this device's local parameters of models that have such, by model; they outlive versions.
         pending: updates that wait for a buffer, by model.
+        download: bytes that may be asked for; no limit when None.
     """
 
     shelves: Mapping[str, Shelf] = field(default_factory=dict)
     own: Mapping[str, SaveLocal] = field(default_factory=dict)
     pending: Mapping[str, PendingUpdate] = field(default_factory=dict)
+    download: TokenBucket | None = None
 
     def shelf(self, model: str) -> Shelf:
         """The shelf of a model; an empty one when it is not known."""
@@ -215,6 +218,16 @@ class Library:
     def without_pending(self, model: str) -> Library:
         """The library without a pending update of a model."""
         return replace(self, pending={name: each for name, each in self.pending.items() if name != model})
+
+    def affords(self, now: float) -> int:
+        """Chunks that the download limit lets this device ask for, on the steady clock."""
+        return WINDOW if self.download is None else self.download.affords(CHUNK_BYTES, now)
+
+    def spent(self, count: int, now: float) -> Library:
+        """The library after so many chunks were asked for."""
+        if self.download is None or not count:
+            return self
+        return replace(self, download=self.download.spend(count * CHUNK_BYTES, now))
 
     def with_shelf(self, model: str, shelf: Shelf) -> Library:
         """The library with another shelf of a model."""
@@ -296,3 +309,8 @@ def blamed(shelf: Shelf, version: Version, reason: str) -> Shelf:
 
 def _printable(text: str) -> str:
     return "".join(c if " " <= c <= "~" else "?" for c in text)[:MAX_REASON]
+
+
+def download_limit(rate: float, now: float) -> TokenBucket:
+    """Lets `rate` bytes a second be asked for on average, from `now` on; a chunk at once always."""
+    return TokenBucket.full(rate, max(rate, CHUNK_BYTES), now)

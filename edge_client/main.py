@@ -174,6 +174,7 @@ def _run(options: argparse.Namespace) -> None:
             inbox,
             client_version=__version__,
             runtime=runtime_name(),
+            max_download_rate=options.max_download_rate,
         )
         logging.getLogger("covey.edge").info("started device=%s broker=%s", profile.device_id, address)
         daemon.run()

@@ -48,7 +48,7 @@ from edge_client.library import (
 )
 from models.manifest import ModelManifest
 from protocol.identity import SignedDocument
-from protocol.messages import BlobChunk
+from protocol.messages import BlobChunk, BlobNeed
 from protocol.plan import MODEL_KIND
 from protocol.transfer import Reception
 
@@ -137,14 +137,27 @@ def blob_found(library: Library, event: BlobFound, stamp: Stamp) -> tuple[Librar
         for place, fetching in shelf.under_way():
             if not isinstance(fetching, Fetching) or fetching.todo[0] != event.blob:
                 continue
-            following, more = _advance(fetching, event, stamp)
+            following, more = _advance(library, fetching, event, stamp)
             shelf = shelf.moved(place, following)
+            library = _charged(library, more, stamp)
             outputs.extend(more)
         library = library.with_shelf(name, shelf)
     return library, tuple(outputs)
 
 
-def _advance(candidate: Fetching, event: BlobFound, stamp: Stamp) -> tuple[Fetching | Testing, Outputs]:
+def _charged(library: Library, outputs: Outputs, stamp: Stamp) -> Library:
+    """The library after what is asked for was taken off the download limit."""
+    asked = sum(
+        len(output.message.indices)
+        for output in outputs
+        if isinstance(output, Send) and isinstance(output.message, BlobNeed)
+    )
+    return library.spent(asked, stamp.steady)
+
+
+def _advance(
+    library: Library, candidate: Fetching, event: BlobFound, stamp: Stamp
+) -> tuple[Fetching | Testing, Outputs]:
     version = candidate.version
     if not event.complete:
         broken = candidate.reception is not None
@@ -156,7 +169,7 @@ def _advance(candidate: Fetching, event: BlobFound, stamp: Stamp) -> tuple[Fetch
                 candidate, reception=reception, ask_at=stamp.steady + patience, patience=patience
             )
             return waiting, (warning("download-corrupt", blob=event.blob.sha256[:16], retry_s=patience),)
-        return _ask(candidate, reception, stamp)
+        return _ask(library, candidate, reception, stamp)
     todo = candidate.todo[1:]
     if todo:
         following = Fetching(version, todo, ask_at=stamp.steady + ASK_AGAIN_SECONDS)
@@ -165,9 +178,9 @@ def _advance(candidate: Fetching, event: BlobFound, stamp: Stamp) -> tuple[Fetch
 
 
 def _ask(
-    candidate: Fetching, reception: Reception, stamp: Stamp, *, again: bool = False
+    library: Library, candidate: Fetching, reception: Reception, stamp: Stamp, *, again: bool = False
 ) -> tuple[Fetching, Outputs]:
-    reception, need = reception.ask(again=again)
+    reception, need = reception.ask(again=again, most=library.affords(stamp.steady))
     patience = min(2 * candidate.patience, MAX_ASK_AGAIN_SECONDS) if again else ASK_AGAIN_SECONDS
     candidate = replace(candidate, reception=reception, ask_at=stamp.steady + patience, patience=patience)
     return candidate, (Send(need),) if need else ()
@@ -189,7 +202,8 @@ def chunk_received(
             if reception.complete:
                 fetching, outputs = replace(fetching, reception=reception), (FindBlob(chunk.blob),)
             else:
-                fetching, outputs = _ask(fetching, reception, stamp)
+                fetching, outputs = _ask(library, fetching, reception, stamp)
+                library = _charged(library, outputs, stamp)
             return library.with_shelf(name, shelf.moved(place, fetching)), (stored, *outputs)
     return library, ()
 
@@ -200,19 +214,28 @@ def ticked(library: Library, stamp: Stamp, *, hurry: bool = False) -> tuple[Libr
     for name, shelf in library.shelves.items():
         changed = shelf
         for place, each in shelf.under_way():
-            following, more = _ticked(each, stamp, hurry=hurry)
+            following, more = _ticked(library, each, stamp, hurry=hurry)
+            library = _charged(library, more, stamp)
             outputs.extend(more)
             changed = changed.moved(place, following)
         library = library.with_shelf(name, changed)
     return library, tuple(outputs)
 
 
-def _ticked(each: Fetching | Testing, stamp: Stamp, *, hurry: bool) -> tuple[Fetching | Testing, Outputs]:
+def _ticked(
+    library: Library, each: Fetching | Testing, stamp: Stamp, *, hurry: bool
+) -> tuple[Fetching | Testing, Outputs]:
     if isinstance(each, Fetching) and (hurry or stamp.steady >= each.ask_at):
         if each.reception is None or each.reception.complete:
             later = replace(each, ask_at=stamp.steady + MAX_ASK_AGAIN_SECONDS)
             return later, (FindBlob(each.todo[0]),)
-        return _ask(each, each.reception, stamp, again=True)
+        return _ask(library, each, each.reception, stamp, again=True)
+    if isinstance(each, Fetching) and library.download is not None and each.reception is not None:
+        # What the limit held back: without one, the window is always full.
+        reception, need = each.reception.ask(most=library.affords(stamp.steady))
+        if need is not None:
+            ask_at = stamp.steady + ASK_AGAIN_SECONDS
+            return replace(each, reception=reception, ask_at=ask_at), (Send(need),)
     if isinstance(each, Testing) and each.test_at is not None and stamp.steady >= each.test_at:
         version = each.version
         return Testing(version), (TestVersion(version.sha256, version.manifest),)

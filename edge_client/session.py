@@ -85,6 +85,7 @@ from protocol.messages import (
     UploadReceipt,
 )
 from protocol.secagg.client_state import Advertised
+from protocol.token_bucket import TokenBucket
 
 _NOTHING: Outputs = ()
 UNUSABLE = "model-unusable"
@@ -142,10 +143,15 @@ class Memory:
 Result = tuple[SessionState, Outputs]
 
 
-def restore(memory: Memory) -> SessionState:
-    """The state that follows from what is on disk; the event `Started` takes it up."""
+def restore(memory: Memory, download: TokenBucket | None = None) -> SessionState:
+    """The state that follows from what is on disk; the event `Started` takes it up.
+
+    Args:
+        download: bytes that may be downloaded, by the steady clock; no limit when None.
+    """
+    library = restore_library(memory.versions, memory.local, memory.standings, memory.pending)
     return SessionState(
-        library=restore_library(memory.versions, memory.local, memory.standings, memory.pending),
+        library=replace(library, download=download),
         active=participation.restore(memory.active) if memory.active else None,
         used=memory.used,
         joined_at=memory.joined_at,

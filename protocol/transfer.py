@@ -67,14 +67,18 @@ class Reception:
         """Every chunk is stored."""
         return not self.missing
 
-    def ask(self, *, again: bool = False) -> tuple[Reception, BlobNeed | None]:
+    def ask(self, *, again: bool = False, most: int = WINDOW) -> tuple[Reception, BlobNeed | None]:
         """Fills the window; `again` after a time-out asks anew for what was asked before.
+
+        Args:
+            again: what is under way counts as lost.
+            most: chunks to ask for at most, where the receiver keeps to a rate.
 
         Returns:
             The new state, and the request to send, if there is anything to ask for.
         """
         under_way = frozenset() if again else self.asked
-        free = WINDOW - len(under_way)
+        free = min(WINDOW - len(under_way), most)
         wanted = tuple(i for i in self.missing[: WINDOW + len(under_way)] if i not in under_way)[:free]
         if not wanted:
             return self, None

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from aggregator.adapters.objects import DirectoryStore
 from aggregator.clock import Moment
+from aggregator.downloads import DEFAULT_LIMITS
 from aggregator.fleet.authority import Authority
 from aggregator.operations import Operator, RoundView
 from aggregator.records import Campaign
@@ -92,6 +93,7 @@ class Bench:
         names = [f"device-{index}" for index in range(devices)]
         self.devices = {name: SimulatedDevice.enrol(self.operator, name, parameters) for name in names}
         self.filter: Callable[[Outgoing], list[Outgoing]] = lambda message: [message]
+        self.downloads = DEFAULT_LIMITS
         self._counter = 0
         self._later: list[tuple[float, int, Outgoing]] = []
         self.boot()
@@ -99,7 +101,14 @@ class Bench:
     def boot(self) -> None:
         """Starts the service, or starts it again after a crash: what is in memory and on its way is lost."""
         self.transport = LoopTransport()
-        self.service = Service(self.repository, self.store, self.authority, self.transport, self.clock)
+        self.service = Service(
+            self.repository,
+            self.store,
+            self.authority,
+            self.transport,
+            self.clock,
+            downloads=self.downloads,
+        )
         self.transport.inbound.append(Connected())
         for device in self.devices.values():
             if device.online:

@@ -14,7 +14,8 @@ from aggregator.fleet.authority import Authority
 from aggregator.operations import Operator
 from aggregator.telemetry.metrics import ServiceMetrics
 from aggregator.web.events import EventFeed
-from aggregator.web.limits import Limits, RateLimiter
+from aggregator.web.limit_settings import Limits
+from aggregator.web.limits import RateLimiter
 from aggregator.web.oidc import Oidc
 from aggregator.web.sessions import Sessions
 

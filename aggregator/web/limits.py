@@ -12,35 +12,12 @@ from limits.strategies import MovingWindowRateLimiter
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from aggregator.web.limit_settings import Limits
 from aggregator.web.problems import ApiProblem, respond
 from aggregator.web.schemas import PREFIX
-from protocol.enrolment import ENROLMENTS_PATH, MAX_REQUEST_BYTES
+from protocol.enrolment import ENROLMENTS_PATH
 
-MiB = 2**20
 _CLOSE = {"Connection": "close"}
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Bounds of the API.
-
-    Attributes:
-        body_bytes: of a request.
-        upload_bytes: of a request that publishes a model: manifest, graph and weights.
-        enrolment_bytes: of a device's request to be let in, which is read before anything is known of it.
-        per_address: requests from one address, all its tokens together.
-        per_principal: requests of one token or person.
-        failures: requests from one address with credentials that open nothing.
-        enrolments: requests of devices that want to be let in, from one address; a site may have only one.
-    """
-
-    body_bytes: int = MiB
-    upload_bytes: int = 256 * MiB
-    enrolment_bytes: int = MAX_REQUEST_BYTES
-    per_address: str = "3000/minute"
-    per_principal: str = "1200/minute"
-    failures: str = "20/minute"
-    enrolments: str = "240/minute"
 
 
 @dataclass

@@ -24,6 +24,7 @@ from aggregator.telemetry.metrics import ServiceMetrics
 from aggregator.web.api import create_app
 from aggregator.web.context import Context, LocalKey, Vitals
 from aggregator.web.events import EventFeed
+from aggregator.web.limit_settings import DEFAULT_LIMITS, Limits
 from aggregator.web.listen import ListenAddress
 from aggregator.web.local import FILE, LocalEndpoint, new_local_token
 from aggregator.web.oidc import Oidc
@@ -46,6 +47,7 @@ def serving(
     files: CertificateFiles | None = None,
     oidc: OidcSettings | None = None,
     metrics: ServiceMetrics | None = None,
+    limits: Limits = DEFAULT_LIMITS,
 ) -> Iterator[ApiServer]:
     """Serves the API while the block lasts.
 
@@ -60,6 +62,7 @@ def serving(
         files: a certificate from elsewhere; by default the fleet's CA issues one.
         oidc: how people sign in; None for tokens only.
         metrics: what the service counts.
+        limits: how much anybody may ask for.
 
     Raises:
         CannotListen, EnrolmentRefused, UnusableKeys: it says what to do.
@@ -76,6 +79,7 @@ def serving(
         oidc=None if oidc is None else Oidc(oidc),
         vitals=vitals,
         metrics=metrics,
+        limits=limits,
     )
     found = directory / FILE
     with ApiServer(create_app(context), listen, files) as server:

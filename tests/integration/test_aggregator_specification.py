@@ -21,7 +21,7 @@ from schemathesis.specs.openapi.checks import negative_data_rejection, positive_
 
 from aggregator.access.roles import Role
 from aggregator.web.context import Vitals
-from aggregator.web.limits import Limits
+from aggregator.web.limit_settings import Limits
 from aggregator.web.listen import ListenAddress
 from aggregator.web.schemas import PREFIX
 from aggregator.web.server import ApiServer

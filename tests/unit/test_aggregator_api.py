@@ -20,7 +20,7 @@ from aggregator.queries import QueryRequest
 from aggregator.rounds.planning import CampaignSettings
 from aggregator.settings import CampaignRequest
 from aggregator.web.context import Vitals
-from aggregator.web.limits import Limits
+from aggregator.web.limit_settings import Limits
 from aggregator.web.schemas import MAX_PAGE, TokenRequest
 from protocol.dp.parameters import PrivacyMode
 from protocol.identity import SignedDocument, key_id

@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from pydantic import ValidationError
 
-from aggregator.downloads import BURST_CHUNKS
+from aggregator.downloads import BURST_BYTES, DownloadLimits
 from aggregator.fleet.authority import Authority
 from aggregator.operations import RoundView
 from aggregator.optimizers import FedAvg
@@ -29,6 +30,7 @@ from protocol.dp.mechanism import decode
 from protocol.dp.parameters import PrivacyMode
 from protocol.identity import DeviceCertificate, SignedDocument
 from protocol.messages import (
+    CHUNK_BYTES,
     AdvertiseKeys,
     BlobChunk,
     BlobNeed,
@@ -774,17 +776,36 @@ def test_a_device_that_asks_without_end_is_served_within_limits(bench: Bench) ->
     blob = bench.operator.model("toy").manifest.graph
     need = encode(BlobNeed(blob=blob, indices=(0,)))
     topic = topics.down("device-0", "chunk")
-    for _ in range(3 * BURST_CHUNKS):
+    burst = BURST_BYTES // CHUNK_BYTES
+    for _ in range(3 * burst):
         bench.deliver((topics.up("device-0", "msg"), need))
     bench.deliver((topics.up("device-1", "msg"), need))
     for _ in range(4):
         bench.service.step(0)
     served = [place for place, _ in bench.transport.sent]
-    assert served.count(topic) == BURST_CHUNKS and topics.down("device-1", "chunk") in served
+    assert served.count(topic) == burst and topics.down("device-1", "chunk") in served
     bench.clock.now += 1.0
     bench.deliver((topics.up("device-0", "msg"), need))
     bench.service.step(0)
-    assert [place for place, _ in bench.transport.sent].count(topic) == BURST_CHUNKS + 1
+    assert [place for place, _ in bench.transport.sent].count(topic) == burst + 1
+
+
+def test_a_fleet_has_a_download_limit_where_its_operator_sets_one(bench: Bench) -> None:
+    bench.downloads = DownloadLimits(device_rate=CHUNK_BYTES, fleet_rate=2 * CHUNK_BYTES)
+    bench.boot()
+    need = encode(BlobNeed(blob=bench.operator.model("toy").manifest.graph, indices=(0,)))
+
+    def served() -> list[str]:
+        bench.transport.sent.clear()
+        bench.deliver(*((topics.up(name, "msg"), need) for name in bench.devices))
+        bench.service.step(0)
+        return [topic for topic, _ in bench.transport.sent if topic.endswith("chunk")]
+
+    assert len(served()) == 2 and served() == []
+    bench.clock.now += 0.5
+    assert len(served()) == 1
+    with pytest.raises(ValidationError):
+        DownloadLimits(device_rate=1000)
 
 
 def test_only_published_artefacts_are_served(bench: Bench) -> None:

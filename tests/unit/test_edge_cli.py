@@ -18,6 +18,7 @@ from edge_client.adapters.data import NpzDirectory
 from edge_client.adapters.readings import FieldReader
 from edge_client.adapters.store import DeviceStore
 from edge_client.adapters.worker import Worker, fault_of
+from edge_client.cli import byte_rate
 from edge_client.events import (
     Event,
     SaveVersion,
@@ -69,6 +70,14 @@ def test_help_has_examples(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main(["dance"])
     assert stop.value.code == 2
+
+
+def test_a_download_rate_is_bytes_a_second(capsys: pytest.CaptureFixture[str]) -> None:
+    assert [byte_rate(text) for text in ("65536", "200k", "1.5M")] == [65_536, 2e5, 1.5e6]
+    for text in ("0", "-1", "fast", "", "k", "nan", "inf", "1e400"):
+        with pytest.raises(SystemExit) as stop:
+            run("run", "--state", "s", "--broker", "b", "--data", "d", f"--max-download-rate={text}")
+        assert stop.value.code == 2 and "such as 200k" in capsys.readouterr().err
 
 
 def test_the_way_from_nothing_to_enrolled(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
 from edge_client.adapters.mqtt import birth
 from edge_client.events import Connected, Fault, VersionFailed, VersionTested
+from edge_client.library import download_limit
 from models.manifest import ModelManifest
 from protocol.codec import chunk_count
 from protocol.identity import SignedDocument
-from protocol.messages import MAX_MODELS, WINDOW, AdvertiseKeys, BlobNeed, Invitation, ModelAnnouncement
+from protocol.messages import (
+    CHUNK_BYTES,
+    MAX_MODELS,
+    WINDOW,
+    AdvertiseKeys,
+    BlobNeed,
+    Invitation,
+    ModelAnnouncement,
+)
 from protocol.plan import MODEL_KIND
 from protocol.version_assignment import ASSIGNMENT_KIND, VersionAssignment
 from tests.edge_fleet import (
@@ -388,3 +398,41 @@ def test_a_newer_version_replaces_one_that_is_still_on_its_way() -> None:
     serve(device, files(2))
     device.work()
     assert serving(device) == {"watch": 2} and manifest(1).sha256() not in device.disk.versions
+
+
+def test_a_download_keeps_to_its_rate_and_resumes_when_the_limit_lets_it() -> None:
+    graph = bytes(range(256)) * 256 * 9  # nine chunks, and the weights are a tenth
+    device = FakeDevice()
+    rate = CHUNK_BYTES / 2
+    device.state = replace(
+        device.state, library=replace(device.state.library, download=download_limit(rate, 0.0))
+    )
+    device.receive(announcement(manifest(graph=graph)))
+    came = [(0.0, serve(device, files(1, graph)))]
+    while not device.jobs and device.steady < 60:
+        device.tick(0.25)
+        came.append((device.steady, serve(device, files(1, graph))))
+    device.work()
+    assert serving(device) == {"watch": 1}
+    # One chunk at once, then one every two seconds, and none twice.
+    assert [at for at, chunks in came if chunks] == [2.0 * index for index in range(10)]
+    assert sum(chunks for _, chunks in came) == 10
+
+
+def test_what_was_lost_counts_against_the_rate_too() -> None:
+    device = FakeDevice()
+    limit = download_limit(CHUNK_BYTES, 0.0)
+    device.state = replace(device.state, library=replace(device.state.library, download=limit))
+    device.receive(announcement(manifest()))
+    asked = 0
+    for _ in range(40):
+        asked += sum(len(need.indices) for need in needs(device))
+        device.tick(0.5)
+    assert 3 <= asked <= 21
+    serve(device, files(1))
+    device.give(Connected())
+    while not device.jobs and device.steady < 120:
+        device.tick(0.5)
+        serve(device, files(1))
+    device.work()
+    assert serving(device) == {"watch": 1}
