@@ -36,6 +36,7 @@ from aggregator.rounds.selection import places, ready
 from aggregator.rounds.subcohort import Trust
 from aggregator.running import LostBase, RunningRound
 from aggregator.spending import BudgetRefused, check_limit, spent_events
+from aggregator.unmasking import Unmasker
 from aggregator.work import TrafficMeter, Work
 from models.assignment import described
 from models.manifest import ModelManifest
@@ -59,7 +60,12 @@ class Conductor:
     """
 
     def __init__(
-        self, authority: Authority, finisher: Finisher, presence: Presence, entropy: Callable[[], bytes]
+        self,
+        authority: Authority,
+        finisher: Finisher,
+        unmasker: Unmasker,
+        presence: Presence,
+        entropy: Callable[[], bytes],
     ) -> None:
         """Prepares a conductor that knows of no rounds yet.
 
@@ -71,6 +77,7 @@ class Conductor:
         self._authority = authority
         self._trust = Trust(authority.ca)
         self._finisher = finisher
+        self._unmasker = unmasker
         self._presence = presence
         self._entropy = entropy
         self._running: dict[str, RunningRound] = {}
@@ -87,6 +94,7 @@ class Conductor:
         self._dropped.clear()
         self._lost.clear()
         self.buffers.clear()
+        self._unmasker.forget_all()
         with repository.read() as reader:
             for record in reader.rounds(last=REMEMBERED):
                 if record.status != "running":
@@ -205,14 +213,21 @@ class Conductor:
             if campaign is not None and campaign.status == "cancelled":
                 self._dropped[round_id] = ("cancelled", "its campaign was cancelled")
 
-    def over(self) -> tuple[str, ...]:
-        """The rounds that wait for `finish`."""
-        ended = (
-            round_id
-            for round_id, running in self._running.items()
-            if running.state.ended or round_id in self._dropped
-        )
-        return (*self._lost, *ended)
+    def over(self, repository: Repository) -> tuple[str, ...]:
+        """The rounds that wait for `finish`; those that have just ended begin to be unmasked.
+
+        Args:
+            repository: in which everything is durable that the rounds have seen.
+        """
+        over = list(self._lost)
+        for round_id, running in self._running.items():
+            if round_id in self._dropped:
+                over.append(round_id)
+            elif running.state.ended:
+                self._unmasker.begin(repository, running)
+                if self._unmasker.ready(running):
+                    over.append(round_id)
+        return tuple(over)
 
     def finish(self, work: Work, round_id: str) -> None:
         """Ends a round that is over, in a transaction of its own."""
@@ -223,7 +238,8 @@ class Conductor:
             self.abort(work, round_id, *self._dropped[round_id])
             return
         running = self._running[round_id]
-        self._finisher.finish(work, running, dict(self.traffic.read(running.state.invited)))
+        traffic = dict(self.traffic.read(running.state.invited))
+        self._finisher.finish(work, running, self._unmasker.result(running), traffic)
 
     def abort(self, work: Work, round_id: str, code: str, detail: str) -> None:
         """Ends a round whose `finish` failed."""
@@ -239,6 +255,7 @@ class Conductor:
         running = self._running.pop(round_id, None)
         if running is not None:
             self.traffic.clear(running.state.invited)
+        self._unmasker.forget(round_id)
         self._dropped.pop(round_id, None)
         self._lost.pop(round_id, None)
         record = reader.round(round_id)

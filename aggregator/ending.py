@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import assert_never
 
@@ -12,36 +12,29 @@ from numpy.typing import NDArray
 
 from aggregator.fleet.authority import Authority
 from aggregator.optimizers import OptimizerState, memory, resumed
-from aggregator.records import Evaluation, LedgerEntry, OptimizerMemory, RoundEnding, Version
+from aggregator.records import Evaluation, LedgerEntry, NoiseTree, OptimizerMemory, RoundEnding, Version
 from aggregator.registry.artefacts import ArtefactStore
 from aggregator.registry.publishing import sign
 from aggregator.repository import Writer
 from aggregator.rounds import machine
 from aggregator.rounds.answer import Answer, answer
 from aggregator.rounds.evaluation import VersionEvaluation, figures
-from aggregator.rounds.partial_sum import load_sum
 from aggregator.rounds.planning import CampaignSettings
-from aggregator.rounds.release import Release, Unmask, release, together
+from aggregator.rounds.release import Release
 from aggregator.rounds.report import RoundReport, Traffic
-from aggregator.rounds.subcohort import SubcohortState
 from aggregator.running import RunningRound
 from aggregator.spending import epsilon_of, spent_events
+from aggregator.unmasking import LostTree, Unmasked
 from aggregator.work import Work
 from models.assignment import Answering, Evaluating, Training, described
 from models.manifest import ModelManifest
 from models.weights import decode_weights, encode_weights
 from protocol import transcript
 from protocol.dp.events import DPEvent, event_for
-from protocol.dp.parameters import PrivacyMode
 from protocol.messages import RoundEnd
-from protocol.secagg.masking import apply_masks
 from protocol.secagg.server_state import Failed, Recovered
 
 logger = logging.getLogger(__name__)
-
-
-class LostTree(Exception):
-    """A round whose noise tree is another by now, so that its sum cannot be released."""
 
 
 @dataclass(frozen=True)
@@ -67,20 +60,15 @@ class _Outcome:
 
 @dataclass(frozen=True)
 class Finisher:
-    """Ends rounds.
-
-    Attributes:
-        entropy: returns 32 fresh secret bytes, for central noise.
-        unmask: takes masks off a sum.
-    """
+    """Ends rounds."""
 
     store: ArtefactStore
     authority: Authority
-    entropy: Callable[[], bytes]
-    unmask: Unmask = apply_masks
 
-    def finish(self, work: Work, running: RunningRound, traffic: dict[str, Traffic]) -> None:
-        """Ends a round whose masks are known, or that has failed.
+    def finish(
+        self, work: Work, running: RunningRound, unmasked: Unmasked, traffic: dict[str, Traffic]
+    ) -> None:
+        """Ends a round that has been unmasked, or has failed.
 
         New weights and manifest are durable before the transaction that makes them a version. A crash in
         between leaves the round as it was, so that it is finished again; no version can come of it twice.
@@ -88,12 +76,12 @@ class Finisher:
         Raises:
             Exception: whatever the release stumbled over; the transaction must not be committed.
         """
-        state = running.state
-        if not state.ended:
-            raise ValueError(f"round {running.round_id} has not ended")
-        if state.completes:
-            self._complete(work, running, traffic)
+        running.state = state = unmasked.state
+        if unmasked.released is not None:
+            self._complete(work, running, unmasked.released, unmasked.tree, traffic)
             return
+        if not state.ended or state.completes:
+            raise ValueError(f"round {running.round_id} has not ended, or is not unmasked")
         failures = [part.secagg for part in state.subcohorts if isinstance(part.secagg, Failed)]
         detail = failures[0].detail
         if len(state.subcohorts) > 1:
@@ -110,10 +98,16 @@ class Finisher:
         self._end(work, running, contents, event, traffic, code=code, detail=detail)
         logger.warning("round %s aborted: %s: %s", running.round_id[:8], code, detail)
 
-    def _complete(self, work: Work, running: RunningRound, traffic: dict[str, Traffic]) -> None:
-        recovered = running.state.recovered
-        parts = (self._release(work, running, part) for part in recovered)
-        released = together(parts, [len(part.survivors) for part in recovered])
+    def _complete(
+        self,
+        work: Work,
+        running: RunningRound,
+        released: Release,
+        tree: NoiseTree | None,
+        traffic: dict[str, Traffic],
+    ) -> None:
+        if tree is not None:
+            _note_leaf(work, running, tree)
         event = _spent(running)
         outcome = self._outcome(work, running, released)
         contents = [
@@ -123,7 +117,7 @@ class Finisher:
         ]
         misbehaved = tuple(
             part.secagg.cohort.members[index].device_id
-            for part in recovered
+            for part in running.state.recovered
             if isinstance(part.secagg, Recovered)
             for index in sorted(part.secagg.misbehaved)
         )
@@ -168,23 +162,6 @@ class Finisher:
             found = answer(assignment.task, released.mean_update, survivors, running.encoding)
             return _Outcome(released, answer=found.model_copy(update={"epsilon": cost}))
         assert_never(assignment)
-
-    def _release(self, work: Work, running: RunningRound, part: SubcohortState) -> Release:
-        encoding = running.encoding
-        if not isinstance(part.secagg, Recovered):
-            raise ValueError(f"sub-cohort {part.number} of round {running.round_id} has no sum")
-        total = load_sum(work.writer, running.round_id, encoding, part.number)
-        if encoding.privacy.tree is not None:
-            tree = work.writer.noise_tree(running.record.campaign_id)
-            if tree is None or tree.tree != encoding.privacy.tree.tree:
-                raise LostTree(f"the key of the noise tree of round {running.round_id} is not there")
-            # In the transaction that ends the round: whatever is killed when, a leaf is released once, and a
-            # release that is repeated has the same noise.
-            work.writer.note_leaf_released(tree.campaign_id, encoding.privacy.tree.leaf)
-            return release(part.secagg, total, encoding, tree.key, self.unmask, after_leaf=tree.released)
-        central = encoding.privacy.mode is PrivacyMode.CENTRAL
-        noise_key = self.entropy() if central else None
-        return release(part.secagg, total, encoding, noise_key, self.unmask)
 
     def _make_version(
         self, work: Work, running: RunningRound, base: ModelManifest, released: Release
@@ -259,6 +236,20 @@ class Finisher:
         end = RoundEnd(round_id=running.round_id, completed=outcome is not None, reason=code)
         for device_id in sorted(state.invited):
             work.send(device_id, end)
+
+
+def _note_leaf(work: Work, running: RunningRound, tree: NoiseTree) -> None:
+    """Counts a leaf of a noise tree as released, in the transaction that ends the round.
+
+    Whatever is killed when, a leaf is released once, and a release that is repeated has the same noise.
+
+    Raises:
+        LostTree: the tree is no longer as the release found it.
+    """
+    if work.writer.noise_tree(tree.campaign_id) != tree:
+        raise LostTree(f"the noise tree of round {running.round_id} is another by now")
+    if running.encoding.privacy.tree is not None:
+        work.writer.note_leaf_released(tree.campaign_id, running.encoding.privacy.tree.leaf)
 
 
 def _step(

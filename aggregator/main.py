@@ -10,6 +10,7 @@ import secrets
 import ssl
 import threading
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -433,6 +434,8 @@ def run(
         repository = ObservedRepository(operator.repository, feed, (metrics, *traces))
         online = replace(operator, repository=repository, authority=authority)
         cores = stack.enter_context(Cores())
+        beside = ThreadPoolExecutor(1, "unmasking")
+        stack.callback(beside.shutdown, cancel_futures=True)
         service = Service(
             repository,
             operator.store,
@@ -440,6 +443,7 @@ def run(
             MeteredTransport(transport, metrics),
             operator.clock,
             unmask=cores.unmask,
+            beside=beside,
             promotion=settings.promotion,
             doorkeeper=doorkeeper,
             downloads=settings.downloads,

@@ -11,6 +11,7 @@ import logging
 import secrets
 import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
 
 from structlog.contextvars import bound_contextvars
 
@@ -28,6 +29,7 @@ from aggregator.registry.artefacts import ArtefactStore, StoreUnavailable
 from aggregator.repository import Repository, RepositoryError, StorageUnavailable, Superseded
 from aggregator.rounds.release import Unmask
 from aggregator.transport import Connected, Delivery, Disconnected, Inbound, Transport
+from aggregator.unmasking import Unmasker
 from aggregator.work import Outgoing, Work
 from protocol import topics
 from protocol.codec import decode_from_device
@@ -65,6 +67,7 @@ class Service:
         clock: Clock,
         entropy: Callable[[], bytes] = _entropy,
         unmask: Unmask = apply_masks,
+        beside: Executor | None = None,
         promotion: Promotion = Promotion.AUTO,
         doorkeeper: Doorkeeper | None = None,
         downloads: DownloadLimits = DEFAULT_LIMITS,
@@ -74,6 +77,8 @@ class Service:
         Args:
             entropy: returns 32 fresh random bytes.
             unmask: takes masks off a sum.
+            beside: runs what would keep the main loop from its messages, on a single thread; by default that
+                is done at once.
             promotion: what becomes of a new version by itself.
             doorkeeper: keeps the broker's access; None where that is done elsewhere.
             downloads: how fast models go out.
@@ -83,8 +88,8 @@ class Service:
         self._transport = transport
         self._clock = clock
         self._presence = Presence()
-        finisher = Finisher(store, authority, entropy, unmask)
-        self._conductor = Conductor(authority, finisher, self._presence, entropy)
+        unmasker = Unmasker(entropy, unmask, beside)
+        self._conductor = Conductor(authority, Finisher(store, authority), unmasker, self._presence, entropy)
         self._downloads = Downloads(store, downloads)
         self._assigner = Assigner(authority, clock, promotion)
         self._doorkeeper = doorkeeper
@@ -307,9 +312,10 @@ class Service:
             work.outbox += self._doorkeeper.tick(self._members, clock)
 
     def _end_rounds(self, at: Moment) -> None:
-        if at.clock < self._store_again:
+        # What is to be loaded again may have seen messages that are not durable.
+        if not self._loaded or at.clock < self._store_again:
             return
-        for round_id in self._conductor.over():
+        for round_id in self._conductor.over(self._repository):
             with bound_contextvars(round=round_id):
                 if not self._end_round(round_id, at):
                     return

@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,9 +16,11 @@ from aggregator.fleet.authority import Authority
 from aggregator.operations import Operator, RoundView
 from aggregator.records import Campaign
 from aggregator.registry.artefacts import ArtefactStore
+from aggregator.rounds.release import Unmask
 from aggregator.service import Service
 from aggregator.settings import CampaignRequest
 from aggregator.transport import Connected, Delivery, Disconnected, Inbound
+from protocol.secagg.masking import apply_masks
 from tests.aggregator_devices import Outgoing, SimulatedDevice, model_files
 from tests.databases import sqlite_repository
 
@@ -80,12 +83,20 @@ class Bench:
     """
 
     def __init__(
-        self, path: Path, *, devices: int = 5, parameters: int = 1000, store: ArtefactStore | None = None
+        self,
+        path: Path,
+        *,
+        devices: int = 5,
+        parameters: int = 1000,
+        store: ArtefactStore | None = None,
+        beside: Executor | None = None,
+        unmask: Unmask = apply_masks,
     ) -> None:
         self.path = path
         self.clock = ManualClock()
         self.authority = Authority.create("orchard", now=int(START), serial=1)
         self.repository = sqlite_repository(path / "aggregator.db")
+        self.beside, self.unmask = beside, unmask
         self.store = store or DirectoryStore(path / "registry")
         self.operator = Operator(self.repository, self.store, self.authority, self.clock)
         self.parameters = parameters
@@ -108,6 +119,8 @@ class Bench:
             self.transport,
             self.clock,
             downloads=self.downloads,
+            unmask=self.unmask,
+            beside=self.beside,
         )
         self.transport.inbound.append(Connected())
         for device in self.devices.values():

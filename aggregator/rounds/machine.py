@@ -60,8 +60,13 @@ class RoundState:
         return all(part.ended for part in self.subcohorts)
 
     @property
+    def answered(self) -> bool:
+        """It has ended, and masks are to be made of some sub-cohort's answers: see `recover`."""
+        return self.ended and any(part.answered for part in self.subcohorts)
+
+    @property
     def recovered(self) -> tuple[SubcohortState, ...]:
-        """The sub-cohorts whose sums can be released, once the round has ended."""
+        """The sub-cohorts whose sums can be released, once `recover` has made their masks."""
         return tuple(part for part in self.subcohorts if isinstance(part.secagg, Recovered))
 
     @property
@@ -167,6 +172,11 @@ def handle(state: RoundState, event: Event, at: Moment) -> tuple[RoundState, tup
     changed = any(part is not before for part, before in zip(parts, state.subcohorts, strict=True))
     after = replace(state, subcohorts=tuple(parts)) if changed else state
     return after, (*outputs, *_dismissed(state, after))
+
+
+def recover(state: RoundState) -> RoundState:
+    """Makes masks of the answers, in every sub-cohort that has them."""
+    return replace(state, subcohorts=tuple(map(subcohort.recover, state.subcohorts)))
 
 
 def _dismissed(before: RoundState, state: RoundState) -> tuple[Send, ...]:

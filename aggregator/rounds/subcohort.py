@@ -10,6 +10,10 @@ to do, in order: first make log entries durable, then send.
     asked     = when the phase opens, when the device comes online, and again and again until it answers,
                 at growing intervals
 
+End. When everybody has answered the request to unmask, nothing is awaited any more, but the masks are not
+known yet: `recover` makes them of the answers, which takes long enough to be done elsewhere. It is a function
+of the state, so that nothing of it is logged.
+
 Restart. The log entries are the sub-cohort: `resume` replays them and arrives at the same state, except for
 who is online, which births will tell. Requests follow from the state, so nothing else needs to be stored. A
 phase that a restart interrupts gets its whole time again.
@@ -54,6 +58,7 @@ from protocol.messages import (
 from protocol.plan import Deadlines, Plan
 from protocol.secagg import server
 from protocol.secagg.certificates import CertificateCache
+from protocol.secagg.closing import can_close
 from protocol.secagg.server import ClientMessage
 from protocol.secagg.server_state import (
     Advertising,
@@ -94,7 +99,7 @@ class Repeat:
 
 @dataclass(frozen=True)
 class SubcohortState:
-    """A sub-cohort whose round is running, or has just ended for it: then `secagg` is Recovered or Failed.
+    """A sub-cohort whose round is running, or has just ended for it: it is `answered`, Recovered or Failed.
 
     Attributes:
         number: of the sub-cohort in the plan's split.
@@ -130,9 +135,19 @@ class SubcohortState:
         return self.secagg.context.invited
 
     @property
+    def answered(self) -> bool:
+        """The last phase is over, and nobody has made masks of the answers yet."""
+        return isinstance(self.secagg, Unmasking) and self.closed[-1].phase == "Unmasking"
+
+    @property
     def ended(self) -> bool:
-        """Nothing is awaited any more: the sum's masks are known, or the sub-cohort failed."""
-        return isinstance(self.secagg, Recovered | Failed)
+        """Nothing is awaited any more: the sum's masks follow from the answers, or the sub-cohort failed."""
+        return self.answered or isinstance(self.secagg, Recovered | Failed)
+
+    @property
+    def awaited(self) -> frozenset[str]:
+        """The devices whose answer the current phase still waits for."""
+        return frozenset() if self.ended else server.awaited(self.secagg)
 
     @property
     def released(self) -> bool:
@@ -143,7 +158,7 @@ class SubcohortState:
         """Every phase so far; the current one without an end."""
         if self.ended:
             return self.closed
-        missing = server.awaited(self.secagg)
+        missing = self.awaited
         current = PhaseReport(
             phase=_PHASES[type(self.secagg)],
             started=self.opened.unix,
@@ -194,6 +209,8 @@ def opened(
 
 def replay(state: SubcohortState, entry: LogEntry, at: Moment) -> SubcohortState:
     """Applies one entry of the log: the one way in which a sub-cohort moves on."""
+    if state.ended:
+        raise IllegalEvent("the round is over")
     if entry.kind == "closed":
         return _close(state, at)
     if entry.kind == "stored":
@@ -212,8 +229,9 @@ def replay(state: SubcohortState, entry: LogEntry, at: Moment) -> SubcohortState
 
 
 def _close(state: SubcohortState, at: Moment) -> SubcohortState:
-    before, missing = state.secagg, server.awaited(state.secagg)
-    secagg = server.handle(before, server.ClosePhase())
+    before, missing = state.secagg, state.awaited
+    # The last phase closes for nothing but its answers: see `recover`.
+    secagg = before if isinstance(before, Unmasking) else server.handle(before, server.ClosePhase())
     # Whoever left in an earlier phase is not asked again, so it is a dropout of that phase only.
     left = {d for d in state.owed if not expects(state, d)}
     surplus = frozenset(missing) if _full(state) else frozenset[str]()
@@ -230,7 +248,7 @@ def _close(state: SubcohortState, at: Moment) -> SubcohortState:
         state,
         secagg=secagg,
         opened=at,
-        owed=server.awaited(secagg),
+        owed=frozenset() if secagg is before else server.awaited(secagg),
         closed=(*state.closed, report),
         repeats={},
         declined={**state.declined, **dict.fromkeys(surplus, FULL)},
@@ -241,6 +259,13 @@ def _close(state: SubcohortState, at: Moment) -> SubcohortState:
         survivors = tuple(secagg.cohort.members[index].device_id for index in sorted(secagg.survivors))
         return replace(state, survivors_hash=secagg.survivors_hash, survivors=survivors)
     return state
+
+
+def recover(state: SubcohortState) -> SubcohortState:
+    """Makes masks of the answers, where they have come: it takes seconds for a thousand clients."""
+    if not state.answered:
+        return state
+    return replace(state, secagg=server.handle(state.secagg, server.ClosePhase()))
 
 
 # --- the machine -----------------------------------------------------------------------------------------
@@ -287,13 +312,15 @@ def request(state: SubcohortState, device_id: str) -> server.Request | Invitatio
     """What the current phase asks of a device."""
     if isinstance(state.secagg, Advertising):
         return Invitation(plan=state.document)
+    if state.ended:
+        return None
     return server.request(state.secagg, device_id)
 
 
 def expects(state: SubcohortState, device_id: str) -> bool:
     """Whether a device still has a part in the round; one that has not may forget it."""
     secagg = state.secagg
-    if isinstance(secagg, Recovered | Failed):
+    if state.ended or isinstance(secagg, Recovered | Failed):
         return False
     if isinstance(secagg, Advertising):
         return device_id in state.invited and device_id not in secagg.left
@@ -345,7 +372,7 @@ def _ask(
     state: SubcohortState, devices: Iterable[str], at: Moment
 ) -> tuple[SubcohortState, tuple[Output, ...]]:
     """Sends the current request to those of the devices that are awaited and online."""
-    wanted = sorted(server.awaited(state.secagg).intersection(devices) - state.offline.keys())
+    wanted = sorted(state.awaited.intersection(devices) - state.offline.keys())
     repeats, outputs = dict(state.repeats), []
     for device_id in wanted:
         message = request(state, device_id)
@@ -390,8 +417,8 @@ def _over(state: SubcohortState, at: Moment) -> bool:
         return True
     gone = at.clock - limits.offline_grace
     if len(state.offline) < pending or not all(
-        state.offline.get(device_id, at.clock + 1) <= gone for device_id in server.awaited(state.secagg)
+        state.offline.get(device_id, at.clock + 1) <= gone for device_id in state.awaited
     ):
         return False
     # Too few are left: those who are away get the whole time of the phase to come back.
-    return not isinstance(server.handle(state.secagg, server.ClosePhase()), Failed)
+    return can_close(state.secagg)

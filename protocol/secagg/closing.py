@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable
 
 from protocol.errors import IllegalEvent
@@ -47,6 +48,17 @@ def close_phase(state: ServerState) -> ServerState:
     if isinstance(state, Unmasking):
         return _close_unmasking(state)
     raise IllegalEvent("the round is over")
+
+
+def can_close(state: ServerState) -> bool:
+    """Whether the round would go on if the current phase ended now; asked again and again, so it is cheap.
+
+    In the last phase it counts shares and checks none: enough of them may still turn out to be wrong.
+    """
+    if not isinstance(state, Unmasking):
+        return not isinstance(close_phase(state), Failed)
+    shares = Counter(owner for answer in state.answers.values() for owner in answer)
+    return all(shares[owner] >= state.cohort.graph.threshold for owner in state.sharers)
 
 
 def _close_advertising(state: Advertising) -> ServerState:

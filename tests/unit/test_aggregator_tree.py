@@ -11,7 +11,7 @@ import pytest
 from numpy.typing import NDArray
 from scipy.stats import chi2
 
-from aggregator import ending
+from aggregator import ending, unmasking
 from aggregator.operations import OperationRefused, RoundView
 from aggregator.privacy.ledger import audit_ledger
 from aggregator.privacy.references import tree_reference
@@ -126,7 +126,7 @@ def test_the_models_noise_is_the_trees(trained: Bench) -> None:
 def test_a_repeated_release_has_the_same_noise(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """The transaction that ends the second round fails after its release; the service is started again."""
     releases: list[NDArray[np.float32]] = []
-    original, failures = ending.release, []
+    original, failures = unmasking.release, []
 
     def spy(*arguments: Any, **options: Any) -> Release:
         released = original(*arguments, **options)
@@ -141,7 +141,7 @@ def test_a_repeated_release_has_the_same_noise(bench: Bench, monkeypatch: pytest
             failures.append(True)
             raise Killed
 
-    monkeypatch.setattr(ending, "release", spy)
+    monkeypatch.setattr(unmasking, "release", spy)
     monkeypatch.setattr(ending.Finisher, "_end", fail_once)
     campaign = bench.start(tree_request(rounds=3))
     with pytest.raises(Killed):
