@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edge_client import __version__, cli
+from edge_client.adapters import memory
 
 if TYPE_CHECKING:
     from edge_client.configuration import EdgeConfiguration
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
 
 LOCK = "lock"
 LOCK_SECONDS = 1.0
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # <malloc.h>
 
 
 class CommandFailed(Exception):
@@ -123,7 +123,6 @@ def _enroll(options: argparse.Namespace) -> None:
 
 
 def _run(options: argparse.Namespace) -> None:
-    _import_paho()
     from edge_client.adapters.credentials import POLICY, load_credentials, load_policy, tls_files
     from edge_client.adapters.files import Lock
     from edge_client.adapters.mqtt import LinkSettings, MqttLink
@@ -367,47 +366,10 @@ def _expected() -> tuple[type[Exception], ...]:
     )
 
 
-def _save_memory() -> None:
-    """Settles, before numpy is loaded, how this process uses memory: a round must not leave it larger."""
-    # Training uses one core; every further thread of a linear algebra library only reserves memory.
-    for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"):
-        os.environ.setdefault(name, "1")
-    import ctypes
-
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):
-        return  # not glibc
-    # By default glibc keeps what was freed, by thread, and more of it with every large block (mallopt(3)).
-    for parameter, value in ((_M_ARENA_MAX, 1), (_M_MMAP_THRESHOLD, 65_536), (_M_TRIM_THRESHOLD, 65_536)):
-        mallopt(parameter, value)
-
-
-def _import_paho() -> None:
-    """Imports paho without `urllib.request`, and with that http and email: 1.5 MB for a look at proxies.
-
-    paho asks the environment for a proxy at each connection; a device goes to its broker directly. Whoever
-    imports the module later gets the real one.
-    """
-    import urllib
-    from types import ModuleType
-
-    name = "urllib.request"
-    if name in sys.modules:
-        return
-    stand_in = ModuleType(name)
-    stand_in.getproxies = dict  # type: ignore[attr-defined]
-    sys.modules[name] = urllib.request = stand_in
-    try:
-        import_module("paho.mqtt.client")
-    finally:
-        del sys.modules[name]
-
-
 def main(arguments: Sequence[str] | None = None) -> Any:
     """The console script `covey-edge`; returns the exit code."""
     options = cli.parser().parse_args(arguments)
-    _save_memory()
+    memory.settle()
     os.umask(0o077)
     try:
         _COMMANDS[options.command](options)

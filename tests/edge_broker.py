@@ -194,8 +194,8 @@ class Device:
         """Starts the process."""
         with self.log.open("ab") as log:
             # As the bundle's launcher sets it.
-            own = {"PYTHONPATH": str(Path(__file__).parents[1]), "PYTHONNODEBUGRANGES": "1"}
-            environment = {**os.environ, **own}
+            own = {"PYTHONNODEBUGRANGES": "1", "PYTHONOPTIMIZE": "2"}
+            environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), **own}
             self._process = subprocess.Popen(self._command, stderr=log, env=environment)
 
     def kill(self) -> None:

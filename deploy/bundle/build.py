@@ -3,7 +3,8 @@
     covey-VERSION-TARGET.tar.xz
         bundle.json         version, target, Python, and the digest of every file
         site/               packages, as `PYTHONPATH` takes them
-        bin/covey-edge      starts the client with the system's Python; covey-update changes it
+        bin/covey-edge      starts the client with the system's Python; covey-update changes it, and
+                        covey-compile makes its bytecode when it is installed
         systemd/            the units that run it
         share/              setup.sh and install.sh, which put it in its place
 
@@ -76,12 +77,17 @@ TARGETS = {
 _LAUNCHER = """\
 #!/bin/sh
 # Starts the client with the system's Python and this bundle's packages, and none of the user's.
-# Columns in tracebacks are memory that a device can do without.
+# Docstrings, and columns in tracebacks, are memory that a device can do without.
 here=$(dirname "$(dirname "$(readlink -f "$0")")")
-export PYTHONPATH="$here/site" PYTHONNOUSERSITE=1 PYTHONDONTWRITEBYTECODE=1 PYTHONNODEBUGRANGES=1
+export PYTHONPATH="$here/site" PYTHONNOUSERSITE=1 PYTHONDONTWRITEBYTECODE=1
+export PYTHONOPTIMIZE=2 PYTHONNODEBUGRANGES=1
 exec python{python} -m {module} "$@"
 """
-_PROGRAMS = {"covey-edge": "edge_client.main", "covey-update": "edge_client.updater"}
+_PROGRAMS = {
+    "covey-edge": "edge_client.main",
+    "covey-update": "edge_client.updater",
+    "covey-compile": "compileall",
+}
 
 
 def build_bundle(target: Target, folder: Path) -> Path:

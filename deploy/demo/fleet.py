@@ -26,8 +26,8 @@ from models.examples import Examples
 from protocol.dp.parameters import PrivacyMode
 
 _POLL_SECONDS = 0.05
-_DEVICE_ENVIRONMENT = {"PYTHONNODEBUGRANGES": "1"}
-"""As a device's service unit sets it: columns in tracebacks are a megabyte that it can do without."""
+_DEVICE_ENVIRONMENT = {"PYTHONNODEBUGRANGES": "1", "PYTHONOPTIMIZE": "2"}
+"""As a bundle's launcher sets it: docstrings, and columns in tracebacks, are memory it can do without."""
 _SCRIPTS = Path(sys.executable).parent
 
 

@@ -46,6 +46,9 @@ if [ -n "$bundle" ]; then
         tar -xJf "$bundle" -C "$opt/versions/.$version" --no-same-owner
         "$opt/versions/.$version/bin/covey-edge" --help >/dev/null ||
             fail "the client does not run here: is its bundle for this system?"
+        # Else every start would compile all of it again: the client itself cannot write there.
+        "$opt/versions/.$version/bin/covey-compile" -q -s "$opt/versions/.$version" -p "$opt/versions/$version" \
+            "$opt/versions/.$version/site"
         sync
         mv -T "$opt/versions/.$version" "$opt/versions/$version"
     fi

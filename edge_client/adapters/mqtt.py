@@ -42,6 +42,8 @@ NO_RIGHTS = (
     "the fleet's operator sees which by `covey device show`"
 )
 NONE: Final[Mapping[str, VersionFailure]] = MappingProxyType({})
+# A device goes to its broker directly, whatever PySocks and the environment say.
+vars(paho)["socks"] = None
 _RANDOM = secrets.SystemRandom()
 _LOG = logging.getLogger("covey.edge.mqtt")
 

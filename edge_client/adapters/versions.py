@@ -13,6 +13,7 @@ content is durable, by a rename: after a power cut each of them is the old one o
 
 from __future__ import annotations
 
+import compileall
 import hashlib
 import json
 import os
@@ -95,6 +96,7 @@ class Versions:
         try:
             _unpack(bundle, partial)
             _check(partial, version)
+            _compile(partial, self.path(version))
         except (tarfile.TarError, EOFError, ValueError, KeyError, OSError) as error:
             shutil.rmtree(partial, ignore_errors=True)
             raise UnusableBundle(f"the bundle of {version} is damaged: {error}") from error
@@ -211,6 +213,13 @@ def _check(folder: Path, version: str) -> None:
         with (folder / name).open("rb") as file:
             if hashlib.file_digest(file, "sha256").hexdigest() != expected:
                 raise UnusableBundle(f"{name} in the bundle is damaged")
+
+
+def _compile(folder: Path, path: Path) -> None:
+    """Makes the bytecode that the launcher asks for; else every start would compile all of it again."""
+    compileall.compile_dir(
+        folder / "site", quiet=2, optimize=2, stripdir=str(folder), prependdir=str(path), workers=1
+    )
 
 
 def _flush(folder: Path) -> None:

@@ -6,17 +6,15 @@ whatever goes wrong in it becomes a fault with a code, and the device goes on.
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import logging
 import queue
 import threading
 from collections.abc import Callable
-from contextlib import suppress
 
 import numpy as np
 from numpy.typing import NDArray
 
+from edge_client.adapters import memory
 from edge_client.adapters.blobs import Blobs
 from edge_client.adapters.files import StorageError, StorageFull
 from edge_client.adapters.model_check import check_in_child
@@ -97,12 +95,6 @@ def tflite_trainer(manifest: ModelManifest, graph: bytes) -> LocalTrainer:
     from edge_client.adapters.tflite import TfliteTrainer
 
     return TfliteTrainer(manifest, graph)
-
-
-def return_freed_memory() -> None:
-    """Gives back to the system what lies free between blocks in use; glibc by itself only trims the end."""
-    with suppress(OSError, AttributeError):  # not glibc
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def fault_of(error: Exception) -> Fault:
@@ -204,8 +196,7 @@ class Worker:
             self._thread.join(timeout=seconds)
 
     def _run(self) -> None:
-        gc.collect()
-        return_freed_memory()
+        memory.give_back()
         while (job := self._jobs.get()) is not None:
             if isinstance(job, RoundJob) and job.round_id != self._round_id:
                 continue
@@ -234,12 +225,12 @@ class Worker:
             file = self._blobs.read(job.manifest.weights)
             self._check(job.manifest, self._blobs.read(job.manifest.graph), file)
             self_test(self._trainer(job.manifest), job.manifest, file)
+            memory.give_back()  # of the interpreter's start
             return VersionTested(job.sha256, None)
         if isinstance(job, MaskInput):
             # The noise table and the masks need the memory that the model takes; it is read again in no time.
             self._loaded = None
-            gc.collect()
-            return_freed_memory()
+            memory.give_back()
             parts = packed_slices(job.contribution, job.encoding, job.masks, job.noise_key)
             blob = self._blobs.write_upload(job.round_id, parts)
             own = job.contribution.local

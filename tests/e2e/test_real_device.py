@@ -52,7 +52,7 @@ POLICY = DevicePolicy(minimum_cohort=3, minimum_survivors=3, maximum_epsilon=Non
 NAME = "barn-1"
 ADMIN = "admin"
 BOOT_SECONDS = 600
-MEMORY_LIMIT = 80 * 2**20
+MEMORY_LIMIT = 70 * 10**6
 """Bytes resident of the client while it trains; the figure itself is printed."""
 ROUND = (
     "--model", "watch", "--cohort", 4, "--minimum", 4, "--min-survivors", 3, "--rest", 0,

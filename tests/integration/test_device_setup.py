@@ -18,6 +18,11 @@ STUBBED = ("systemctl", "useradd", "chown", "id", "setpriv", "sync")
 REAL = (
     "basename", "chmod", "cp", "dirname", "grep", "ln", "mkdir", "mv", "readlink", "rm", "sha256sum", "tar",
 )  # fmt: skip
+COMPILE = """\
+#!/bin/sh
+for last; do :; done
+mkdir -p "$last" && echo compiled >"$last/bytecode"
+"""
 EDGE = """\
 #!/bin/sh
 [ "$1" = --help ] && exit 0
@@ -80,6 +85,7 @@ def bundle(folder: Path, version: str = "0.1.0", codename: str = "bookworm") -> 
     tree = folder / f"tree-{version}"
     for name, text in {
         "bin/covey-edge": EDGE,
+        "bin/covey-compile": COMPILE,
         "systemd/covey-edge.service": "[Unit]\n",
         "bundle.json": "{}",
     }.items():
@@ -122,6 +128,7 @@ def assert_set_up(root: Root, archive: Path) -> None:
         assert (root.opt / link).readlink() == Path("versions/0.1.0")
     assert [path.name for path in (root.opt / "versions").iterdir()] == ["0.1.0"]
     assert (root.opt / "current/bin/covey-edge").read_text() == EDGE
+    assert (root.opt / "current/site/bytecode").read_text() == "compiled\n"
     assert (root.folder / "etc/systemd/system/covey-edge.service").read_text() == "[Unit]\n"
     assert "COVEY_BROKER=mqtts://hub.example:8883" in (root.folder / "etc/covey/edge.env").read_text()
     assert (root.state / "enrolment.json").read_text() == "bundle\n"

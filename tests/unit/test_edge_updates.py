@@ -47,7 +47,11 @@ class FakeService:
 
 
 def bundle(version: str, described: str | None = None) -> bytes:
-    files = {"bin/covey-edge": f"version {version}".encode(), "systemd/covey-edge.service": b"[Unit]\n"}
+    files = {
+        "bin/covey-edge": f"version {version}".encode(),
+        "site/edge.py": b"'Not kept.'\n",
+        "systemd/covey-edge.service": b"[Unit]\n",
+    }
     description = {
         "version": described or version,
         "target": TARGET,
@@ -119,6 +123,9 @@ def test_a_healthy_update_is_kept_beside_the_one_before(device: Device) -> None:
         device.offer(version)
         assert device.run() == version == device.runs()
         assert device.versions() == kept
+        (compiled,) = (device.folder / "current" / "site" / "__pycache__").iterdir()
+        assert b"Not kept" not in compiled.read_bytes()
+        assert f"versions/{version}/site/edge.py".encode() in compiled.read_bytes()
     assert not (device.folder / "trial").exists() and not (device.inbox / "ready").exists()
 
 
