@@ -20,7 +20,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from models import inspection, template
 from models.examples import Examples, InvalidExamples
-from models.graph_file import InvalidGraph
+from models.graph import InvalidGraph
 from models.manifest import InvalidManifest
 from protocol.fields import Slug
 

@@ -9,6 +9,7 @@ from tensorflow.lite.python import schema_py_generated as schema
 from tensorflow.lite.tools import flatbuffer_utils
 
 from models import graph_file
+from models.graph import InvalidGraph
 
 OPERATOR_NAMES: dict[int, str] = {
     code: name for name, code in vars(schema.BuiltinOperator).items() if isinstance(code, int)
@@ -39,7 +40,7 @@ def finish(data: bytes) -> bytes:
     finished = bytes(builder.Output())
     try:
         graph_file.read(finished)
-    except graph_file.InvalidGraph as error:
+    except InvalidGraph as error:
         # Better here than on every device.
         raise NonBuiltinOperator(f"devices would refuse the graph: {error}") from error
     return finished

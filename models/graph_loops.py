@@ -9,18 +9,18 @@ Importable on the device: the standard library only.
 
 from __future__ import annotations
 
-from models import graph_file
+from models.graph import Graph, InvalidGraph, Operator, Subgraph
 
 MAX_STEPS = 128
 """Steps of one loop."""
 
 
-def check(graph: graph_file.Graph) -> None:
+def check(graph: Graph) -> None:
     """Follow every `WHILE` to the subgraphs that it calls.
 
     Raises:
-        graph_file.InvalidGraph: it calls what is not there, is an entry point, is called elsewhere or has
-            other tensors; it holds a loop or a variable; or it counts beyond `MAX_STEPS`, or not at all.
+        InvalidGraph: it calls what is not there, is an entry point, is called elsewhere or has other tensors;
+            it holds a loop or a variable; or it counts beyond `MAX_STEPS`, or not at all.
     """
     taken = set(graph.signatures.values())
     for number, caller in enumerate(graph.subgraphs):
@@ -37,12 +37,7 @@ def check(graph: graph_file.Graph) -> None:
             _check_end(caller, loop, condition, body)
 
 
-def _check_tensors(
-    caller: graph_file.Subgraph,
-    loop: graph_file.Operator,
-    condition: graph_file.Subgraph,
-    body: graph_file.Subgraph,
-) -> None:
+def _check_tensors(caller: Subgraph, loop: Operator, condition: Subgraph, body: Subgraph) -> None:
     """What is handed on has the same types everywhere, and the same shapes."""
     _need(min(loop.inputs, default=-1) >= 0, "leaves out a tensor")
     ends = (
@@ -62,12 +57,7 @@ def _check_tensors(
         _need(not any(name.endswith(("_VARIABLE", "_HANDLE")) for name in names), "touches a variable")
 
 
-def _check_end(
-    caller: graph_file.Subgraph,
-    loop: graph_file.Operator,
-    condition: graph_file.Subgraph,
-    body: graph_file.Subgraph,
-) -> None:
+def _check_end(caller: Subgraph, loop: Operator, condition: Subgraph, body: Subgraph) -> None:
     """It counts from a constant to a constant."""
     _need(len(condition.operators) == 1, "has a condition of several steps")
     (test,) = condition.operators
@@ -100,4 +90,4 @@ def _check_end(
 
 def _need(condition: bool, reason: str) -> None:
     if not condition:
-        raise graph_file.InvalidGraph(f"a loop {reason}")
+        raise InvalidGraph(f"a loop {reason}")

@@ -110,6 +110,7 @@ def try_model(manifest: ModelManifest, graph: bytes, weights: bytes) -> None:
     from edge_client.adapters.tflite import TfliteTrainer
     from edge_client.training import Examples, HiddenExamples, TrainingConfig, TrainingError
     from models import graph_file
+    from models.graph import InvalidGraph
     from models.manifest import WRITING_SIGNATURES
     from models.weights import InvalidWeights, decode_weights
     from protocol.dp.example import mechanism_of
@@ -137,7 +138,7 @@ def try_model(manifest: ModelManifest, graph: bytes, weights: bytes) -> None:
             trainer.train(
                 start, Examples("trial", x, y), replace(config, hidden=hidden), np.random.default_rng(0)
             )
-    except (graph_file.InvalidGraph, InvalidWeights) as error:
+    except (InvalidGraph, InvalidWeights) as error:
         raise ModelRejected(str(error)) from error
     except ModelRejected:
         raise

@@ -25,7 +25,7 @@ from edge_client.training import Examples, TrainingConfig
 from models import graph_file
 from models.architectures import ARCHITECTURES
 from models.export import ExportedModel, export
-from models.graph_file import InvalidGraph
+from models.graph import InvalidGraph
 from models.manifest import InputSpec
 from models.parity import TOLERANCE, prove_parity
 from models.weights import encode_weights

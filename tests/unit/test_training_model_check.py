@@ -17,7 +17,7 @@ from edge_client.adapters import model_check
 from edge_client.adapters.model_check import MIB, Limits, check_in_child
 from edge_client.training import ModelRejected
 from models import graph_file, zoo
-from models.graph_file import InvalidGraph
+from models.graph import InvalidGraph
 from models.manifest import ModelManifest, describe
 from models.weights import encode_weights
 
