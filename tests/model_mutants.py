@@ -1,6 +1,7 @@
 """Try many damaged model files, each in a process of its own: `tests/model_mutants.py MODEL COUNT SEED`.
 
-MODEL is a bundled one, or a directory with an exported one.
+MODEL is a bundled one, or a directory with an exported one. With `--no-reader` behind it all, the runtime
+sees every file: what a device without the reader would meet.
 Prints one line of JSON: how many files ended how. Every file gets a fork of this process, in which the
 runtime is already loaded, with limits on memory and time; nothing is left for the next one.
 """
@@ -12,6 +13,7 @@ import os
 import resource
 import signal
 import struct
+import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -22,9 +24,11 @@ from edge_client.adapters import tflite  # noqa: F401  before the forks
 from edge_client.adapters.model_check import MIB, try_model
 from edge_client.training import ModelRejected
 from models import graph_file, zoo
+from models.graph import Graph
 from models.manifest import ModelManifest, describe
 from models.weights import encode_weights
 
+ROOT = Path(__file__).resolve().parents[1]
 SECONDS = 5
 EXTREMES = (0, 1, 0x7F, 0xFF, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF, 0x10000)
 
@@ -64,7 +68,7 @@ def outcome(manifest: ModelManifest, graph: bytes, weights: bytes, *, reader: bo
         code = 1
         try:
             if not reader:
-                graph_file.read = lambda data: None  # type: ignore[assignment,return-value]
+                graph_file.read = lambda data: Graph((), {}, 0)  # type: ignore[assignment]
             try_model(manifest, graph, weights)
             code = 0
         except (ModelRejected, MemoryError):
@@ -74,6 +78,22 @@ def outcome(manifest: ModelManifest, graph: bytes, weights: bytes, *, reader: bo
     _, status = os.waitpid(child, 0)
     code = os.waitstatus_to_exitcode(status)
     return {0: "ran", 3: "rejected", 1: "error"}.get(code) or signal.Signals(-code).name
+
+
+def damaged(model: str | Path, count: int) -> dict[str, int]:
+    """How many of so many damaged files ended how; in a process of its own, which forks."""
+    run = subprocess.run(
+        [sys.executable, "tests/model_mutants.py", str(model), str(count), "1"],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=250,
+    )
+    assert run.returncode == 0, run.stderr
+    found: dict[str, int] = json.loads(run.stdout)
+    assert sum(found.values()) == count and not found.get("error", 0)
+    return found
 
 
 def exported(directory: Path) -> zoo.BundledModel:
