@@ -130,10 +130,19 @@ def _add_personalise(commands: Any) -> None:
     reset = _command(
         commands,
         "reset",
-        "drop what personalise made, and answer with the global version again",
-        "covey-edge reset --state /var/lib/covey --personal",
+        "drop what is this device's own, and start again from the version that all have",
+        "covey-edge reset --state /var/lib/covey --personal\n"
+        "  covey-edge reset --state /var/lib/covey --local --model watch",
     )
-    reset.add_argument("--personal", action="store_true", required=True, help="drop personal models")
+    what = reset.add_mutually_exclusive_group(required=True)
+    what.add_argument(
+        "--personal", action="store_true", help="what personalise made: the global version answers again"
+    )
+    what.add_argument(
+        "--local",
+        action="store_true",
+        help="local layers: they start anew, as on a new device; only while the client is stopped",
+    )
     reset.add_argument("--model", help="of this model only")
 
 

@@ -21,6 +21,7 @@ from edge_client import __version__, cli
 from edge_client.adapters import memory
 
 if TYPE_CHECKING:
+    from edge_client.adapters.files import Lock
     from edge_client.configuration import EdgeConfiguration
     from edge_client.fields import FieldSource
     from edge_client.policy import DevicePolicy
@@ -124,7 +125,6 @@ def _enroll(options: argparse.Namespace) -> None:
 
 def _run(options: argparse.Namespace) -> None:
     from edge_client.adapters.credentials import POLICY, load_credentials, load_policy, tls_files
-    from edge_client.adapters.files import Lock
     from edge_client.adapters.mqtt import LinkSettings, MqttLink
     from edge_client.adapters.readings import FieldReader
     from edge_client.adapters.store import DeviceStore
@@ -147,15 +147,7 @@ def _run(options: argparse.Namespace) -> None:
     )
     own = tls_files(options.state)
     tls = TlsFiles(options.ca or own.ca, options.cert or own.certificate, options.key or own.key)
-    lock = Lock(options.state / LOCK)
-    give_up = time.monotonic() + LOCK_SECONDS
-    while not lock.acquire():
-        # `status` holds the lock for a moment to see whether somebody runs.
-        if time.monotonic() >= give_up:
-            raise CommandFailed(
-                f"another covey-edge runs on {options.state}: stop it first", cli.EXIT_RUNNING
-            )
-        time.sleep(0.05)
+    lock = _locked(options.state)
     inbox = Inbox()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: inbox.put(Stop()))
@@ -237,6 +229,16 @@ def _personalise(options: argparse.Namespace) -> None:
 def _reset(options: argparse.Namespace) -> None:
     from edge_client import report
 
+    if options.local:
+        # A client that runs would go on with those that it has read.
+        lock = _locked(options.state)
+        dropped = report.reset_local(options.state, options.model)
+        lock.release()
+        for model in dropped:
+            cli.say(f"dropped the local parameters of {model}: they start anew with the next round")
+        if not dropped:
+            cli.say("there are no local parameters")
+        return
     dropped = report.reset_personal(options.state, options.model)
     for model in dropped:
         cli.say(f"dropped the personal {model}: `predict` answers with the global version")
@@ -308,6 +310,24 @@ _COMMANDS = {
     "fields": _fields,
     "policy": _policy,
 }
+
+
+def _locked(state: Path) -> Lock:
+    """The lock of a device's state: as long as it is held, no client runs.
+
+    Raises:
+        CommandFailed: one runs.
+    """
+    from edge_client.adapters.files import Lock
+
+    lock = Lock(state / LOCK)
+    give_up = time.monotonic() + LOCK_SECONDS
+    while not lock.acquire():
+        # `status` holds the lock for a moment to see whether somebody runs.
+        if time.monotonic() >= give_up:
+            raise CommandFailed(f"another covey-edge runs on {state}: stop it first", cli.EXIT_RUNNING)
+        time.sleep(0.05)
+    return lock
 
 
 def _is_running(state: Path) -> bool:

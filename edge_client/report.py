@@ -298,6 +298,20 @@ def reset_personal(state: Path, model: str | None) -> tuple[str, ...]:
         return files.drop(model)
 
 
+def reset_local(state: Path, model: str | None) -> tuple[str, ...]:
+    """Deletes local parameters, while no client runs; returns the names of the models that had any.
+
+    A personal model, which holds such parameters as well, stays.
+
+    Raises:
+        CredentialError: the device is not set up.
+        StorageError: deleting failed.
+    """
+    load_credentials(state)
+    with DeviceStore.open(state) as store:
+        return store.forget_local(model)
+
+
 def prediction_of(manifest: ModelManifest, row: NDArray[np.float32]) -> dict[str, Any]:
     """One example's outputs by name; only a model of classes has one label to give."""
     outputs = {label: round(float(value), 6) for label, value in zip(manifest.labels, row, strict=True)}

@@ -187,6 +187,18 @@ class DeviceStore:
         """
         self.blobs.keep_local(frozenset(saved.blob.sha256 for saved in self.local()))
 
+    def forget_local(self, model: str | None = None) -> tuple[str, ...]:
+        """Forgets the local parameters of a model, or of all; returns the names of the models that had any.
+
+        Raises:
+            StorageError: the database fails, and nothing changed; or a file cannot be deleted.
+        """
+        forgotten = tuple(saved.model for saved in self.local() if model in (None, saved.model))
+        with self._transaction():
+            self._connection.executemany("DELETE FROM local WHERE model = ?", [(name,) for name in forgotten])
+        self.keep_local()
+        return forgotten
+
     def keep_pending(self) -> None:
         """Deletes every file of a pending update that the database does not name.
 
