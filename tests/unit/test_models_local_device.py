@@ -14,11 +14,13 @@ import pytest
 tf = pytest.importorskip("tensorflow")
 
 from edge_client.adapters.data import NpzDirectory
+from edge_client.adapters.files import Lock
 from edge_client.adapters.model_check import check_in_child
 from edge_client.adapters.readings import FieldReader
 from edge_client.adapters.store import DeviceStore
 from edge_client.adapters.tflite import TfliteTrainer
 from edge_client.adapters.worker import Worker
+from edge_client.cli import EXIT_RUNNING
 from edge_client.events import (
     Event,
     SaveLocal,
@@ -28,15 +30,18 @@ from edge_client.events import (
     TrainingFinished,
     VersionStatus,
 )
-from edge_client.main import main
-from edge_client.training import Examples, TrainingConfig
+from edge_client.main import LOCK, main
+from edge_client.training import Examples, ModelRejected, TrainingConfig
 from models.architectures import ARCHITECTURES
+from models.export import ExportedModel
+from models.manifest import ModelManifest, describe
 from models.weights import encode_weights
 from protocol.identity import SignedDocument
 from protocol.plan import MODEL_KIND
 from protocol.transfer import chunks
 from tests.edge_broker import Fleet
 from tests.edge_fleet import OPERATOR, PERMISSIVE
+from tests.model_mutants import damaged
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -50,9 +55,40 @@ def swings() -> Examples:
     return Examples("device", (wave[:, :, None] * np.ones(6)).astype(np.float32), y)
 
 
+def own_head() -> ExportedModel:
+    architecture = replace(ARCHITECTURES["watch"], local_layers=("exercise",), example_gradients=False)
+    return architecture.export()
+
+
+def test_three_hundred_damaged_graphs_with_local_parameters_crash_at_most_their_child(tmp_path: Path) -> None:
+    own_head().write(tmp_path)
+    found = damaged(tmp_path, 300)
+    assert found["rejected"] > 240
+    assert sum(count for how, count in found.items() if how.startswith("SIG")) < 15
+
+
+def test_a_manifest_that_moves_parameters_between_its_vectors_is_refused() -> None:
+    """Each is well formed, and is of the very graph: only that tells that its vectors have other lengths."""
+    made = own_head()
+    parts = made.manifest.whole_layout
+    for shared in range(1, len(parts)):
+        count = parts[shared].offset
+        local = tuple(part.model_copy(update={"offset": part.offset - count}) for part in parts[shared:])
+        weights = encode_weights(np.zeros(count, np.float32))
+        manifest = ModelManifest.model_validate(
+            dict(made.manifest)
+            | {"weights": describe(weights), "parameter_count": count}
+            | {"parameters": parts[:shared], "local_parameters": local}
+        )
+        if count == made.manifest.parameter_count:
+            check_in_child(manifest, made.graph, weights)
+            continue
+        with pytest.raises(ModelRejected):
+            check_in_child(manifest, made.graph, weights)
+
+
 def test_a_round_moves_what_predict_answers_with(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    architecture = ARCHITECTURES["watch"]
-    exported = replace(architecture, local_layers=("exercise",), example_gradients=False).export()
+    exported = own_head()
     manifest = exported.manifest
     state = Fleet(tmp_path).enrolled("barn-1", PERMISSIVE)
     data = tmp_path / "data"
@@ -109,3 +145,18 @@ def test_a_round_moves_what_predict_answers_with(tmp_path: Path, capsys: pytest.
     assert personal
     truth = swings().y[::10]
     assert (tuned.argmax(axis=1) == truth).mean() >= (after.argmax(axis=1) == truth).mean()
+
+    # Another owner: what the device learnt for the last one goes, once no client could write it anew.
+    assert main(["reset", "--state", str(state), "--personal"]) == 0
+    running = Lock(state / LOCK)
+    assert running.acquire()
+    assert main(["reset", "--state", str(state), "--local"]) == EXIT_RUNNING
+    assert "stop it first" in capsys.readouterr().err
+    running.release()
+    assert main(["reset", "--state", str(state), "--local", "--model", "digits"]) == 0
+    assert "no local parameters" in capsys.readouterr().out
+    np.testing.assert_allclose(predicted()[1], after, atol=1e-6)
+    assert main(["reset", "--state", str(state), "--local"]) == 0
+    assert "dropped the local parameters of watch" in capsys.readouterr().out
+    assert np.array_equal(predicted()[1], start)
+    assert not any((state / "local").iterdir())
