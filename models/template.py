@@ -15,6 +15,9 @@ layers = tf.keras.layers
 
 WINDOW, CHANNELS = 50, 3
 LABELS = ("still", "moving")
+# Layers whose weights train on each device and never leave it, such as ("label",) for a head of one's own.
+# `covey model export model.py:build` takes them from here as well. See docs/explanation/personalisation.md.
+LOCAL_LAYERS: tuple[str, ...] = ()
 
 
 def build() -> tf.keras.Model:
@@ -33,6 +36,7 @@ ARCHITECTURE = Architecture(
     name="@NAME@",
     build=build,
     labels=LABELS,
+    local_layers=LOCAL_LAYERS,
     # Constants in the units of your sensor, from its data sheet: never statistics of anybody's data.
     scaling=InputSpec(shape=(WINDOW, CHANNELS), mean=(0.0,) * CHANNELS, std=(1.0,) * CHANNELS),
 )
