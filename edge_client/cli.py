@@ -14,17 +14,18 @@ EXIT_FAILED = 1
 EXIT_NOT_SET_UP = 3
 EXIT_RUNNING = 4
 EXIT_NO_MODEL = 5
+EXIT_REFUSED = 6
 
 _EXAMPLES = """\
 examples:
-  covey-edge init --state /var/lib/covey --device-id barn-1
-  covey-edge enroll --state /var/lib/covey --bundle barn-1.json
-  covey-edge run --state /var/lib/covey --broker mqtts://hub.example --data /srv/recordings
+  covey-edge enroll --state /var/lib/covey --ticket barn-1.ticket
+  covey-edge run --state /var/lib/covey --data /srv/recordings
   covey-edge predict --state /var/lib/covey --input window.npy --json
   covey-edge personalise --state /var/lib/covey --data /srv/recordings
 
 exit codes: 0 done, 1 failed, 2 wrong usage, 3 not initialised or not enrolled,
-            4 another instance runs on this state directory, 5 no model to predict with yet
+            4 another instance runs on this state directory, 5 no model to predict with yet,
+            6 the ticket lets nobody in, however often it is shown
 """
 
 
@@ -49,10 +50,21 @@ def parser() -> argparse.ArgumentParser:
     enroll = _command(
         commands,
         "enroll",
-        "take over the enrolment bundle that the operator made of the request",
-        "covey-edge enroll --state /var/lib/covey --bundle barn-1.json",
+        "join a fleet by a ticket of its operator, or by the bundle that they made of the request",
+        "covey-edge enroll --state /var/lib/covey --ticket barn-1.ticket\n"
+        "  covey-edge enroll --state /var/lib/covey --ticket - --retry < barn-1.ticket\n"
+        "  covey-edge enroll --state /var/lib/covey --bundle barn-1.json",
     )
-    enroll.add_argument("--bundle", type=Path, required=True, metavar="FILE", help="enrolment bundle, JSON")
+    way = enroll.add_mutually_exclusive_group(required=True)
+    way.add_argument(
+        "--ticket",
+        metavar="FILE",
+        help="a ticket of `covey device token`, - for standard input; the file is overwritten and removed",
+    )
+    way.add_argument("--bundle", type=Path, metavar="FILE", help="enrolment bundle, JSON")
+    enroll.add_argument(
+        "--retry", action="store_true", help="with --ticket: come again until the service has answered"
+    )
 
     _add_run(commands)
 
@@ -185,9 +197,13 @@ def _add_run(commands: Any) -> None:
         commands,
         "run",
         "take part in rounds until SIGTERM or Ctrl-C",
-        "covey-edge run --state /var/lib/covey --broker mqtts://hub.example --data /srv/recordings",
+        "covey-edge run --state /var/lib/covey --data /srv/recordings",
     )
-    run.add_argument("--broker", required=True, metavar="URL", help="mqtts://HOST[:PORT], or mqtt:// locally")
+    run.add_argument(
+        "--broker",
+        metavar="URL",
+        help="mqtts://HOST[:PORT], or mqtt:// locally (default: COVEY_BROKER, else as the enrolment said)",
+    )
     run.add_argument(
         "--data",
         type=Path,

@@ -7,6 +7,7 @@ command needs; the interpreter comes in with the first model.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import os
 import signal
@@ -26,10 +27,12 @@ if TYPE_CHECKING:
     from edge_client.fields import FieldSource
     from edge_client.policy import DevicePolicy
     from edge_client.sources import DataSource
-    from protocol.enrolment import EnrolmentBundle
+    from protocol.enrolment import EnrolmentAnswer, EnrolmentBundle, EnrolmentTicket
 
 LOCK = "lock"
 LOCK_SECONDS = 1.0
+_CLOCK_SECONDS = 3_600.0
+"""A clock that is off by more finds certificates not valid yet, or any more."""
 
 
 class CommandFailed(Exception):
@@ -59,8 +62,13 @@ def initialise(state: Path, device_id: str) -> bytes:
     return create_identity(state, device_id)
 
 
-def enrol(state: Path, bundle: EnrolmentBundle) -> None:
+def enrol(state: Path, bundle: EnrolmentBundle, *, now: int | None = None) -> None:
     """Takes an enrolment bundle over; doing it again with a newer one keeps ledger and used round ids.
+
+    Args:
+        state: the device's directory.
+        bundle: of the operator.
+        now: seconds since 1970; by default this machine's clock.
 
     Raises:
         CredentialError: the bundle is not for this device, or does not verify.
@@ -69,9 +77,33 @@ def enrol(state: Path, bundle: EnrolmentBundle) -> None:
     from edge_client.adapters.credentials import save_enrolment
     from edge_client.adapters.store import DeviceStore
 
-    save_enrolment(state, bundle, now=int(time.time()))
+    save_enrolment(state, bundle, now=int(time.time()) if now is None else now)
     # Made now, so that `status` and `privacy` have something to read before the first run.
     DeviceStore.open(state).close()
+
+
+def enrol_by_ticket(state: Path, ticket: EnrolmentTicket) -> EnrolmentAnswer:
+    """Joins a fleet by a ticket, or tries to, once; the key is made here, before, and stays.
+
+    Doing it again, after a power cut or with a new ticket for the same name, keeps key, ledger and used round
+    ids.
+
+    Returns:
+        What the service answered; the device is enrolled.
+
+    Raises:
+        EnrolmentFailed: it says what to do, and whether to come again.
+        CredentialError: the directory is of another enrolled device, or the answer does not hold together.
+        StorageError: the directory cannot be written.
+    """
+    from edge_client.adapters import enrolment_api
+
+    answer = enrolment_api.enrol(ticket, initialise(state, ticket.name))
+    if answer.bundle.device_id != ticket.name:
+        # The fleet's record of the ticket counts, not the line that it came as.
+        initialise(state, answer.bundle.device_id)
+    enrol(state, answer.bundle, now=answer.time)
+    return answer
 
 
 def set_policy(state: Path, policy: DevicePolicy) -> None:
@@ -114,13 +146,54 @@ def _init(options: argparse.Namespace) -> None:
 def _enroll(options: argparse.Namespace) -> None:
     from protocol.enrolment import EnrolmentBundle
 
+    if options.ticket is not None:
+        _enroll_by_ticket(options)
+        return
     try:
         bundle = EnrolmentBundle.from_bytes(options.bundle.read_bytes())
     except OSError as error:
         raise CommandFailed(f"cannot read {options.bundle}: {error.strerror}") from error
     enrol(options.state, bundle)
     cli.say(f"{bundle.device_id} is enrolled in the fleet {bundle.fleet}")
-    cli.say(f"next: covey-edge run --state {options.state} --broker URL --data DIR")
+    cli.say(f"next: covey-edge run --state {options.state} --data DIR")
+
+
+def _enroll_by_ticket(options: argparse.Namespace) -> None:
+    import secrets
+
+    from edge_client.adapters.files import shred
+    from edge_client.enrolling import EnrolmentFailed, TicketRefused, wait_seconds
+    from protocol.enrolment import MAX_TICKET_CHARACTERS, EnrolmentTicket
+
+    file = None if options.ticket == "-" else Path(options.ticket)
+    try:
+        with contextlib.nullcontext(sys.stdin) if file is None else file.open() as source:
+            ticket = EnrolmentTicket.from_text(source.read(2 * MAX_TICKET_CHARACTERS + 1))
+    except (OSError, UnicodeDecodeError) as error:
+        raise CommandFailed(f"cannot read {options.ticket}: {error}") from error
+    answer, attempt = None, 0
+    while answer is None:
+        try:
+            answer = enrol_by_ticket(options.state, ticket)
+        except TicketRefused:
+            raise
+        except EnrolmentFailed as error:
+            if not options.retry:
+                raise
+            chance = secrets.randbelow(1_000) / 1_000
+            seconds = wait_seconds(attempt, chance, error.seconds)
+            cli.fail(f"{error}; coming again in {seconds:.0f} s")
+            time.sleep(seconds)
+            attempt += 1
+    if file is not None:
+        shred(file)
+    cli.say(f"{answer.bundle.device_id} is enrolled in the fleet {answer.bundle.fleet}")
+    if abs(answer.time - time.time()) > _CLOCK_SECONDS:
+        cli.fail(
+            f"this device's clock is off by {(time.time() - answer.time) / 86_400:+.1f} days: it reaches its "
+            "fleet when the clock is right (timedatectl says whether the time is synchronised)"
+        )
+    cli.say(f"next: covey-edge run --state {options.state} --data DIR")
 
 
 def _run(options: argparse.Namespace) -> None:
@@ -136,7 +209,10 @@ def _run(options: argparse.Namespace) -> None:
 
     _start_logging(options.log_level)
     credentials = load_credentials(options.state)
-    address = BrokerAddress.parse(options.broker, insecure=options.insecure)
+    broker = options.broker or os.environ.get("COVEY_BROKER") or credentials.bundle.broker
+    if broker is None:
+        raise CommandFailed("say where the fleet meets, its enrolment did not: --broker mqtts://HOST")
+    address = BrokerAddress.parse(broker, insecure=options.insecure)
     if options.policy is not None and not options.policy.is_file():
         raise CommandFailed(f"there is no policy file {options.policy}")
     profile = Profile.enrolled(
@@ -351,10 +427,13 @@ def _start_logging(level: str) -> None:
 
 def _exit_code(error: Exception) -> int:
     from edge_client.adapters.credentials import CredentialError
+    from edge_client.enrolling import TicketRefused
     from edge_client.report import NoModel
 
     if isinstance(error, CommandFailed):
         return error.code
+    if isinstance(error, TicketRefused):
+        return cli.EXIT_REFUSED
     if isinstance(error, NoModel):
         return cli.EXIT_NO_MODEL
     return cli.EXIT_NOT_SET_UP if isinstance(error, CredentialError) else cli.EXIT_FAILED
@@ -365,6 +444,7 @@ def _expected() -> tuple[type[Exception], ...]:
     from edge_client.adapters.credentials import CredentialError
     from edge_client.adapters.files import StorageError
     from edge_client.configuration import InvalidConfiguration
+    from edge_client.enrolling import EnrolmentFailed
     from edge_client.fields import InvalidFields
     from edge_client.policy import InvalidPolicy
     from edge_client.report import ReportError
@@ -375,6 +455,7 @@ def _expected() -> tuple[type[Exception], ...]:
     return (
         CommandFailed,
         CredentialError,
+        EnrolmentFailed,
         InvalidAddress,
         InvalidConfiguration,
         InvalidFields,

@@ -174,7 +174,8 @@ def _key(directory: Path) -> Ed25519PrivateKey:
         key = load_pem_private_key(path.read_bytes(), password=None)
     except FileNotFoundError as error:
         raise CredentialError(
-            f"{directory} holds no device: run `covey-edge init --state {directory} --device-id NAME`"
+            f"{directory} holds no device: ask the fleet's operator for a ticket, then run "
+            f"`covey-edge enroll --state {directory} --ticket FILE`"
         ) from error
     except (OSError, ValueError, TypeError) as error:
         raise CredentialError(f"{path} cannot be read: {error}") from error
@@ -189,8 +190,8 @@ def _bundle(directory: Path) -> EnrolmentBundle:
         return EnrolmentBundle.from_bytes(path.read_bytes())
     except FileNotFoundError as error:
         raise CredentialError(
-            f"{directory} is not enrolled: have {directory / REQUEST} signed by the operator, then run "
-            f"`covey-edge enroll --state {directory} --bundle FILE`"
+            f"{directory} is not enrolled: ask the fleet's operator for a ticket, then run "
+            f"`covey-edge enroll --state {directory} --ticket FILE`"
         ) from error
     except OSError as error:
         raise CredentialError(f"{path} cannot be read: {error}") from error

@@ -86,6 +86,22 @@ def write_durably(path: Path, parts: Iterable[bytes]) -> tuple[str, int]:
     return digest.hexdigest(), size
 
 
+def shred(path: Path) -> None:
+    """Overwrites a file and removes it; on a card, wear levelling may keep a copy of what it held.
+
+    Raises:
+        StorageError: it cannot be.
+    """
+    with storage_errors(f"removing {path}"):
+        descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(bytes(os.fstat(descriptor).st_size))
+            file.flush()
+            os.fsync(descriptor)
+        path.unlink()
+        sync_directory(path.parent)
+
+
 class Lock:
     """Holds a file for this process alone; the kernel lets go of it when the process ends in any way."""
 

@@ -138,9 +138,9 @@ def test_a_link_opens_one_session_once(bench: Api) -> None:
 def test_empty_pages_say_what_to_do_next(bench: Api) -> None:
     browser = sign_in(bench, Role.VIEWER)
     for path, command in (
-        ("/", "covey-edge init --state edge --device-id barn-1"),
+        ("/", "covey-edge enroll --state edge --ticket barn-1.ticket"),
         ("/", "covey model publish models/zoo/watch"),
-        ("/fleet", "covey device enroll"),
+        ("/fleet", "covey device token --count 5"),
         ("/rounds", "covey round start"),
         ("/models", "covey model publish"),
         ("/rollouts", "covey model publish"),

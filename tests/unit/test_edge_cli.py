@@ -86,7 +86,7 @@ def test_the_way_from_nothing_to_enrolled(tmp_path: Path, capsys: pytest.Capture
         extra = ["--input", tmp_path / "x.npy"] if command == "predict" else []
         np.save(tmp_path / "x.npy", np.zeros(3))
         assert run(command, "--state", state, *extra) == 3
-        assert "covey-edge init" in capsys.readouterr().err
+        assert "covey-edge enroll" in capsys.readouterr().err
     assert run("init", "--state", state, "--device-id", "Barn") == 3
     assert run("init", "--state", state, "--device-id", "barn-1") == 0
     assert run("init", "--state", state, "--device-id", "barn-1") == 0
