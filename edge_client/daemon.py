@@ -19,6 +19,7 @@ from edge_client.adapters.files import StorageError
 from edge_client.adapters.mqtt import Inbound, LinkDown, LinkEvent, LinkUp, MqttLink, birth
 from edge_client.adapters.readings import FieldReader
 from edge_client.adapters.store import DeviceStore
+from edge_client.adapters.uses import VersionUses
 from edge_client.adapters.worker import Worker
 from edge_client.events import (
     DURABLE,
@@ -47,6 +48,7 @@ from edge_client.events import (
     TestVersion,
     Ticked,
     Train,
+    VersionFailed,
     WorkFailed,
 )
 from edge_client.fields import InvalidFields
@@ -127,6 +129,7 @@ class Daemon:
         client_version: str,
         runtime: str,
         max_download_rate: float | None = None,
+        uses: VersionUses | None = None,
         unix: Callable[[], float] = time.time,
         steady: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -134,7 +137,9 @@ class Daemon:
 
         Args:
             max_download_rate: bytes of models a second, on average; no limit when None.
+            uses: what failed in other processes of this device, or killed them; nobody looks when None.
         """
+        self._uses = uses
         self._profile, self._store, self._link = profile, store, link
         self._worker, self._data, self._fields, self._inbox = worker, data, fields, inbox
         self._client_version, self._runtime = client_version, runtime
@@ -154,6 +159,8 @@ class Daemon:
         self._store.keep_pending()
         self._worker.start()
         self._data.start()
+        # Before anything is taken up again: what crashed the last process must not crash this one.
+        self._take_failures()
         self._check_conditions()
         self._take(Started())
         self._link.start()
@@ -171,6 +178,7 @@ class Daemon:
                     next_tick = now + self._tick(now)
                 if now >= next_check:
                     next_check = now + CONDITIONS_SECONDS
+                    self._take_failures()
                     self._check_conditions()
         finally:
             self._link.stop(self._status(online=False))
@@ -220,6 +228,17 @@ class Daemon:
         if not self._handle(Ticked()):
             return STORAGE_PAUSE_SECONDS
         return TICK_SECONDS if self._state.busy else IDLE_TICK_SECONDS
+
+    def _take_failures(self) -> None:
+        """Takes in which versions failed in `predict` or `personalise`, or crashed a process."""
+        try:
+            failures = self._uses.found() if self._uses is not None else ()
+        except StorageError as error:
+            _LOG.warning("storage-error reason=%r", str(error))
+            return
+        for failure in failures:
+            if self._uses is not None and self._handle(VersionFailed(failure.sha256, failure.fault)):
+                self._uses.forget(failure)
 
     def _check_conditions(self) -> None:
         fault = self._data.fault()

@@ -188,6 +188,7 @@ class Personalised:
 
     model: str
     result: PersonalRecord | Fault
+    sha256: str
 
 
 @dataclass(frozen=True)

@@ -202,6 +202,7 @@ def _run(options: argparse.Namespace) -> None:
     from edge_client.adapters.readings import FieldReader
     from edge_client.adapters.store import DeviceStore
     from edge_client.adapters.tls import TlsFiles
+    from edge_client.adapters.uses import VersionUses
     from edge_client.adapters.worker import Worker
     from edge_client.daemon import Daemon, Inbox, Stop
     from edge_client.profile import Profile
@@ -229,8 +230,9 @@ def _run(options: argparse.Namespace) -> None:
         signal.signal(number, lambda *_: inbox.put(Stop()))
     data, fields = _data(options), FieldReader(options.state, options.data)
     link = MqttLink(LinkSettings(profile.device_id, address, tls, options.mqtt_version), sink=inbox.from_link)
-    with DeviceStore.open(options.state) as store:
-        worker = Worker(store.blobs, data, fields, inbox.put)
+    uses = VersionUses(options.state)
+    with DeviceStore.open(options.state) as store, uses.armed():
+        worker = Worker(store.blobs, data, fields, inbox.put, uses=uses)
         daemon = Daemon(
             profile,
             store,
@@ -242,6 +244,7 @@ def _run(options: argparse.Namespace) -> None:
             client_version=__version__,
             runtime=runtime_name(),
             max_download_rate=options.max_download_rate,
+            uses=uses,
         )
         logging.getLogger("covey.edge").info("started device=%s broker=%s", profile.device_id, address)
         daemon.run()

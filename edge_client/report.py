@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from cryptography import x509
@@ -20,13 +20,15 @@ from edge_client.adapters.blobs import Blobs
 from edge_client.adapters.credentials import POLICY, load_credentials, load_policy
 from edge_client.adapters.files import StorageError
 from edge_client.adapters.store import DATABASE, DeviceStore
-from edge_client.events import VersionStatus
+from edge_client.adapters.uses import VersionUses
+from edge_client.events import Fault, VersionStatus
 from edge_client.ledger import DAY, History, LedgerEntry
 from edge_client.library import Library
 from edge_client.personalisation import Personal, PersonalConfig
 from edge_client.personalisation import personalise as fine_tuned
+from edge_client.session import UNUSABLE
 from edge_client.sources import DataSource
-from edge_client.training import LocalTrainer
+from edge_client.training import LocalTrainer, ModelRejected, WeightsRejected
 from models.assignment import described
 from models.examples import InvalidExamples
 from models.manifest import ModelManifest
@@ -34,6 +36,7 @@ from models.weights import decode_local, decode_weights, entry_vectors
 from protocol.plan import Task
 
 TrainerFactory = Callable[[ModelManifest, bytes], LocalTrainer]
+T = TypeVar("T")
 _TASK: TypeAdapter[Task] = TypeAdapter(Task)
 
 
@@ -221,6 +224,8 @@ def _epsilon(value: float | None) -> str:
 def predict(state: Path, path: Path, model: str | None, trainer: TrainerFactory) -> dict[str, Any]:
     """Class probabilities for the examples in an NPY file, from the last good version or its personal form.
 
+    A version that does not run gives way to the one before; `run` is told, and serves that one from then on.
+
     Raises:
         NoModel: no version of the model is good yet.
         ReportError: the file holds no examples, or several models could be meant.
@@ -228,15 +233,19 @@ def predict(state: Path, path: Path, model: str | None, trainer: TrainerFactory)
         StorageError: the store cannot be read.
     """
     x = _read(path)
-    serving = _serving(state, model)
-    manifest = serving.manifest
-    examples = x[np.newaxis] if x.shape == manifest.input.shape else x
-    weights, local = serving.used()
-    probabilities = trainer(manifest, serving.graph).predict(weights, examples, local)
+
+    def run(serving: _Serving) -> tuple[bool, NDArray[np.float32]]:
+        shape = serving.manifest.input.shape
+        examples = x[np.newaxis] if x.shape == shape else x
+        weights, local = serving.used()
+        made = trainer(serving.manifest, serving.graph)
+        return weights is not serving.weights, made.predict(weights, examples, local)
+
+    manifest, (personal, probabilities) = _with_version(state, model, run)
     return {
         "model": manifest.name,
         "version": manifest.version,
-        "personal": weights is not serving.weights,
+        "personal": personal,
         "predictions": [prediction_of(manifest, row) for row in probabilities],
     }
 
@@ -255,14 +264,17 @@ def personalise(
     if (fault := source.fault()) is not None:
         raise ReportError(fault.detail)
     files = Blobs(state).personal
-    serving = _serving(state, model)
-    with files.writing():
+
+    def run(serving: _Serving) -> Personal:
         try:
             examples = source.load(serving.manifest)
         except InvalidExamples as error:
             raise ReportError(str(error)) from error
         made = trainer(serving.manifest, serving.graph)
-        personal = fine_tuned(made, serving.manifest, serving.weights, serving.local, examples, config)
+        return fine_tuned(made, serving.manifest, serving.weights, serving.local, examples, config)
+
+    with files.writing():
+        _, personal = _with_version(state, model, run)
         files.save(personal)
     return personal.record.model_dump()
 
@@ -364,10 +376,34 @@ class _Serving:
         return vectors["weights"], vectors.get("local")
 
 
-def _serving(state: Path, model: str | None) -> _Serving:
+def _with_version(state: Path, model: str | None, run: Callable[[_Serving], T]) -> tuple[ModelManifest, T]:
+    """Does something with the version served; with the one before, when that one does not run.
+
+    Raises:
+        ModelRejected, WeightsRejected: none runs.
+    """
+    load_credentials(state)
+    uses = VersionUses(state)
+    with uses.armed():
+        while True:
+            failed = frozenset(failure.sha256 for failure in uses.found())
+            serving = _serving(state, model, failed)
+            manifest, sha256 = serving.manifest, serving.manifest.sha256()
+            try:
+                with uses.of(sha256):
+                    return manifest, run(serving)
+            except (ModelRejected, WeightsRejected) as error:
+                if sha256 in failed:
+                    raise
+                uses.failed(sha256, Fault(UNUSABLE, str(error)[:300]))
+                if all(failure.sha256 != sha256 for failure in uses.found()):
+                    raise  # a full disk: nobody would know
+
+
+def _serving(state: Path, model: str | None, failed: frozenset[str]) -> _Serving:
     for attempt in (1, 2):
         try:
-            return _last_good(state, model)
+            return _last_good(state, model, failed)
         except StorageError:
             # `run` may have switched versions and deleted the old one's files in between.
             if attempt == 2:
@@ -375,7 +411,8 @@ def _serving(state: Path, model: str | None) -> _Serving:
     raise AssertionError("unreachable")
 
 
-def _last_good(state: Path, model: str | None) -> _Serving:
+def _last_good(state: Path, model: str | None, failed: frozenset[str]) -> _Serving:
+    """The version served last, or the one before when that one `failed`; the last one when all did."""
     load_credentials(state)
     if not (state / DATABASE).exists():
         raise NoModel("this device has no model yet: start `covey-edge run`")
@@ -388,7 +425,9 @@ def _last_good(state: Path, model: str | None) -> _Serving:
         if not chosen:
             missing = f"no good version of {model}" if model else "no model"
             raise NoModel(f"this device has {missing} yet: it comes while `covey-edge run` runs")
-        manifest = max(chosen, key=lambda manifest: manifest.version)
+        # In the order in which they were served: after a roll-back, the highest number is not the last one.
+        working = [manifest for manifest in chosen if manifest.sha256() not in failed]
+        manifest = (working or chosen)[-1]
         own = Library(own={saved.model: saved for saved in store.local()}).local(manifest)
         return _Serving(
             manifest,

@@ -181,9 +181,10 @@ def handle(profile: Profile, state: SessionState, event: Event, stamp: Stamp) ->
     if isinstance(event, VersionTested):
         return _tested(state, event, stamp)
     if isinstance(event, VersionFailed):
-        return _distrusted(state, event.sha256, event.fault, stamp)
+        return _failed_in_use(state, event, stamp)
     if isinstance(event, Personalised):
-        return state, (_personalised(event),)
+        state, outputs = _unless_unusable(state, event, stamp)
+        return state, (_personalised(event), *outputs)
     if isinstance(event, UpdatePrepared):
         orders, library, outputs = preparation.prepared(state.orders, state.library, event, stamp)
         state = replace(state, orders=orders, library=library)
@@ -454,6 +455,23 @@ def _distrusted(state: SessionState, sha256: str, fault: Fault, stamp: Stamp) ->
         if version is not None and sha256 not in shelf.bad:
             library, outputs = models.failed(state.library, name, version, fault)
             return _with_library(state, library, outputs, stamp)
+    return state, ()
+
+
+def _failed_in_use(state: SessionState, event: VersionFailed, stamp: Stamp) -> Result:
+    """A version failed, or its process crashed: a round that would run it again is left first."""
+    active, left = state.active, _NOTHING
+    about = None if active is None or isinstance(active.assignment, Answering) else active.assignment.manifest
+    if active is not None and about is not None and active.upload is None and about.sha256() == event.sha256:
+        state, left = _adopt(state, participation.abort(active, event.fault, stamp))
+    state, outputs = _distrusted(state, event.sha256, event.fault, stamp)
+    return state, (*left, *outputs)
+
+
+def _unless_unusable(state: SessionState, event: Personalised, stamp: Stamp) -> Result:
+    """The state after fine-tuning; a version that does not run gives way to the one before."""
+    if isinstance(event.result, Fault) and event.result.code == UNUSABLE:
+        return _distrusted(state, event.sha256, event.result, stamp)
     return state, ()
 
 

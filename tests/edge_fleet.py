@@ -461,7 +461,11 @@ class FakeDevice:
             elif isinstance(job, Evaluate):
                 self.give(Evaluated(job.round_id, self.evaluation))
             elif isinstance(job, Personalise):
-                self.give(Personalised(job.manifest.name, Fault("data-unusable", "too few examples")))
+                self.give(
+                    Personalised(
+                        job.manifest.name, Fault("data-unusable", "too few examples"), job.manifest.sha256()
+                    )
+                )
             else:
                 parts = packed_slices(job.contribution, job.encoding, job.masks, job.noise_key)
                 data = b"".join(parts)

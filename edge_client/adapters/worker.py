@@ -10,6 +10,7 @@ import logging
 import queue
 import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +20,7 @@ from edge_client.adapters.blobs import Blobs
 from edge_client.adapters.files import StorageError, StorageFull
 from edge_client.adapters.model_check import check_in_child
 from edge_client.adapters.readings import FieldReader
+from edge_client.adapters.uses import VersionUses
 from edge_client.events import (
     Contribution,
     Evaluate,
@@ -124,7 +126,7 @@ def _failed(job: Job, fault: Fault) -> Event:
     if isinstance(job, TestVersion):
         return VersionTested(job.sha256, fault)
     if isinstance(job, Personalise):
-        return Personalised(job.manifest.name, fault)
+        return Personalised(job.manifest.name, fault, job.manifest.sha256())
     if isinstance(job, PrepareUpdate):
         return PreparationFailed(job.manifest.name, job.order, fault)
     return WorkFailed(job.round_id, fault)
@@ -154,6 +156,7 @@ class Worker:
         *,
         trainer: TrainerFactory = tflite_trainer,
         check: ModelCheck = check_in_child,
+        uses: VersionUses | None = None,
     ) -> None:
         """Describes a worker.
 
@@ -164,6 +167,7 @@ class Worker:
             deliver: takes each job's result, on the worker's thread.
             trainer: makes a trainer of a graph.
             check: tries a new version's graph and weights where a crash does no harm; raises `ModelRejected`.
+            uses: is told which version is in use; nobody when None.
         """
         self._blobs = blobs
         self._data = data
@@ -171,6 +175,7 @@ class Worker:
         self._deliver = deliver
         self._factory = trainer
         self._check = check
+        self._uses = uses
         self._loaded: tuple[str, LocalTrainer] | None = None
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._round_id = ""
@@ -224,7 +229,8 @@ class Worker:
             self._loaded = None
             file = self._blobs.read(job.manifest.weights)
             self._check(job.manifest, self._blobs.read(job.manifest.graph), file)
-            self_test(self._trainer(job.manifest), job.manifest, file)
+            with self._using(job.sha256):
+                self_test(self._trainer(job.manifest), job.manifest, file)
             memory.give_back()  # of the interpreter's start
             return VersionTested(job.sha256, None)
         if isinstance(job, MaskInput):
@@ -245,6 +251,14 @@ class Worker:
         if isinstance(job, Train | PrepareUpdate) and job.config.hidden is not None:
             # Nothing of an earlier training without noise may be left in the graph's variables.
             self._loaded = None
+        with self._using(job.manifest.sha256()):
+            return self._use(job)
+
+    def _using(self, sha256: str) -> AbstractContextManager[None]:
+        return nullcontext() if self._uses is None else self._uses.of(sha256)
+
+    def _use(self, job: Train | Evaluate | PrepareUpdate | Personalise) -> Event:
+        """Runs a version on this device's examples."""
         trainer = self._trainer(job.manifest)
         weights = decode_weights(self._blobs.read(job.manifest.weights), job.manifest)
         examples = self._data.load(job.manifest)
@@ -253,7 +267,7 @@ class Worker:
             with self._blobs.personal.writing():
                 personal = personalise(trainer, job.manifest, weights, own, examples, job.config)
                 self._blobs.personal.save(personal)
-            return Personalised(job.manifest.name, personal.record)
+            return Personalised(job.manifest.name, personal.record, job.manifest.sha256())
         if isinstance(job, Evaluate):
             return Evaluated(job.round_id, trainer.evaluate(weights, examples, own))
         update = trainer.train(weights, examples, job.config, job.config.generator(), own)

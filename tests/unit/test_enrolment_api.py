@@ -22,7 +22,7 @@ from aggregator.access.roles import Role
 from aggregator.adapters import keyfiles
 from aggregator.client import ApiError
 from aggregator.web.enrolment_schemas import EnrolmentTokenRequest, NewEnrolmentToken
-from aggregator.web.limits import Limits
+from aggregator.web.limit_settings import Limits
 from protocol.enrolment import ENROLMENTS_PATH, TRUST_PATH, EnrolmentAnswer, EnrolmentRequest, EnrolmentTicket
 from protocol.identity import create_request, verify_certificate
 from tests.api_bench import Api, api
