@@ -11,19 +11,22 @@ import datetime as dt
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Annotated
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.hazmat.primitives.asymmetric.types import CertificatePublicKeyTypes
 from cryptography.hazmat.primitives.serialization import Encoding
-from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID, SignatureAlgorithmOID
+from nacl.bindings import crypto_sign_open
+from nacl.exceptions import BadSignatureError
 from pydantic import Field, TypeAdapter
 
 from protocol.errors import BadSignature
 from protocol.fields import Bytes64, Schema, Sha256, Slug
 
+SIGNATURE_BYTES = 64
 _SLUG: TypeAdapter[str] = TypeAdapter(Slug)
 
 
@@ -48,10 +51,24 @@ def verify(public_key: Ed25519PublicKey, kind: str, payload: bytes, signature: b
     Raises:
         BadSignature: it does not verify.
     """
+    if not _verifies(public_key, _signing_input(kind, payload), signature):
+        raise BadSignature(f"the signature of this {kind} does not verify")
+
+
+def _verifies(public_key: Ed25519PublicKey, content: bytes, signature: bytes) -> bool:
+    """Whether an Ed25519 signature verifies (RFC 8032), by libsodium: in two thirds of OpenSSL's time.
+
+    It is the stricter of the two, and refuses keys and nonces of small order, under which a signature is good
+    for many messages. All parties must agree on what verifies, or one client's could be refused by some: so
+    there is no other way to verify here.
+    """
+    if len(signature) != SIGNATURE_BYTES:
+        return False
     try:
-        public_key.verify(signature, _signing_input(kind, payload))
-    except InvalidSignature as error:
-        raise BadSignature(f"the signature of this {kind} does not verify") from error
+        crypto_sign_open(signature + content, public_key.public_bytes_raw())
+    except BadSignatureError:
+        return False
+    return True
 
 
 class SignedDocument(Schema):
@@ -94,10 +111,27 @@ class SignedDocument(Schema):
 
 @dataclass(frozen=True)
 class DeviceCertificate:
-    """What a verified certificate says: this device owns this key."""
+    """What a verified certificate says: this device owns this key.
+
+    Attributes:
+        not_before, not_after: seconds since 1970 between which it is valid, both included.
+    """
 
     device_id: str
     public_key: Ed25519PublicKey
+    not_before: float
+    not_after: float
+
+    def check_time(self, now: float) -> None:
+        """Refuses a certificate that is not valid at `now`, seconds since 1970.
+
+        Raises:
+            BadSignature: it is expired or not yet valid.
+        """
+        if not self.not_before <= now <= self.not_after:
+            raise BadSignature(
+                f"the certificate of {self.device_id} is expired or not yet valid: check the clock"
+            )
 
 
 _CA_USAGE = x509.KeyUsage(
@@ -231,23 +265,44 @@ def verify_certificate(certificate: bytes, ca: bytes, *, now: int) -> DeviceCert
         BadSignature: not a certificate, of another CA, expired, not yet valid, or not a device's.
     """
     try:
-        issuer = x509.load_der_x509_certificate(ca)
+        issuer, issuer_key = _issuer(ca)
         subject = x509.load_der_x509_certificate(certificate)
-        subject.verify_directly_issued_by(issuer)
+        issued = (
+            subject.issuer == issuer
+            and subject.signature_algorithm_oid == SignatureAlgorithmOID.ED25519
+            and _verifies(issuer_key, subject.tbs_certificate_bytes, subject.signature)
+        )
         names = subject.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
         usage = subject.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
         constraints = subject.extensions.get_extension_for_class(x509.BasicConstraints).value
         device_id = _SLUG.validate_python(names[0].value)
         public_key = subject.public_key()
-    except Exception as error:  # the parser and the verifier raise a wide and changing family
+    except Exception as error:  # the parser raises a wide and changing family
         raise BadSignature(f"not a device certificate of this fleet: {type(error).__name__}") from error
+    if not issued:
+        raise BadSignature("not a device certificate of this fleet: its CA did not sign it")
     if constraints.ca or ExtendedKeyUsageOID.CLIENT_AUTH not in usage:
         raise BadSignature(f"the certificate of {device_id} is not a device's")
     if not isinstance(public_key, Ed25519PublicKey):
         raise BadSignature(f"the certificate of {device_id} holds no Ed25519 key")
-    if not subject.not_valid_before_utc <= _time(now) <= subject.not_valid_after_utc:
-        raise BadSignature(f"the certificate of {device_id} is expired or not yet valid: check the clock")
-    return DeviceCertificate(device_id=device_id, public_key=public_key)
+    verified = DeviceCertificate(
+        device_id,
+        public_key,
+        subject.not_valid_before_utc.timestamp(),
+        subject.not_valid_after_utc.timestamp(),
+    )
+    verified.check_time(now)
+    return verified
+
+
+@lru_cache(maxsize=8)
+def _issuer(ca: bytes) -> tuple[x509.Name, Ed25519PublicKey]:
+    """Name and key of a fleet's CA."""
+    certificate = x509.load_der_x509_certificate(ca)
+    key = certificate.public_key()
+    if not isinstance(key, Ed25519PublicKey):
+        raise ValueError("the key of this CA is not Ed25519")
+    return certificate.subject, key
 
 
 def create_request(key: Ed25519PrivateKey, device_id: str) -> bytes:

@@ -21,7 +21,7 @@ QEMU, MMDEBSTRAP = shutil.which("qemu-aarch64-static"), shutil.which("mmdebstrap
 CACHE = Path(__file__).parents[1] / ".cache" / "arm64"
 DEBIAN = ("python3-minimal", "libpython3-stdlib", "libstdc++6")
 # In the versions of this environment: the runtimes are compared, not numpy's releases.
-WHEELS = ("cryptography", "numpy", "pydantic", "tflite-runtime")
+WHEELS = ("cryptography", "numpy", "pydantic", "pynacl", "tflite-runtime")
 # What Debian 12's glibc takes, newest first.
 PLATFORMS = ("manylinux_2_34_aarch64", "manylinux_2_28_aarch64", "manylinux2014_aarch64")
 

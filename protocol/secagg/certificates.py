@@ -3,19 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
 
-from cryptography import x509
-
-from protocol.errors import BadSignature
 from protocol.identity import DeviceCertificate, verify_certificate
-
-
-@dataclass(frozen=True)
-class _Known:
-    certificate: DeviceCertificate
-    not_before: float
-    not_after: float
 
 
 class CertificateCache:
@@ -34,7 +23,7 @@ class CertificateCache:
             limit: certificates to remember; the longest known one makes room.
         """
         self._limit = limit
-        self._known: dict[bytes, _Known] = {}
+        self._known: dict[bytes, DeviceCertificate] = {}
 
     def verify(self, certificate: bytes, ca: bytes, *, now: int) -> DeviceCertificate:
         """`protocol.identity.verify_certificate`, at a hundredth of its cost for a certificate known before.
@@ -44,20 +33,11 @@ class CertificateCache:
         """
         name = hashlib.sha256(len(ca).to_bytes(4, "big") + ca + certificate).digest()
         known = self._known.get(name)
-        if known is None:
-            known = self._learn(name, certificate, ca, now)
-        if not known.not_before <= now <= known.not_after:
-            device_id = known.certificate.device_id
-            raise BadSignature(f"the certificate of {device_id} is expired or not yet valid: check the clock")
-        return known.certificate
-
-    def _learn(self, name: bytes, certificate: bytes, ca: bytes, now: int) -> _Known:
+        if known is not None:
+            known.check_time(now)
+            return known
         verified = verify_certificate(certificate, ca, now=now)
-        parsed = x509.load_der_x509_certificate(certificate)
-        known = _Known(
-            verified, parsed.not_valid_before_utc.timestamp(), parsed.not_valid_after_utc.timestamp()
-        )
         if len(self._known) >= self._limit:
             del self._known[next(iter(self._known))]
-        self._known[name] = known
-        return known
+        self._known[name] = verified
+        return verified

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import ssl
 import time
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from protocol import topics
@@ -23,6 +25,8 @@ from protocol.identity import (
     issue_certificate,
     key_id,
     open_request,
+    sign,
+    verify,
     verify_certificate,
 )
 from tests.secagg_round import CA, CA_KEY, NOW, certificate, identity
@@ -50,6 +54,65 @@ def test_certificates_of_others_are_refused() -> None:
         verify_certificate(CA, CA, now=NOW)  # the CA is no device
     with pytest.raises(BadSignature):
         verify_certificate(b"\x30\x03garbage", CA, now=NOW)
+
+
+def test_a_certificate_that_names_another_issuer_is_refused() -> None:
+    renamed = create_ca(CA_KEY, "vineyard", now=NOW, days=1, serial=3)
+    with pytest.raises(BadSignature, match="did not sign it"):
+        verify_certificate(certificate("barn-1"), renamed, now=NOW)
+
+
+def test_a_certificate_that_was_changed_is_refused() -> None:
+    whole = certificate("barn-1")
+    for changed in (whole.replace(b"barn-1", b"barn-2"), whole[:-1] + bytes([whole[-1] ^ 1])):
+        with pytest.raises(BadSignature, match="did not sign it"):
+            verify_certificate(changed, CA, now=NOW)
+
+
+def test_a_certificate_has_its_time_with_it() -> None:
+    verified = verify_certificate(certificate("barn-1"), CA, now=NOW)
+    verified.check_time(verified.not_before)
+    verified.check_time(verified.not_after)
+    for wrong in (verified.not_before - 1, verified.not_after + 1):
+        with pytest.raises(BadSignature, match="clock"):
+            verified.check_time(wrong)
+
+
+IDENTITY_POINT = bytes([1, *bytes(31)])
+ORDER = 2**252 + 27742317777372353535851937790883648493
+
+
+def test_a_signature_is_exactly_one() -> None:
+    """Its bytes stand in front of what is signed: none of them may pass for the other."""
+    signature = sign(KEY, "note", b"text")
+    verify(KEY.public_key(), "note", b"text", signature)
+    for wrong in (signature[:-1], signature + b"c", b"", signature + signature, bytes(64)):
+        with pytest.raises(BadSignature):
+            verify(KEY.public_key(), "note", b"text", wrong)
+    for kind, payload in (("note", b"texts"), ("notes", b"text"), ("not", b"etext")):
+        with pytest.raises(BadSignature):
+            verify(KEY.public_key(), kind, payload, signature)
+
+
+def test_a_key_of_small_order_signs_nothing() -> None:
+    """Under it one signature is good for every message, for verifiers that take it."""
+    key = Ed25519PublicKey.from_public_bytes(IDENTITY_POINT)
+    key.verify(IDENTITY_POINT + bytes(32), b"anything")  # OpenSSL takes it
+    with pytest.raises(BadSignature):
+        verify(key, "note", b"text", IDENTITY_POINT + bytes(32))
+
+
+def test_a_nonce_of_small_order_signs_nothing() -> None:
+    """Who owns the key can make it: were it taken by some, they would be set against the others."""
+    public, seed = KEY.public_key().public_bytes_raw(), KEY.private_bytes_raw()
+    scalar = int.from_bytes(hashlib.sha512(seed).digest()[:32], "little")
+    scalar = (scalar & ~7 & (2**254 - 1)) | 2**254
+    content = b"covey/v1/signature/\x00\x04notetext"
+    challenge = int.from_bytes(hashlib.sha512(IDENTITY_POINT + public + content).digest(), "little")
+    signature = IDENTITY_POINT + (challenge * scalar % ORDER).to_bytes(32, "little")
+    KEY.public_key().verify(signature, content)  # OpenSSL takes it
+    with pytest.raises(BadSignature):
+        verify(KEY.public_key(), "note", b"text", signature)
 
 
 def test_a_certificate_of_no_known_version_is_refused() -> None:
