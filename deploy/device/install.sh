@@ -5,9 +5,9 @@ set -eu
 
 usage() {
     cat >&2 <<TEXT
-usage: sudo sh install.sh covey-VERSION-SYSTEM.tar.xz --broker mqtts://HOST [--ticket FILE]
-                          [--device-id NAME] [--data DIR]
-  --ticket     enrols this device; without one it makes a request for its operator
+usage: sudo sh install.sh covey-VERSION-SYSTEM.tar.xz --ticket FILE|- [--data DIR]
+       sudo sh install.sh covey-VERSION-SYSTEM.tar.xz --broker mqtts://HOST [--device-id NAME] [--data DIR]
+  --ticket     enrols this device, and is removed; without one it makes a request for its operator
   --device-id  its name in the fleet (default: its host name)
   --data       folder of its own data (default: /srv/covey)
 TEXT
@@ -40,7 +40,7 @@ esac
 [ "$(id -u)" = 0 ] || { echo "install.sh: run this as root (sudo)" >&2; exit 1; }
 
 folder=$(mktemp -d /var/tmp/covey.XXXXXX)
-trap 'rm -rf "$folder"' EXIT
+trap 'shred -u "$folder/enrolment.ticket" 2>/dev/null; rm -rf "$folder"' EXIT
 cp "$bundle" "$folder/"
 (cd "$folder" && sha256sum "$(basename "$bundle")" >bundles.sha256)
 tar -xJf "$bundle" -C "$folder" --strip-components=1 share/setup.sh
@@ -49,5 +49,6 @@ tar -xJf "$bundle" -C "$folder" --strip-components=1 share/setup.sh
     echo "COVEY_DATA=$data"
     [ -z "$broker" ] || echo "COVEY_BROKER=$broker"
 } >"$folder/edge.env"
-if [ -n "$ticket" ]; then cp "$ticket" "$folder/enrolment.ticket"; fi
+if [ -n "$ticket" ]; then (umask 077 && cat -- "$ticket" >"$folder/enrolment.ticket"); fi
 sh "$folder/setup.sh"
+if [ -f "$ticket" ]; then shred -u "$ticket" 2>/dev/null || rm -f "$ticket"; fi

@@ -90,10 +90,20 @@ systemctl enable --quiet covey-edge.service covey-update.service covey-update.pa
 
 # --- into the fleet ---------------------------------------------------------------------------------------
 edge=$opt/current/bin/covey-edge
+refused=
+# On a card, wear levelling may keep an old block: that is why a ticket lets one device in, once.
+forget_ticket() { shred -u "$here/enrolment.ticket" 2>/dev/null || rm -f "$here/enrolment.ticket"; }
 if [ ! -f "$state/enrolment.json" ]; then
     if [ -f "$here/enrolment.ticket" ]; then
         # The key is made here. A ticket that is used twice by the same key gives the same certificate.
-        as_client "$edge" enroll --state "$state" --ticket - --retry <"$here/enrolment.ticket"
+        # It waits for the network and the service, and ends with 6 when the ticket lets nobody in.
+        code=0
+        as_client "$edge" enroll --state "$state" --ticket - --retry <"$here/enrolment.ticket" || code=$?
+        case $code in
+        0) ;;
+        6) refused=yes && forget_ticket ;;
+        *) exit "$code" ;;
+        esac
     elif [ ! -f "$state/device.csr" ]; then
         as_client "$edge" init --state "$state" --device-id "$COVEY_DEVICE_ID"
     fi
@@ -104,9 +114,11 @@ sync
 if [ -f "$state/enrolment.json" ]; then
     # Root's own copy of whom this device obeys: updates are checked against this one.
     place "$state/enrolment.json" "$root/etc/covey/enrolment.json" 644
-    rm -f "$here/enrolment.ticket"
-    say "enrolled as $COVEY_DEVICE_ID: starting the client"
+    forget_ticket
+    say "enrolled: starting the client"
     systemctl restart --no-block covey-edge.service covey-update.path
+elif [ -n "$refused" ]; then
+    say "the ticket was refused; make another one: covey flash --ssh USER@$COVEY_DEVICE_ID --tickets FILE"
 else
     say "waiting to be enrolled: covey flash --ssh USER@$COVEY_DEVICE_ID"
 fi

@@ -21,6 +21,7 @@ from deploy.flash.source import Image, ImageError
 from deploy.flash.ssh import Remote, RemoteError, install, update
 from deploy.flash.ssh import hostname as own_hostname
 from deploy.flash.targets import RefusedTarget
+from protocol.enrolment import EnrolmentTicket
 
 _REFUSED = 3
 _UPDATE_SECONDS = 900.0
@@ -42,7 +43,7 @@ def flash(
         str | None,
         typer.Option(
             help="Name of the device, in its network and its fleet; {n} counts.",
-            show_default="covey-{n}; with --ssh its own",
+            show_default="as its ticket says, else covey-{n}; with --ssh its own",
         ),
     ] = None,
     device: Annotated[
@@ -72,16 +73,18 @@ def flash(
         Path | None,
         typer.Option(exists=True, dir_okay=False, help="For --ssh: as ssh -F.", show_default=False),
     ] = None,
-    ticket: Annotated[
+    tickets: Annotated[
         Path | None,
         typer.Option(
-            help="Enrolment tickets, one a line, for each device one; - reads them from standard input.",
+            "--tickets",
+            "--ticket",
+            help="Tickets of `covey device token`, one a line, for each device one; - is standard input.",
             show_default="an operator enrols the device later",
         ),
     ] = None,
     broker: Annotated[
         str | None,
-        typer.Option(help="mqtts://HOST, where the fleet meets.", show_default="as the ticket says"),
+        typer.Option(help="mqtts://HOST, where the fleet meets.", show_default="as its enrolment says"),
     ] = None,
     wifi: Annotated[
         str | None,
@@ -139,11 +142,11 @@ def flash(
 
     Examples:
 
-      covey flash raspios-lite-arm64.img.xz --device /dev/sdb --hostname barn-1 --ticket barn.tickets
+      covey flash raspios-lite-arm64.img.xz --device /dev/sdb --tickets barn-1.ticket
 
-      covey flash raspios.img.xz --out "card-{n}.img" --hostname "barn-{n}" --count 20 --ticket barn.tickets
+      covey flash raspios.img.xz --out "card-{n}.img" --count 20 --tickets barn.tickets
 
-      covey flash --ssh pi@barn-1.local --broker mqtts://hub.example
+      covey flash --ssh pi@barn-1.local --tickets barn-1.ticket
 
       covey flash --boot-dir /Volumes/bootfs --hostname barn-1 --wifi orchard:SE --broker mqtts://hub.example
     """
@@ -155,24 +158,24 @@ def flash(
     if count > 1 and (alone or (out is not None and run.NUMBER not in str(out))):
         raise typer.BadParameter(f"several devices need --device, or --out with {run.NUMBER} in its name")
     try:
-        if ticket is None and broker is None:
-            raise ProvisionError("without a --ticket, say where the fleet meets: --broker mqtts://HOST")
-        tickets: Sequence[str | None] = (
-            [None] * count if ticket is None else read_tickets(_text(ticket, "tickets"), count)
+        if tickets is None and broker is None and ssh is None:
+            raise ProvisionError("without --tickets, say where the fleet meets: --broker mqtts://HOST")
+        given: Sequence[EnrolmentTicket | None] = (
+            [None] * count if tickets is None else read_tickets(_text(tickets, "tickets"), count)
         )
         client = Client(tuple(bundle or usual_bundles()), broker, data)
         if ssh is not None:
-            _over_ssh(Remote(ssh, ssh_config), client, hostname, tickets[0], state)
+            _over_ssh(Remote(ssh, ssh_config), client, hostname, given[0], state)
             return
-        names = run.device_names(hostname or f"covey-{run.NUMBER}", count, first)
-        network = None if wifi is None else Wifi.parse(wifi, _wifi_password(wifi_password_file, ticket))
+        names = run.device_names(given, hostname, count, first)
+        network = None if wifi is None else Wifi.parse(wifi, _wifi_password(wifi_password_file, tickets))
         keys = tuple(line for path in ssh_key or () for line in path.read_text().splitlines() if line.strip())
         # All of them before the first card is written: the twentieth name may be too long.
         provisions = [Provision(name, str(uuid.uuid4()), user, keys, network) for name in names]
         opened = None if image is None else Image.open(image)
         if opened is not None and opened.check(sha256) is None:
             _say(f"there is no checksum to compare {opened.path} with: --sha256 gives one")
-        for index, (provision, its_ticket) in enumerate(zip(provisions, tickets, strict=True)):
+        for index, (provision, its_ticket) in enumerate(zip(provisions, given, strict=True)):
             name = provision.hostname
             files = payload(client, name, its_ticket)
             if boot_dir is not None:
@@ -203,9 +206,9 @@ def flash(
 
 
 def _over_ssh(
-    remote: Remote, client: Client, hostname: str | None, ticket: str | None, state: Path | None
+    remote: Remote, client: Client, hostname: str | None, ticket: EnrolmentTicket | None, state: Path | None
 ) -> None:
-    name = hostname or own_hostname(remote)
+    name = hostname or (own_hostname(remote) if ticket is None else ticket.name)
     Provision(name, "")  # refuses names that no device can have
 
     def enrol(request: bytes) -> bytes:
@@ -225,10 +228,10 @@ def _over_ssh(
         _say(f"{name} took the update to {version}")
 
 
-def _wifi_password(file: Path | None, ticket: Path | None) -> str | None:
+def _wifi_password(file: Path | None, tickets: Path | None) -> str | None:
     if file is not None:
         return _text(file, "the password").rstrip("\r\n") or None
-    if str(ticket) == "-":
+    if str(tickets) == "-":
         raise ProvisionError("standard input holds the tickets: give the password by --wifi-password-file")
     if sys.stdin.isatty():
         return str(typer.prompt("Password (empty: an open network)", default="", hide_input=True)) or None

@@ -11,10 +11,11 @@ from pathlib import Path
 from deploy.flash.firstboot import FOLDER, ProvisionError
 from edge_client import __version__
 from protocol.broker_address import BrokerAddress, InvalidAddress
+from protocol.enrolment import EnrolmentTicket
+from protocol.errors import MalformedMessage
 
 SETUP = Path(__file__).parents[1] / "device" / "setup.sh"
 TICKET, SETTINGS, DIGESTS = "enrolment.ticket", "edge.env", "bundles.sha256"
-MAX_TICKET_BYTES = 4_096
 DEFAULT_DATA = "/srv/covey"
 _BUNDLE = re.compile(r"covey-[0-9A-Za-z.+]+-[a-z]+-[a-z0-9]+\.tar\.xz")
 _PATH = re.compile(r"/[A-Za-z0-9._/-]{1,200}")
@@ -26,7 +27,7 @@ class Client:
 
     Attributes:
         bundles: made by `make bundle`; a device takes the one for its system.
-        broker: where the fleet meets; None when the tickets say it.
+        broker: where the fleet meets; None when its enrolment says it.
         data: folder of the device's own data.
     """
 
@@ -59,13 +60,13 @@ def usual_bundles(folder: Path = Path("dist")) -> tuple[Path, ...]:
     return tuple(sorted(folder.glob(f"covey-{__version__}-*.tar.xz")))
 
 
-def payload(client: Client, device_id: str, ticket: str | None) -> Mapping[str, bytes]:
+def payload(client: Client, device_id: str, ticket: EnrolmentTicket | None) -> Mapping[str, bytes]:
     """Covey's files on the boot partition of one device, by path.
 
     Args:
         client: the same for every device.
         device_id: its name in the fleet.
-        ticket: one line that lets it enrol by itself; None when an operator does it over SSH.
+        ticket: lets it enrol by itself; None when an operator does it over SSH.
     """
     bundles = {bundle.name: bundle.read_bytes() for bundle in client.bundles}
     digests = "".join(f"{hashlib.sha256(data).hexdigest()}  {name}\n" for name, data in bundles.items())
@@ -79,21 +80,22 @@ def payload(client: Client, device_id: str, ticket: str | None) -> Mapping[str, 
         "setup.sh": SETUP.read_bytes(),
     }
     if ticket is not None:
-        files[TICKET] = ticket.encode() + b"\n"
+        files[TICKET] = ticket.to_text().encode() + b"\n"
     return {f"{FOLDER}/{name}": content for name, content in files.items()}
 
 
-def read_tickets(text: str, count: int) -> Sequence[str]:
+def read_tickets(text: str, count: int) -> Sequence[EnrolmentTicket]:
     """Tickets for so many devices, one a line; each lets one device in.
 
     Raises:
-        ProvisionError: there are too few, or one of them twice.
+        ProvisionError: there are too few, one of them twice, or a line that is none.
     """
     lines = [line.strip() for line in text.splitlines() if line.strip() and not line.startswith("#")]
     if len(lines) < count:
         raise ProvisionError(f"{count} devices need {count} tickets; there are {len(lines)}")
     if len(set(lines)) < len(lines):
         raise ProvisionError("a ticket is there twice: each lets one device in")
-    if any(len(line) > MAX_TICKET_BYTES for line in lines):
-        raise ProvisionError(f"a ticket is one line of at most {MAX_TICKET_BYTES} characters")
-    return lines[:count]
+    try:
+        return [EnrolmentTicket.from_text(line) for line in lines[:count]]
+    except MalformedMessage as error:
+        raise ProvisionError(str(error)) from error

@@ -14,16 +14,32 @@ from deploy.flash.fat import BootFolder, BootPartition, FatPartition
 from deploy.flash.firstboot import Mechanism, Provision, ProvisionError, boot_files, choose_mechanism
 from deploy.flash.source import Image
 from deploy.flash.targets import RefusedTarget
+from protocol.enrolment import EnrolmentTicket
 
 NUMBER = "{n}"
 
 
-def device_names(pattern: str, count: int, start: int = 1) -> Sequence[str]:
-    """Names of so many devices: `barn-{n}` counts from `start`.
+def device_names(
+    tickets: Sequence[EnrolmentTicket | None], pattern: str | None, count: int, start: int = 1
+) -> Sequence[str]:
+    """Names of so many devices: those of their tickets, else a pattern: `barn-{n}` counts from `start`.
 
     Raises:
-        ProvisionError: several devices would have the same name.
+        ProvisionError: several devices would have the same name, or one has another in the fleet.
     """
+    known = [ticket.name for ticket in tickets if ticket is not None]
+    if pattern is None and known:
+        return known
+    names = _counted(pattern or f"covey-{NUMBER}", count, start)
+    for name, its_ticket in zip(names, known, strict=False):
+        if name != its_ticket:
+            raise ProvisionError(
+                f"{name} would get the ticket of {its_ticket}: leave --hostname out, or make others"
+            )
+    return names
+
+
+def _counted(pattern: str, count: int, start: int) -> Sequence[str]:
     if count > 1 and NUMBER not in pattern:
         raise ProvisionError(f"{count} devices need {NUMBER} in their name, as barn-{NUMBER}")
     return [pattern.replace(NUMBER, str(number)) for number in range(start, start + count)]

@@ -12,11 +12,13 @@ from pathlib import Path
 import pytest
 
 from deploy.flash.payload import SETUP, Client, payload
+from protocol.enrolment import EnrolmentTicket
 
 STUBBED = ("systemctl", "useradd", "chown", "id", "setpriv", "sync")
 """What would change this machine; the rest of setup.sh's programs are the real ones."""
 REAL = (
-    "basename", "chmod", "cp", "dirname", "grep", "ln", "mkdir", "mv", "readlink", "rm", "sha256sum", "tar",
+    "basename", "chmod", "cp", "dirname", "grep", "ln", "mkdir", "mv", "readlink", "rm", "sha256sum", "shred",
+    "tar",
 )  # fmt: skip
 COMPILE = """\
 #!/bin/sh
@@ -31,7 +33,10 @@ case "$1" in
 init) echo request-of-$5 > "$state/device.csr" ;;
 enroll)
     ticket=$(cat)
-    [ "$ticket" = good-ticket ] || { echo "the ticket is used up" >&2; exit 1; }
+    case $ticket in
+    */away#*) echo "nobody answers" >&2; exit 1 ;;
+    */used#*) echo request-of-used > "$state/device.csr"; echo "the ticket is used up" >&2; exit 6 ;;
+    esac
     echo bundle > "$state/.enrolment" && mv "$state/.enrolment" "$state/enrolment.json"
     echo enrolled >> "$state/enrolments" ;;
 esac
@@ -98,7 +103,13 @@ def bundle(folder: Path, version: str = "0.1.0", codename: str = "bookworm") -> 
     return path
 
 
-def device(folder: Path, archive: Path, ticket: str | None = "good-ticket") -> Root:
+def ticket(name: str = "barn-1") -> EnrolmentTicket:
+    return EnrolmentTicket(
+        url="https://hub.example", name=name, token=f"{'0' * 12}_{'1' * 64}", trust_sha256="2" * 64
+    )
+
+
+def device(folder: Path, archive: Path, ticket: EnrolmentTicket | None) -> Root:
     root = Root(folder)
     (folder / "etc").mkdir(parents=True)
     (folder / "etc/os-release").write_text("ID=debian\nVERSION_CODENAME=bookworm\n")
@@ -138,7 +149,7 @@ def assert_set_up(root: Root, archive: Path) -> None:
 
 def test_a_first_boot_installs_enrols_and_takes_the_ticket_away(tmp_path: Path) -> None:
     archive = bundle(tmp_path)
-    root = device(tmp_path / "root", archive)
+    root = device(tmp_path / "root", archive, ticket())
     done = root.setup()
     assert done.returncode == 0, done.stdout + done.stderr
     assert_set_up(root, archive)
@@ -148,12 +159,12 @@ def test_a_first_boot_installs_enrols_and_takes_the_ticket_away(tmp_path: Path) 
 
 def test_a_power_cut_before_any_step_leaves_a_device_that_goes_on(tmp_path: Path) -> None:
     archive = bundle(tmp_path)
-    probe = device(tmp_path / "probe", archive)
+    probe = device(tmp_path / "probe", archive, ticket())
     assert probe.setup().returncode == 0
     steps = probe.steps()
     assert steps > 30
     for step in range(1, steps + 1):
-        root = device(tmp_path / f"root-{step}", archive)
+        root = device(tmp_path / f"root-{step}", archive, ticket())
         cut = root.setup(kill_before=step)
         if cut.returncode == 0:
             # The process that died was a subshell's, whose failure the script allows for.
@@ -175,18 +186,27 @@ def test_without_a_ticket_it_waits_with_a_request_of_its_own(tmp_path: Path) -> 
 
 
 def test_a_ticket_that_does_not_work_stays_and_is_tried_again(tmp_path: Path) -> None:
-    root = device(tmp_path / "root", bundle(tmp_path), ticket="used")
+    root = device(tmp_path / "root", bundle(tmp_path), ticket("away"))
     done = root.setup()
-    assert done.returncode != 0 and "used up" in done.stderr
+    assert done.returncode == 1 and "nobody answers" in done.stderr
     assert (root.boot / "enrolment.ticket").exists() and (root.boot / "setup.sh").exists()
-    (root.boot / "enrolment.ticket").write_text("good-ticket\n")
+    (root.boot / "enrolment.ticket").write_text(ticket().to_text())
     assert root.setup().returncode == 0
     assert (root.state / "enrolment.json").exists()
 
 
+def test_a_ticket_that_lets_nobody_in_gives_way_to_the_operator(tmp_path: Path) -> None:
+    root = device(tmp_path / "root", bundle(tmp_path), ticket("used"))
+    done = root.setup()
+    assert done.returncode == 0, done.stderr
+    assert "the ticket was refused; make another one" in done.stdout
+    assert not (root.boot / "enrolment.ticket").exists() and "restart" not in root.calls()
+    assert (root.state / "device.csr").exists()
+
+
 def test_a_damaged_bundle_is_not_unpacked(tmp_path: Path) -> None:
     archive = bundle(tmp_path)
-    root = device(tmp_path / "root", archive)
+    root = device(tmp_path / "root", archive, ticket())
     content = bytearray((root.boot / archive.name).read_bytes())
     content[len(content) // 2] ^= 1
     (root.boot / archive.name).write_bytes(content)
@@ -200,20 +220,20 @@ def test_a_client_that_does_not_run_here_is_not_made_current(tmp_path: Path) -> 
     with tarfile.open(archive, "w:xz") as changed:
         (tmp_path / "tree-0.1.0/bin/covey-edge").write_text("#!/bin/sh\nexit 1\n")
         changed.add(tmp_path / "tree-0.1.0", arcname=".")
-    root = device(tmp_path / "root", archive)
+    root = device(tmp_path / "root", archive, ticket())
     done = root.setup()
     assert done.returncode != 0 and "does not run here" in done.stderr
     assert not (root.opt / "current").exists() and not (root.opt / "versions/0.1.0").exists()
 
 
 def test_a_card_for_another_system_says_which_bundle_it_needs(tmp_path: Path) -> None:
-    root = device(tmp_path / "root", bundle(tmp_path, codename="trixie"))
+    root = device(tmp_path / "root", bundle(tmp_path, codename="trixie"), ticket())
     done = root.setup()
     assert done.returncode != 0 and "bookworm-arm64.tar.xz" in done.stderr
 
 
 def test_an_old_card_does_not_take_an_update_back(tmp_path: Path) -> None:
-    root = device(tmp_path / "root", bundle(tmp_path))
+    root = device(tmp_path / "root", bundle(tmp_path), ticket())
     assert root.setup().returncode == 0
     newer = root.opt / "versions/0.2.0"
     shutil.copytree(root.opt / "versions/0.1.0", newer)
@@ -238,5 +258,5 @@ def test_the_unit_is_hardened() -> None:
 
 def test_digests_on_the_card_are_those_of_its_bundles(tmp_path: Path) -> None:
     archive = bundle(tmp_path)
-    line = payload(Client((archive,), None), "a", "t")["covey/bundles.sha256"].decode()
+    line = payload(Client((archive,), None), "a", ticket("a"))["covey/bundles.sha256"].decode()
     assert line == f"{hashlib.sha256(archive.read_bytes()).hexdigest()}  {archive.name}\n"

@@ -86,21 +86,21 @@ def test_every_form_of_image_becomes_one_that_sets_itself_up(
     key = tmp_path / "id.pub"
     key.write_text(KEY + "\n")
     tickets = tmp_path / "tickets"
-    tickets.write_text("ticket-one\nticket-two\n")
+    lines = [ticket("barn-1"), ticket("barn-2")]
+    tickets.write_text("\n".join(lines))
     done = flash(
-        image, "--out", tmp_path / "card-{n}.img", "--hostname", "barn-{n}", "--count", 2,
-        "--ticket", tickets,
+        image, "--out", tmp_path / "card-{n}.img", "--count", 2, "--tickets", tickets,
         "--bundle", bundle, "--ssh-key", key, "--wifi", "orchard:SE", "--broker", "mqtts://hub.example",
         "--sha256", hashlib.sha256(image.read_bytes()).hexdigest(), stdin="correct horse\n",
     )  # fmt: skip
     assert done.exit_code == 0, done.output
     assert "cloud-init sets it up" in done.output
     instances = set()
-    for number, ticket in ((1, "ticket-one"), (2, "ticket-two")):
+    for number, line in enumerate(lines, 1):
         out = tmp_path / f"card-{number}.img"
         assert_sound(out, tmp_path)
         assert yaml.safe_load(boot_file(out, "user-data"))["hostname"] == f"barn-{number}"
-        assert boot_file(out, "covey/enrolment.ticket").decode() == ticket + "\n"
+        assert boot_file(out, "covey/enrolment.ticket").decode() == line + "\n"
         assert boot_file(out, f"covey/{bundle.name}") == bundle.read_bytes()
         assert b"COVEY_BROKER=mqtts://hub.example:8883" in boot_file(out, "covey/edge.env")
         instances.add(boot_file(out, "cmdline.txt").decode().removeprefix(CMDLINE.strip()))
@@ -111,6 +111,10 @@ def test_every_form_of_image_becomes_one_that_sets_itself_up(
                 assert before.read(size) == after.read(size)
     assert len(instances) == 2, "each card is an instance of its own"
     assert not list(tmp_path.glob(".*"))
+
+
+def ticket(name: str, number: int = 1) -> str:
+    return f"covey+https://hub.example:8443/{name}#{number:012x}_{'ab' * 32}.{'cd' * 32}"
 
 
 def packed(stock: Path, form: str, folder: Path) -> Path:
@@ -186,10 +190,16 @@ def test_a_partition_that_is_full_is_an_error_and_not_half_a_client(stock: Path,
 
 def test_each_device_needs_a_ticket_of_its_own(stock: Path, bundle: Path, tmp_path: Path) -> None:
     rest = ("--hostname", "barn-{n}", "--out", tmp_path / "{n}.img", "--bundle", bundle, "--ticket", "-")
-    for count, stdin, reason in ((3, "one\ntwo\n", "there are 2"), (2, "one\none\n", "twice")):
-        done = flash(stock, *rest, "--count", count, stdin=stdin)
+    one, two = ticket("barn-1"), ticket("barn-2")
+    for count, lines, reason in (
+        (3, (one, two), "there are 2"),
+        (2, (one, one), "twice"),
+        (2, (two, one), "barn-1 would get the ticket of barn-2"),
+        (1, ("one",), "not an enrolment ticket"),
+    ):
+        done = flash(stock, *rest, "--count", count, stdin="\n".join(lines))
         assert done.exit_code == 1 and reason in done.output
-    done = flash(stock, *rest, "--count", 1, "--wifi", "orchard", stdin="one\n")
+    done = flash(stock, *rest, "--count", 1, "--wifi", "orchard", stdin=one)
     assert done.exit_code == 1 and "--wifi-password-file" in done.output
 
 
