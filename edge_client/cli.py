@@ -100,6 +100,15 @@ def parser() -> argparse.ArgumentParser:
 
     _add_fields(commands)
 
+    config = _command(
+        commands,
+        "config",
+        "print the owner's settings as they hold: what edge.toml says, and the defaults",
+        "covey-edge config --state /var/lib/covey",
+    )
+    _add_config(config)
+    config.add_argument("--json", action="store_true", help="print JSON")
+
     policy = _command(
         commands,
         "policy",

@@ -5,9 +5,10 @@ A table or key that is not known is an error: a limit that is misspelt must not 
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Self
+import json
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from protocol.fields import Slug
 
@@ -66,10 +67,57 @@ class DataTable(Section):
         return dict(self.model_extra or {})
 
 
+_PATTERN = r"^([01][0-9]|2[0-3]):[0-5][0-9]-([01][0-9]|2[0-3]):[0-5][0-9]$"
+
+
+def _not_empty(hours: str) -> str:
+    first, _, last = hours.partition("-")
+    if first == last:
+        raise ValueError(f"{hours} is no time at all; to train never, stop the client")
+    return hours
+
+
+Hours = Annotated[str, Field(pattern=_PATTERN), AfterValidator(_not_empty)]
+
+
+class ConditionLimits(Section):
+    """The table `[conditions]`. What a device cannot know about itself breaks no limit.
+
+    Attributes:
+        power: `mains` for no training on battery.
+        minimum_battery: charge in percent, while on battery.
+        maximum_temperature: of the processor, degrees Celsius. A Raspberry Pi slows down from 80.
+        maximum_load: of others, per core: load average of a minute, without this client's one thread.
+        minimum_free_memory: MiB that a program could have without swapping.
+        metered: whether it trains on a link that costs by the byte.
+        metered_interfaces: beginnings of the names of such links.
+        quiet_hours: times of the local day in which it does not train, as `08:00-18:30`, or past midnight.
+        patience_seconds: how long a training that was begun waits for its conditions to come back; then it is
+            given up, and its round goes on without this device.
+        tell: whether the fleet's operator is told the conditions, and which of them kept the device out.
+    """
+
+    power: Literal["any", "mains"] = "any"
+    minimum_battery: Annotated[int, Field(ge=0, le=100)] = 20
+    maximum_temperature: Annotated[float, Field(gt=0, le=150, strict=False)] | None = 80.0
+    maximum_load: Annotated[float, Field(gt=0, le=1000, strict=False)] | None = None
+    minimum_free_memory: Annotated[int, Field(ge=0, le=2**20)] = 32
+    metered: bool = False
+    metered_interfaces: Annotated[tuple[str, ...], Field(strict=False, max_length=16)] = (
+        "wwan",
+        "ppp",
+        "rmnet",
+    )
+    quiet_hours: Annotated[tuple[Hours, ...], Field(strict=False, max_length=16)] = ()
+    patience_seconds: Annotated[int, Field(ge=0, le=86_400)] = 600
+    tell: bool = True
+
+
 class EdgeConfiguration(Section):
     """The whole of `edge.toml`; every table may be left out."""
 
     data: Annotated[tuple[DataTable, ...], Field(strict=False, max_length=MAX_DATA_TABLES)] = ()
+    conditions: ConditionLimits = ConditionLimits()
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Self:
@@ -87,3 +135,20 @@ class EdgeConfiguration(Section):
         except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
             raise InvalidConfiguration(f"edge.toml is no TOML: {error}") from error
         return cls.of(tables, "")
+
+    def to_toml(self) -> str:
+        """Every setting as it holds, in the format of the file; what has no value is a comment."""
+        tables = [("[conditions]", self.conditions.model_dump(mode="json"))]
+        tables += [("[[data]]", table.model_dump(mode="json")) for table in self.data]
+        return "\n".join(
+            "\n".join((name, *(_line(key, value) for key, value in table.items()), ""))
+            for name, table in tables
+        )
+
+
+def _line(key: str, value: object) -> str:
+    # Strings, numbers, truth and lists look the same in JSON and TOML; a table in a source's keys does not.
+    if isinstance(value, dict):
+        inline = ", ".join(f"{json.dumps(name)} = {json.dumps(item)}" for name, item in value.items())
+        return f"{key} = {{{inline}}}"
+    return f"# {key} is not set" if value is None else f"{key} = {json.dumps(value)}"

@@ -11,12 +11,13 @@ import os
 import queue
 import time
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import assert_never
 
 from edge_client.adapters.files import StorageError
 from edge_client.adapters.mqtt import Inbound, LinkDown, LinkEvent, LinkUp, MqttLink, birth
+from edge_client.adapters.notify import Notifier
 from edge_client.adapters.readings import FieldReader
 from edge_client.adapters.store import DeviceStore
 from edge_client.adapters.uses import VersionUses
@@ -56,10 +57,12 @@ from edge_client.library import download_limit
 from edge_client.profile import Profile
 from edge_client.session import SessionState, handle, restore
 from edge_client.sources import DataSource
+from edge_client.watch import Watch
 from protocol import topics
 from protocol.codec import decode_to_device, encode
+from protocol.conditions import Conditions
 from protocol.errors import MalformedMessage, ProtocolError
-from protocol.messages import BlobNeed, DeviceStatus, ModelAnnouncement
+from protocol.messages import BlobNeed, DeviceStatus, ModelAnnouncement, VersionFailure
 from protocol.transfer import chunks
 
 TICK_SECONDS = 0.25
@@ -130,6 +133,8 @@ class Daemon:
         runtime: str,
         max_download_rate: float | None = None,
         uses: VersionUses | None = None,
+        watch: Watch | None = None,
+        notifier: Notifier | None = None,
         unix: Callable[[], float] = time.time,
         steady: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -138,15 +143,19 @@ class Daemon:
         Args:
             max_download_rate: bytes of models a second, on average; no limit when None.
             uses: what failed in other processes of this device, or killed them; nobody looks when None.
+            watch: of the device's surroundings; without one it may always train, and says nothing of them.
+            notifier: of the service manager; by default the one that started this process.
         """
         self._uses = uses
         self._profile, self._store, self._link = profile, store, link
         self._worker, self._data, self._fields, self._inbox = worker, data, fields, inbox
         self._client_version, self._runtime = client_version, runtime
-        self._unix, self._steady = unix, steady
+        self._unix, self._steady, self._watch = unix, steady, watch
         limit = None if max_download_rate is None else download_limit(max_download_rate, steady())
         self._state: SessionState = restore(store.load(), limit)
         self._session = bytes(32)
+        self._notifier = notifier or Notifier()
+        self._connected = False
         self._postponed: list[tuple[float, Event]] = []
         self._fields_unusable = False
         self.counts: Counter[str] = Counter()
@@ -164,6 +173,7 @@ class Daemon:
         self._check_conditions()
         self._take(Started())
         self._link.start()
+        self._notifier.ready()
         next_tick = next_check = self._steady()
         try:
             while True:
@@ -180,7 +190,10 @@ class Daemon:
                     next_check = now + CONDITIONS_SECONDS
                     self._take_failures()
                     self._check_conditions()
+                    self._notifier.alive()
+                    self._notifier.status(self._summary())
         finally:
+            self._notifier.stopping()
             self._link.stop(self._status(online=False))
             self._worker.stop()
             self._data.stop()
@@ -192,9 +205,11 @@ class Daemon:
             self._receive(item)
         elif isinstance(item, LinkUp):
             self._session = item.session
+            self._connected = True
             _LOG.info("connected mqtt=%s", item.version)
             self._handle(Connected())
         elif isinstance(item, LinkDown):
+            self._connected = False
             _LOG.info("connection-lost reason=%r", item.reason)
         elif not self._handle(item):
             # Results of this device's own work come once: they wait until the disk takes them.
@@ -242,8 +257,15 @@ class Daemon:
 
     def _check_conditions(self) -> None:
         fault = self._data.fault()
+        if self._watch is not None:
+            broken = self._watch.look(training=self._worker.training, examples=self._worker.example_count)
+            fault = fault or broken
+            if self._watch.news(self._steady()):
+                self._publish_status(self._state.library.serving(), self._state.library.failures())
         if fault != self._state.unfit:
-            if fault is not None:
+            if fault is None:
+                _LOG.info("can-train")
+            elif self._state.unfit is None or fault.code != self._state.unfit.code:
                 _LOG.warning("cannot-train code=%s detail=%r", fault.code, fault.detail)
             self._handle(ConditionsChanged(fault))
         fields = self._declared()
@@ -305,7 +327,7 @@ class Daemon:
         elif isinstance(output, SendChunks):
             return self._send_chunks(output.round_id, output.need)
         elif isinstance(output, Announce):
-            self._publish_status(output)
+            self._publish_status(output.models, output.failures)
         elif isinstance(output, FindBlob):
             return self._find(output)
         elif isinstance(output, KeepBlobs):
@@ -331,11 +353,24 @@ class Daemon:
             return [WorkFailed(round_id, Fault("upload-lost", str(error)))]
         return []
 
-    def _publish_status(self, output: Announce) -> None:
+    def _publish_status(self, models: Mapping[str, int], failures: Mapping[str, VersionFailure]) -> None:
+        conditions = Conditions() if self._watch is None else self._watch.tell(self._steady())
         frame = birth(
-            self._session, output.models, self._client_version, self._runtime, failures=output.failures
+            self._session,
+            models,
+            self._client_version,
+            self._runtime,
+            failures=failures,
+            conditions=conditions,
         )
         self._link.send("status", frame, retain=True)
+
+    def _summary(self) -> str:
+        """What `systemctl status` shows."""
+        active, unfit = self._state.active, self._state.unfit
+        doing = f"in round {active.round_id[:8]}" if active is not None else "waiting for a round"
+        parts = ["connected" if self._connected else "no broker: going on without", doing]
+        return "; ".join(parts if unfit is None else [*parts, f"cannot train: {unfit.detail}"])
 
     def _status(self, *, online: bool) -> DeviceStatus:
         return DeviceStatus(

@@ -1,7 +1,7 @@
 """The composition root of the device: `covey-edge`, and the same steps as plain functions.
 
 Imports are inside the functions, so that `--help` is quick and a process holds in memory only what its
-command needs; the interpreter comes in with the first model.
+command needs.
 """
 
 from __future__ import annotations
@@ -118,6 +118,19 @@ def set_policy(state: Path, policy: DevicePolicy) -> None:
     save_policy(private_directory(state) / POLICY, policy)
 
 
+def load_runtime() -> str:
+    """Loads the TensorFlow Lite runtime; returns its name and version.
+
+    Raises:
+        CommandFailed: there is none, or it does not load here.
+    """
+    try:
+        import_module("edge_client.adapters.tflite")
+    except (ImportError, OSError) as error:
+        raise CommandFailed(f"the TensorFlow Lite runtime does not load: {error}") from error
+    return runtime_name()
+
+
 def runtime_name() -> str:
     """The TensorFlow Lite runtime of this machine, without its interpreter.
 
@@ -199,13 +212,17 @@ def _enroll_by_ticket(options: argparse.Namespace) -> None:
 def _run(options: argparse.Namespace) -> None:
     from edge_client.adapters.credentials import POLICY, load_credentials, load_policy, tls_files
     from edge_client.adapters.mqtt import LinkSettings, MqttLink
+    from edge_client.adapters.notify import Notifier
     from edge_client.adapters.readings import FieldReader
     from edge_client.adapters.store import DeviceStore
+    from edge_client.adapters.surroundings import Surroundings
     from edge_client.adapters.tls import TlsFiles
     from edge_client.adapters.uses import VersionUses
     from edge_client.adapters.worker import Worker
     from edge_client.daemon import Daemon, Inbox, Stop
+    from edge_client.pausing import Gate
     from edge_client.profile import Profile
+    from edge_client.watch import Watch
     from protocol.broker_address import BrokerAddress
 
     _start_logging(options.log_level)
@@ -225,14 +242,17 @@ def _run(options: argparse.Namespace) -> None:
     own = tls_files(options.state)
     tls = TlsFiles(options.ca or own.ca, options.cert or own.certificate, options.key or own.key)
     lock = _locked(options.state)
+    runtime = load_runtime()
     inbox = Inbox()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: inbox.put(Stop()))
     data, fields = _data(options), FieldReader(options.state, options.data)
+    limits = _configuration(options).conditions
+    gate = Gate(limits.patience_seconds)
     link = MqttLink(LinkSettings(profile.device_id, address, tls, options.mqtt_version), sink=inbox.from_link)
     uses = VersionUses(options.state)
     with DeviceStore.open(options.state) as store, uses.armed():
-        worker = Worker(store.blobs, data, fields, inbox.put, uses=uses)
+        worker = Worker(store.blobs, data, fields, inbox.put, gate=gate, uses=uses)
         daemon = Daemon(
             profile,
             store,
@@ -242,9 +262,11 @@ def _run(options: argparse.Namespace) -> None:
             fields,
             inbox,
             client_version=__version__,
-            runtime=runtime_name(),
+            runtime=runtime,
             max_download_rate=options.max_download_rate,
             uses=uses,
+            watch=Watch(Surroundings(metered=limits.metered_interfaces), limits, gate),
+            notifier=Notifier(),
         )
         logging.getLogger("covey.edge").info("started device=%s broker=%s", profile.device_id, address)
         daemon.run()
@@ -377,6 +399,14 @@ def _source(options: argparse.Namespace) -> FieldSource:
     return field_source(given)
 
 
+def _config(options: argparse.Namespace) -> None:
+    configuration = _configuration(options)
+    if options.json:
+        cli.say(cli.as_json(configuration.model_dump(mode="json")))
+    else:
+        cli.say(configuration.to_toml().rstrip())
+
+
 _COMMANDS = {
     "init": _init,
     "enroll": _enroll,
@@ -386,6 +416,7 @@ _COMMANDS = {
     "personalise": _personalise,
     "reset": _reset,
     "privacy": _privacy,
+    "config": _config,
     "fields": _fields,
     "policy": _policy,
 }

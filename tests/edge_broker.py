@@ -183,6 +183,7 @@ class Device:
     def __init__(self, state: Path, data: Path | None, broker: BrokerProcess, *options: str) -> None:
         self.state = state
         self.log = state.with_suffix(".log")
+        self.environment: dict[str, str] = {}
         # Without a directory, examples come from what edge.toml says.
         own = [] if data is None else ["--data", data]
         self._command = command(
@@ -195,7 +196,12 @@ class Device:
         with self.log.open("ab") as log:
             # As the bundle's launcher sets it.
             own = {"PYTHONNODEBUGRANGES": "1", "PYTHONOPTIMIZE": "2"}
-            environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), **own}
+            environment = {
+                **os.environ,
+                "PYTHONPATH": str(Path(__file__).parents[1]),
+                **own,
+                **self.environment,
+            }
             self._process = subprocess.Popen(self._command, stderr=log, env=environment)
 
     def kill(self) -> None:

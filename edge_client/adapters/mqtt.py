@@ -25,6 +25,7 @@ from edge_client.adapters.tls import TlsFiles
 from protocol import topics
 from protocol.broker_address import BrokerAddress
 from protocol.codec import MAX_FRAME_BYTES, encode
+from protocol.conditions import Conditions
 from protocol.messages import DeviceStatus, VersionFailure
 
 MqttVersion = Literal["auto", "5", "3.1.1"]
@@ -41,6 +42,7 @@ NO_RIGHTS = (
     "the broker gives this device no rights: it was enrolled a moment ago, or is not of the fleet any more; "
     "the fleet's operator sees which by `covey device show`"
 )
+UNKNOWN: Final = Conditions()
 NONE: Final[Mapping[str, VersionFailure]] = MappingProxyType({})
 # A device goes to its broker directly, whatever PySocks and the environment say.
 vars(paho)["socks"] = None
@@ -301,8 +303,9 @@ def birth(
     runtime: str,
     *,
     failures: Mapping[str, VersionFailure] = NONE,
+    conditions: Conditions = UNKNOWN,
 ) -> bytes:
-    """The frame that says that this device is there, what it serves, and what failed on it."""
+    """The frame that says that this device is there, what it serves, what failed on it, and how it is."""
     return encode(
         DeviceStatus(
             session=session,
@@ -311,5 +314,6 @@ def birth(
             runtime=runtime,
             models=dict(models),
             failures=dict(failures),
+            conditions=conditions,
         )
     )

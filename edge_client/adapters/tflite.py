@@ -7,7 +7,7 @@ is never imported.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
 import numpy as np
@@ -50,7 +50,14 @@ class TfliteTrainer:
 
     runtime: ClassVar[str] = Interpreter.__module__.partition(".")[0]
 
-    def __init__(self, manifest: ModelManifest, graph: bytes, *, threads: int = 1) -> None:
+    def __init__(
+        self,
+        manifest: ModelManifest,
+        graph: bytes,
+        *,
+        threads: int = 1,
+        between: Callable[[], None] = lambda: None,
+    ) -> None:
         """Check a model file against its manifest and load it.
 
         Args:
@@ -58,12 +65,13 @@ class TfliteTrainer:
             graph: bytes of the `.tflite` file.
             threads: of the interpreter. One: with more, those of tflite-runtime wait by spinning, and on a
                 busy machine a step takes over fifty times as long.
+            between: called before each call of the graph; what it raises ends what was asked for.
 
         Raises:
             ModelRejected: size, digest, format, signatures or parameters are not what the manifest says.
         """
         _check_file(manifest, graph)
-        self._manifest = manifest
+        self._manifest, self._between = manifest, between
         self._mean = np.asarray(manifest.input.mean, np.float32)
         self._std = np.asarray(manifest.input.std, np.float32)
         try:
@@ -208,6 +216,7 @@ class TfliteTrainer:
         Raises:
             ModelRejected: the runtime cannot run it.
         """
+        self._between()
         try:
             outputs: dict[str, NDArray[Any]] = self._run[entry](**inputs)
         except (RuntimeError, ValueError) as error:

@@ -46,6 +46,7 @@ from edge_client.events import (
 )
 from edge_client.fields import InvalidFields, UnreadableField
 from edge_client.masked_input import contribution_of, packed_slices, weighted
+from edge_client.pausing import Gate, TrainingStopped
 from edge_client.pending_file import InvalidUpdate, dump_update, load_update
 from edge_client.personalisation import personalise
 from edge_client.sources import DataSource
@@ -63,6 +64,8 @@ from protocol.dp.errors import NonFiniteUpdate, PrivacyError
 from protocol.dp.sampling import discrete_gaussian_sampler, skellam_sampler
 from protocol.fields import BlobRef
 
+# What the owner's conditions hold up, between two calls of the graph.
+Training = Train | PrepareUpdate | Evaluate | Personalise
 RoundJob = Train | ReadUpdate | Evaluate | ReadField | MaskInput
 Job = TestVersion | Personalise | PrepareUpdate | RoundJob
 TrainerFactory = Callable[[ModelManifest, bytes], LocalTrainer]
@@ -92,15 +95,19 @@ _CODES: tuple[tuple[type[Exception], str, bool, str | None], ...] = (
 )
 
 
-def tflite_trainer(manifest: ModelManifest, graph: bytes) -> LocalTrainer:
+def tflite_trainer(
+    manifest: ModelManifest, graph: bytes, between: Callable[[], None] = lambda: None
+) -> LocalTrainer:
     """The trainer of this machine's TensorFlow Lite runtime, imported when it is first needed."""
     from edge_client.adapters.tflite import TfliteTrainer
 
-    return TfliteTrainer(manifest, graph)
+    return TfliteTrainer(manifest, graph, between=between)
 
 
 def fault_of(error: Exception) -> Fault:
     """Names what went wrong, without a word of data; only errors known to be harmless say it themselves."""
+    if isinstance(error, TrainingStopped):
+        return error.fault
     for kind, code, transient, told in _CODES:
         if isinstance(error, kind):
             return Fault(code, str(error)[:300] if told is None else told, transient)
@@ -154,9 +161,10 @@ class Worker:
         fields: FieldReader,
         deliver: Callable[[Event], None],
         *,
-        trainer: TrainerFactory = tflite_trainer,
+        trainer: TrainerFactory | None = None,
         check: ModelCheck = check_in_child,
         uses: VersionUses | None = None,
+        gate: Gate | None = None,
     ) -> None:
         """Describes a worker.
 
@@ -165,17 +173,21 @@ class Worker:
             data: the device's examples.
             fields: what queries may ask for.
             deliver: takes each job's result, on the worker's thread.
-            trainer: makes a trainer of a graph.
+            trainer: makes a trainer of a graph; by default of this machine's runtime.
             check: tries a new version's graph and weights where a crash does no harm; raises `ModelRejected`.
             uses: is told which version is in use; nobody when None.
+            gate: holds training up while it is closed.
         """
         self._blobs = blobs
         self._data = data
         self._fields = fields
         self._deliver = deliver
-        self._factory = trainer
+        self._factory = trainer or (lambda manifest, graph: tflite_trainer(manifest, graph, self._between))
         self._check = check
         self._uses = uses
+        self._gate = gate or Gate()
+        self._job: Job | None = None
+        self.example_count: int | None = None
         self._loaded: tuple[str, LocalTrainer] | None = None
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._round_id = ""
@@ -205,10 +217,13 @@ class Worker:
         while (job := self._jobs.get()) is not None:
             if isinstance(job, RoundJob) and job.round_id != self._round_id:
                 continue
+            self._job = job
             try:
                 event: Event = self._do(job)
             except Exception as error:
                 fault = fault_of(error)
+                if isinstance(error, TrainingStopped):
+                    self._loaded = None  # what half a training left in it
                 if fault.code == "training-failed":
                     # A defect of the client: the owner needs to see where. No traceback shows data.
                     _LOG.exception("job-failed job=%s", type(job).__name__)
@@ -221,7 +236,25 @@ class Worker:
                         str(error)[:300],
                     )
                 event = _failed(job, fault)
+            self._job = None
             self._deliver(event)
+
+    @property
+    def training(self) -> bool:
+        """Whether it computes something that the owner's conditions may hold up."""
+        return isinstance(self._job, Training)
+
+    def _between(self) -> None:
+        """Before each call of the graph: here training waits, or ends.
+
+        Raises:
+            TrainingStopped: it waited for too long, or its round is over.
+        """
+        job = self._job
+        if isinstance(job, RoundJob) and job.round_id != self._round_id:
+            raise TrainingStopped(Fault("superseded", "another round took its place", transient=True))
+        if isinstance(job, Training):
+            self._gate.wait()
 
     def _do(self, job: Job) -> Event:
         if isinstance(job, TestVersion):
@@ -262,6 +295,7 @@ class Worker:
         trainer = self._trainer(job.manifest)
         weights = decode_weights(self._blobs.read(job.manifest.weights), job.manifest)
         examples = self._data.load(job.manifest)
+        self.example_count = len(examples)
         own = read_local(self._blobs, job.local) if job.local is not None else None
         if isinstance(job, Personalise):
             with self._blobs.personal.writing():
