@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 
@@ -137,12 +137,15 @@ class Buffers:
             buffer.asked.pop(device_id, None)
         return frozenset(buffer.updates)
 
-    def collected(self, campaign_id: str, devices: Iterable[str]) -> None:
+    def collected(self, campaign_id: str, devices: Collection[str]) -> None:
         """Takes in that a buffer asks these devices for their updates: afterwards they are ordered anew."""
         buffer = self._of(campaign_id)
+        versions = Counter(buffer.updates[each] for each in devices if each in buffer.updates)
         for device_id in devices:
             buffer.updates.pop(device_id, None)
             buffer.asked.pop(device_id, None)
+        trained_from = ", ".join(f"{count} of version {v}" for v, count in sorted(versions.items()))
+        logger.info("order %s: a buffer collects updates: %s", campaign_id[:8], trained_from)
 
     def why_refused(self, campaign_id: str) -> str:
         """How many devices do not train, and what most of them say."""

@@ -324,7 +324,7 @@ class Conductor:
         settings = readable(campaign)
         if settings is not None and settings.buffered and campaign.status == "running":
             version = self._version(work, campaign.model, settings)
-            self.buffers.ask(work, campaign, settings, version, self._idle())
+            self.buffers.ask(work, campaign, settings, version, self._idle(campaign))
 
     def _waiting(
         self, work: Work, campaign: Campaign, settings: CampaignSettings, idle: frozenset[str]
@@ -334,20 +334,24 @@ class Conductor:
         self.buffers.ask(work, campaign, settings, version, idle)
         return idle & self.buffers.waiting(campaign.campaign_id, version.version, settings.maximum_staleness)
 
-    def _idle(self) -> frozenset[str]:
-        """The devices that are online and in no round."""
+    def _idle(self, campaign: Campaign) -> frozenset[str]:
+        """The devices that are online and in no round.
+
+        Whoever was in a round of the campaign is told of its end first: a buffer's devices are to train from
+        the version that comes of it.
+        """
         return self._presence.online() - {
             device_id
             for running in self._running.values()
             for device_id in running.state.invited
-            if machine.expects(running.state, device_id)
+            if running.record.campaign_id == campaign.campaign_id or machine.expects(running.state, device_id)
         }
 
     def _serve(self, work: Work, campaign: Campaign) -> None:
         settings = placed(
             CampaignSettings.from_bytes(campaign.settings), campaign.campaign_id, campaign.started + 1
         )
-        online = self._idle()
+        online = self._idle(campaign)
         size = places(settings.cohort.size, settings.over_select)
         if settings.buffered:
             # A buffer is collected when it is full, and then at once.

@@ -18,8 +18,8 @@ from tests.edge_fleet import PERMISSIVE
 
 
 def test_a_slow_device_holds_nobody_and_is_still_heard(tmp_path: Path) -> None:
-    bench = BufferBench(tmp_path, [5.0] * 4 + [30.0])
-    campaign = bench.start(buffered(20, 3))
+    bench = BufferBench(tmp_path, [5.0] * 4 + [20.0])
+    campaign = bench.start(buffered(12, 3))
     views = bench.finish(campaign)
     for view in views:
         bench.check(view)
@@ -27,18 +27,18 @@ def test_a_slow_device_holds_nobody_and_is_still_heard(tmp_path: Path) -> None:
     spans = [view.record.ended_at - view.record.started_at for view in views if view.record.ended_at]
     assert max(spans) < 5.0, "nothing is trained in a buffer"
     elapsed = views[-1].record.ended_at - views[0].record.started_at  # type: ignore[operator]
-    assert elapsed < 20 * 7.0, "the slow device held the others"
+    assert elapsed < 12 * 7.0, "the slow device held the others"
     late = [view for view in views if "device-4" in view.report.survivors]
     assert late, "the slow device was never heard"
     assert all(bench.staleness(view)["device-4"] > 0 for view in late)
-    for _ in range(400):  # whoever still trains finds nobody who wants it
+    for _ in range(220):  # whoever still trains finds nobody who wants it
         bench.step()
     assert not any(device.core.disk.pending for device in bench.cores.values()), "told that it is over"
 
 
 def test_updates_that_are_too_old_are_dropped_and_trained_anew(tmp_path: Path) -> None:
-    bench = BufferBench(tmp_path, [2.0, 2.0, 2.0, 30.0])
-    views = bench.finish(bench.start(buffered(30, 3, maximum_staleness=2)))
+    bench = BufferBench(tmp_path, [2.0, 2.0, 2.0, 20.0])
+    views = bench.finish(bench.start(buffered(12, 3, maximum_staleness=2)))
     slow = bench.cores["device-3"].core
     assert "update-dropped" in slow.note_events()
     assert all(age <= 2 for view in views for age in bench.staleness(view).values())
@@ -61,7 +61,7 @@ def test_devices_that_refuse_are_told_of_and_not_asked_all_the_time(tmp_path: Pa
         policy = PERMISSIVE.model_copy(update={"privacy_modes": frozenset({PrivacyMode.LOCAL})})
         device.core.profile = replace(device.core.profile, policy=policy)
     campaign = bench.start(buffered(1, 3))
-    for _ in range(1000):
+    for _ in range(400):
         bench.step()
     note = bench.operator.campaign(campaign.campaign_id).note
     assert note.startswith("waiting for updates: 0 of 3 ready; 4 refused, 4 of them: privacy-mode")
@@ -88,10 +88,10 @@ def test_a_device_that_comes_back_says_what_it_has(tmp_path: Path) -> None:
 
 
 def test_a_kill_of_a_device_at_every_step_uses_no_update_twice(tmp_path: Path) -> None:
-    """device-0 is killed after the k-th step, for every k up to the end of its second buffer."""
+    """device-0 is killed after the k-th step, for every k up to the middle of its second buffer."""
     slow = Deadlines(advertise_keys=30, share_keys=30, masked_input=30, consistency_check=30, unmasking=30)
     seen = set()
-    for step in range(4, 60, 3):
+    for step in range(4, 40, 2):
         path = tmp_path / str(step)
         path.mkdir()
         bench = BufferBench(path, [0.5] * 4)
@@ -108,7 +108,7 @@ def test_a_kill_of_a_device_at_every_step_uses_no_update_twice(tmp_path: Path) -
         bench.check_once()
         bench.close()
     phases = {phase for phase, _, _ in seen}
-    assert {None, "Advertised", "SharesSent", "InputSent"} <= phases or len(phases) >= 5, seen
+    assert phases >= {None, "Advertised", "SharesSent", "InputSent", "SetSigned", "Unmasked"}, seen
     assert (None, False, True) in seen, "never killed while it trained"
     assert (None, True, False) in seen, "never killed between training and upload"
 
@@ -117,11 +117,11 @@ def test_a_restart_of_the_service_at_every_step_loses_no_update(tmp_path: Path) 
     restarted, step = True, 0
     phases = set()
     while restarted:
-        step += 2
+        step += 1
         path = tmp_path / str(step)
         path.mkdir()
         bench = BufferBench(path, [0.5] * 3)
-        campaign = bench.start(buffered(2, 3))
+        campaign = bench.start(buffered(1, 3))
         restarted = False
         for number in range(400):
             if number == step:
@@ -154,10 +154,10 @@ def test_privacy_is_accounted_for_each_buffer(tmp_path: Path) -> None:
 
 def test_the_epsilon_limit_stops_a_buffered_campaign(tmp_path: Path) -> None:
     bench = BufferBench(tmp_path, [1.0] * 4)
-    request = buffered(50, 4, privacy=PrivacyMode.DISTRIBUTED, noise_multiplier=1.0, epsilon_limit=12.0)
+    request = buffered(9, 4, privacy=PrivacyMode.DISTRIBUTED, noise_multiplier=1.0, epsilon_limit=8.0)
     campaign = bench.start(request)
     views = bench.finish(campaign)
-    assert 1 <= len(views) < 50
+    assert 1 <= len(views) < 9
     assert bench.operator.campaign(campaign.campaign_id).status == "failed"
 
 
