@@ -447,6 +447,7 @@ def run(
             promotion=settings.promotion,
             doorkeeper=doorkeeper,
             downloads=settings.downloads,
+            retention=settings.keep,
         )
 
         def vitals() -> Vitals:

@@ -466,6 +466,10 @@ class Writer(Reader, Protocol):
         """
         ...
 
+    def forget_selections(self, before: float, limit: int) -> int:
+        """Deletes how cohorts of rounds that ended before were drawn, at most `limit`; returns how many."""
+        ...
+
     def plant_noise_tree(self, tree: NoiseTree) -> None:
         """Keeps a campaign's new tree, and erases the key of the one before."""
         ...

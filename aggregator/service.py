@@ -27,6 +27,7 @@ from aggregator.fleet.presence import Change, Presence
 from aggregator.records import Campaign
 from aggregator.registry.artefacts import ArtefactStore, StoreUnavailable
 from aggregator.repository import Repository, RepositoryError, StorageUnavailable, Superseded
+from aggregator.retention import DEFAULT_RETENTION, Keeper, Retention
 from aggregator.rounds.release import Unmask
 from aggregator.transport import Connected, Delivery, Disconnected, Inbound, Transport
 from aggregator.unmasking import Unmasker
@@ -71,6 +72,7 @@ class Service:
         promotion: Promotion = Promotion.AUTO,
         doorkeeper: Doorkeeper | None = None,
         downloads: DownloadLimits = DEFAULT_LIMITS,
+        retention: Retention = DEFAULT_RETENTION,
     ) -> None:
         """Prepares the service; `run` starts it.
 
@@ -82,6 +84,7 @@ class Service:
             promotion: what becomes of a new version by itself.
             doorkeeper: keeps the broker's access; None where that is done elsewhere.
             downloads: how fast models go out.
+            retention: what is kept, and how long.
         """
         self.trouble = ""
         self._repository = repository
@@ -91,6 +94,7 @@ class Service:
         unmasker = Unmasker(entropy, unmask, beside)
         self._conductor = Conductor(authority, Finisher(store, authority), unmasker, self._presence, entropy)
         self._downloads = Downloads(store, downloads)
+        self._keeper = Keeper(store, retention)
         self._assigner = Assigner(authority, clock, promotion)
         self._doorkeeper = doorkeeper
         self._members: frozenset[str] = frozenset()
@@ -163,6 +167,7 @@ class Service:
             logger.exception("a batch of %d messages failed; serving them one by one", len(batch))
             self._serve_one_by_one(batch, at)
         self._end_rounds(self._clock.moment())
+        self._tidy(at)
         self._turned = at.clock
 
     # --- batches
@@ -310,6 +315,12 @@ class Service:
                 self._see_off(work, device_id)
         if self._doorkeeper is not None:
             work.outbox += self._doorkeeper.tick(self._members, clock)
+
+    def _tidy(self, at: Moment) -> None:
+        try:
+            self._keeper.tick(self._repository, at)
+        except StoreUnavailable as error:
+            logger.error("old artefacts stay for now: %s", error)
 
     def _end_rounds(self, at: Moment) -> None:
         # What is to be loaded again may have seen messages that are not durable.

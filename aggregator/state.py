@@ -30,6 +30,7 @@ from aggregator.adapters.sql_engine import parse_url, url_of_file
 from aggregator.assigning import Promotion
 from aggregator.downloads import DownloadLimits
 from aggregator.registry.artefacts import ArtefactStore
+from aggregator.retention import Retention
 from aggregator.web.limit_settings import Limits
 from aggregator.web.listen import DEFAULT_LISTEN
 from aggregator.web.oidc_settings import OidcSettings
@@ -71,6 +72,7 @@ class Settings(BaseModel):
             has brought it to everybody. Rounds go on from the newest version either way.
         downloads: how fast models go out.
         limits: how much anybody may ask of the API.
+        keep: what is kept, and how long.
         publishers: Ed25519 public keys, hexadecimal: with any of them, only signed models are published.
     """
 
@@ -95,6 +97,7 @@ class Settings(BaseModel):
     promotion: Promotion = Promotion.AUTO
     downloads: DownloadLimits = DownloadLimits()
     limits: Limits = Limits()
+    keep: Retention = Retention()
     publishers: tuple[Annotated[str, Field(pattern="^[0-9a-f]{64}$")], ...] = ()
 
 

@@ -10,12 +10,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from aggregator.adapters.objects import DirectoryStore
+from aggregator.assigning import Promotion
 from aggregator.clock import Moment
 from aggregator.downloads import DEFAULT_LIMITS
 from aggregator.fleet.authority import Authority
 from aggregator.operations import Operator, RoundView
 from aggregator.records import Campaign
 from aggregator.registry.artefacts import ArtefactStore
+from aggregator.retention import DEFAULT_RETENTION
 from aggregator.rounds.release import Unmask
 from aggregator.service import Service
 from aggregator.settings import CampaignRequest
@@ -105,6 +107,8 @@ class Bench:
         self.devices = {name: SimulatedDevice.enrol(self.operator, name, parameters) for name in names}
         self.filter: Callable[[Outgoing], list[Outgoing]] = lambda message: [message]
         self.downloads = DEFAULT_LIMITS
+        self.retention = DEFAULT_RETENTION
+        self.promotion = Promotion.AUTO
         self._counter = 0
         self._later: list[tuple[float, int, Outgoing]] = []
         self.boot()
@@ -119,6 +123,8 @@ class Bench:
             self.transport,
             self.clock,
             downloads=self.downloads,
+            retention=self.retention,
+            promotion=self.promotion,
             unmask=self.unmask,
             beside=self.beside,
         )

@@ -59,6 +59,11 @@ class DirectoryStore:
         except FileNotFoundError as error:
             raise MissingArtefact(f"the artefact {blob.sha256[:12]} is not there") from error
 
+    def remove(self, blob: BlobRef) -> None:
+        """Removes an artefact; nothing happens when it is not there."""
+        with _usable():
+            self._path(blob).unlink(missing_ok=True)
+
     def put_manifest(self, manifest: ModelManifest, document: SignedDocument) -> None:
         """Stores the signed manifest of a version durably."""
         directory = self._models / manifest.name

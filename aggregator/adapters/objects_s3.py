@@ -100,6 +100,12 @@ class S3Store:
         except MissingArtefact:
             return self._fetch(blob)[start : start + length]
 
+    def remove(self, blob: BlobRef) -> None:
+        """Removes an artefact; nothing happens when it is not there."""
+        if self._size(self._key(blob)) is not None:
+            self._ask(lambda: self._files.rm_file(self._key(blob)), blob)
+        self._cache.remove(blob)
+
     def put_manifest(self, manifest: ModelManifest, document: SignedDocument) -> None:
         """Stores the signed manifest of a version durably."""
         key = f"{self._root}/models/{manifest.name}/{manifest.version}.json"

@@ -36,6 +36,7 @@ from aggregator.adapters.sql_migration import check_schema
 from aggregator.adapters.sql_noise import NoiseReader, NoiseWriter
 from aggregator.adapters.sql_optimizer import OptimizerReader, OptimizerWriter
 from aggregator.adapters.sql_rollout import RolloutReader, RolloutWriter, failures_from, failures_text
+from aggregator.adapters.sql_selection import SelectionReader, SelectionWriter
 from aggregator.records import (
     Campaign,
     CampaignStatus,
@@ -152,7 +153,7 @@ class SqlRepository:
             raise StorageUnavailable(reason(error)) from error
 
 
-class _Reader(AccessReader, EnrolmentReader, NoiseReader, OptimizerReader, RolloutReader):
+class _Reader(AccessReader, EnrolmentReader, NoiseReader, OptimizerReader, RolloutReader, SelectionReader):
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
 
@@ -247,14 +248,6 @@ class _Reader(AccessReader, EnrolmentReader, NoiseReader, OptimizerReader, Rollo
             query = query.limit(last)
         return tuple(_round(row) for row in reversed(self._all(query)))
 
-    def selection(self, round_id: str) -> bytes | None:
-        query = select(s.selections.c.record).where(s.selections.c.round_id == round_id)
-        return self._connection.scalars(query).one_or_none()
-
-    def contributors(self, model: str) -> frozenset[str]:
-        query = select(s.contributors.c.device_id).where(s.contributors.c.model == model)
-        return frozenset(self._connection.scalars(query))
-
     def log(self, round_id: str) -> tuple[LogEntry, ...]:
         columns = (s.log.c.at, s.log.c.kind, s.log.c.device_id, s.log.c.frame)
         query = select(*columns).where(s.log.c.round_id == round_id).order_by(s.log.c.seq)
@@ -315,7 +308,9 @@ class _Reader(AccessReader, EnrolmentReader, NoiseReader, OptimizerReader, Rollo
         return self._connection.scalars(query).one_or_none()
 
 
-class _Writer(_Reader, AccessWriter, EnrolmentWriter, NoiseWriter, OptimizerWriter, RolloutWriter):
+class _Writer(
+    _Reader, AccessWriter, EnrolmentWriter, NoiseWriter, OptimizerWriter, RolloutWriter, SelectionWriter
+):
     ended_round = False
     """Whether a round's secrets were erased in this transaction."""
 
@@ -384,9 +379,6 @@ class _Writer(_Reader, AccessWriter, EnrolmentWriter, NoiseWriter, OptimizerWrit
         statement = statement.values(status="running", started=s.campaigns.c.started + 1, note="")
         self._change(statement, f"no campaign {round_.campaign_id}")
         self._insert(s.rounds, **(vars(round_) | {"invited": json.dumps(round_.invited)}))
-
-    def note_selection(self, round_id: str, record: bytes) -> None:
-        self._insert(s.selections, round_id=round_id, record=record)
 
     def append_log(self, round_id: str, entry: LogEntry) -> None:
         self._require_running(round_id)

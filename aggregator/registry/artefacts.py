@@ -44,6 +44,10 @@ class ArtefactStore(Protocol):
         """
         ...
 
+    def remove(self, blob: BlobRef) -> None:
+        """Removes an artefact; nothing happens when it is not there."""
+        ...
+
     def put_manifest(self, manifest: ModelManifest, document: SignedDocument) -> None:
         """Stores the signed manifest of a version durably."""
         ...

@@ -139,6 +139,18 @@ def test_what_is_not_there_is_missing(place: Place) -> None:
         store.read_range(BlobRef.of(b"never stored"), 0, 1)
 
 
+def test_what_is_removed_is_missing_and_can_be_stored_again(place: Place) -> None:
+    store: ArtefactStore = place.open()
+    store.remove(BLOB)
+    store.put(DATA)
+    store.remove(BLOB)
+    for each in (store, place.open()):
+        with pytest.raises(MissingArtefact):
+            each.read(BLOB)
+    store.put(DATA)
+    assert place.open().read(BLOB) == DATA
+
+
 @pytest.mark.parametrize("damage", [DATA[:-1], DATA[:-1] + b"!", b"x"])
 def test_what_is_damaged_is_not_read(place: Place, damage: bytes) -> None:
     place.open().put(DATA)

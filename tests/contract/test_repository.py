@@ -29,6 +29,7 @@ from aggregator.records import (
     Rollout,
     Round,
     RoundEnding,
+    Stage,
     Upload,
     Version,
 )
@@ -613,6 +614,23 @@ def test_how_a_cohort_was_drawn_and_who_has_trained(running: Repository) -> None
         assert reader.contributors("digits") == frozenset()
 
 
+def test_how_old_cohorts_were_drawn_is_forgotten_a_few_at_a_time(running: Repository) -> None:
+    rounds = [ROUND, *(replace(ROUND, round_id=f"{number}" * 32, number=number) for number in (2, 3, 4))]
+    with running.write() as writer:
+        for round_ in rounds:
+            if round_ is not ROUND:
+                writer.begin_round(round_)
+            writer.note_selection(round_.round_id, b"record")
+        for at, round_ in zip((10.0, 20.0, 30.0), rounds, strict=False):
+            ending = replace(ENDING, round_id=round_.round_id, ended_at=at, version=None, ledger=None)
+            writer.end_round(ending)
+    with running.write() as writer:
+        # The last round is running: it has no end to be before anything.
+        assert [writer.forget_selections(before, 1) for before in (10.0, 25.0, 25.0, 25.0)] == [0, 1, 1, 0]
+    with running.read() as reader:
+        assert [reader.selection(each.round_id) for each in rounds] == [None, None, b"record", b"record"]
+
+
 def test_what_an_optimizer_remembers_is_replaced(running: Repository) -> None:
     first = OptimizerMemory(CAMPAIGN.campaign_id, 1, b"momentum")
     second = replace(first, rounds=2, second_moment=b"moment")
@@ -663,6 +681,27 @@ def test_a_version_has_a_stage(repository: Repository) -> None:
         assert reader.version("watch", VERSION.version) == replace(VERSION, stage="withdrawn")
 
 
+def test_the_newest_version_in_some_stages(repository: Repository) -> None:
+    stages: tuple[Stage, ...] = ("stable", "stable", "canary", "candidate", "withdrawn")
+    with repository.write() as writer:
+        for number, stage in enumerate(stages, 1):
+            writer.add_version(replace(VERSION, version=number, round_id=None, stage=stage))
+        writer.add_version(replace(VERSION, model="digits", version=9, round_id=None, stage="stable"))
+    expected: tuple[tuple[tuple[Stage, ...], int | None], ...] = (
+        ((), 5),
+        (("stable",), 2),
+        (("stable", "canary"), 3),
+        (("candidate", "canary", "stable"), 4),
+        (("withdrawn",), 5),
+    )
+    with repository.read() as reader:
+        for asked, number in expected:
+            found = reader.newest_version("watch", *asked)
+            assert (None if found is None else found.version) == number
+        assert reader.newest_version("digits", "candidate") is None
+        assert reader.newest_version("forecast", "stable") is None
+
+
 def test_a_pin_replaces_one_of_the_same_target(repository: Repository) -> None:
     first = Pin("watch", "device", "barn-1", 1, 5.0)
     group = Pin("watch", "group", "site=north", 2, 6.0)
@@ -691,6 +730,19 @@ def test_the_sequence_of_an_assignment_only_rises(repository: Repository) -> Non
         assert reader.assigned("watch") == replace(fleet, sequence=fleet.sequence + 1, version=2)
         assert reader.assigned("watch", "barn-1") == own and reader.assigned("digits") is None
         assert reader.assigned_devices("watch") == (own,)
+
+
+def test_devices_with_a_version_of_their_own(repository: Repository) -> None:
+    b, a, gone = (
+        Assigned("watch", name, 5, version, b"own") for name, version in (("b", 2), ("a", 1), ("c", None))
+    )
+    with repository.write() as writer:
+        for each in (b, a, gone, Assigned("watch", "", 9, 3, b"all"), Assigned("digits", "a", 1, 1, b"")):
+            writer.assign(each)
+    with repository.read() as reader:
+        assert reader.assigned_devices("watch") == (a, b, gone)
+        assert reader.assigned_devices("watch", of_its_own=True) == (a, b)
+        assert reader.assigned_devices("forecast") == ()
 
 
 def test_rollouts_keep_their_pool_and_change_their_progress(repository: Repository) -> None:
