@@ -67,11 +67,13 @@ def status(state: Path, *, running: bool) -> dict[str, Any]:
         "recent_rounds": [],
         "contributions": 0,
         "personal": [],
+        "waiting_updates": [],
     }
     if not (state / DATABASE).exists():
         return answer
     with DeviceStore.open(state, read_only=True) as store:
         versions, rounds, ledger = store.versions(), store.rounds(), store.ledger()
+        pending = store.pending()
     served = {v.manifest.name: v.manifest.version for v in versions if v.status is VersionStatus.GOOD}
     answer["models"] = [
         {
@@ -96,6 +98,15 @@ def status(state: Path, *, running: bool) -> dict[str, Any]:
     answer["active_round"] = next((r for r in answer["recent_rounds"] if r["outcome"] is None), None)
     answer["contributions"] = len(ledger)
     answer["personal"] = [record.model_dump() for record in Blobs(state).personal.records()]
+    answer["waiting_updates"] = [
+        {
+            "model": update.manifest.name,
+            "version": update.manifest.version,
+            "campaign": update.order,
+            "ready_at": _time(update.at),
+        }
+        for update in pending
+    ]
     return answer
 
 
@@ -114,6 +125,11 @@ def status_text(answer: dict[str, Any]) -> str:
         reason = f" ({model['reason']})" if model["reason"] else ""
         lines.append(
             f"model          {model['name']} v{model['version']}: {model['status']}{serving}{reason}"
+        )
+    for update in answer["waiting_updates"]:
+        lines.append(
+            f"update         of {update['model']} v{update['version']} waits for a buffer"
+            f" since {update['ready_at']}"
         )
     for record in answer["personal"]:
         verdict = "kept" if record["kept"] else "not better"

@@ -196,7 +196,10 @@ class DeviceStore:
         forgotten = tuple(saved.model for saved in self.local() if model in (None, saved.model))
         with self._transaction():
             self._connection.executemany("DELETE FROM local WHERE model = ?", [(name,) for name in forgotten])
+            # An update that waits holds what they had become, and would bring it back.
+            self._connection.execute("DELETE FROM pending WHERE ? IN (model, '')", (model or "",))
         self.keep_local()
+        self.keep_pending()
         return forgotten
 
     def keep_pending(self) -> None:

@@ -32,9 +32,10 @@ from edge_client.events import (
     WorkFailed,
 )
 from edge_client.pending_file import InvalidUpdate, dump_update, load_update
+from edge_client.report import status, status_text
 from edge_client.training import Examples, LocalTrainer, LocalUpdate, TrainingConfig
-from models.manifest import ModelManifest
-from protocol.dp.parameters import PrivacyMode
+from models.manifest import EXAMPLE_SIGNATURES, ModelManifest, SignatureSpec
+from protocol.dp.parameters import ExamplePrivacy, PrivacyMode, PrivacyParameters
 from protocol.identity import SignedDocument
 from protocol.messages import (
     AdvertiseKeys,
@@ -47,6 +48,7 @@ from protocol.messages import (
 )
 from protocol.plan import PLAN_KIND
 from protocol.transfer import describe
+from tests.edge_broker import Fleet
 from tests.edge_fleet import (
     GRAPH,
     NOW,
@@ -513,3 +515,54 @@ def test_the_worker_trains_clips_keeps_and_reads(tmp_path: Path) -> None:
             assert isinstance(missing, PreparationFailed) and missing.fault.code == "storage"
         finally:
             worker.stop()
+
+
+def test_reset_local_parameters_do_not_come_back_with_an_update(tmp_path: Path) -> None:
+    update = ready().disk.pending["watch"]
+    for model, left in (("other", 1), ("watch", 0), (None, 0)):
+        with DeviceStore.open(tmp_path) as store:
+            blob = store.blobs.write_pending(b"update")
+            store.apply([SavePending(replace(update, blob=blob))])
+            store.forget_local(model)
+            assert len(store.pending()) == left
+            assert store.pending() or not list((tmp_path / "pending").iterdir())
+
+
+def test_the_owner_sees_what_waits(tmp_path: Path) -> None:
+    state = Fleet(tmp_path).enrolled("barn-1", PERMISSIVE)
+    update = ready().disk.pending["watch"]
+    with DeviceStore.open(state) as store:
+        store.apply([SavePending(replace(update, blob=store.blobs.write_pending(b"update")))])
+    answer = status(state, running=False)
+    assert [each["campaign"] for each in answer["waiting_updates"]] == [ORDER]
+    assert "update         of watch v1 waits for a buffer since 2027" in status_text(answer)
+
+
+def test_in_mode_example_the_order_hides_the_examples() -> None:
+    """The noise is added in training: so the order has it, and its buffers must say the same."""
+    privacy = PrivacyParameters(
+        mode=PrivacyMode.EXAMPLE,
+        clip_norm=1.0,
+        noise_multiplier=0.0,
+        delta=1e-5,
+        bits=24,
+        example=ExamplePrivacy(clip_norm=1.0, noise_multiplier=1.0, sampling_probability=0.1),
+    )
+    plain = manifest()
+    more = (SignatureSpec(name=name, inputs=("x",), outputs=("y",)) for name in sorted(EXAMPLE_SIGNATURES))
+    model = plain.model_copy(update={"signatures": (*plain.signatures, *more)})
+    device = FakeDevice(policy=PERMISSIVE.model_copy(update={"maximum_example_epsilon": None}))
+    device.install(model)
+    device.take()
+    device.receive(order(model, privacy=privacy))
+    (job,) = device.jobs
+    assert isinstance(job, PrepareUpdate) and job.config.hidden is not None
+    device.work()
+    device.take()
+    weaker = privacy.model_copy(
+        update={"example": ExamplePrivacy(clip_norm=1.0, noise_multiplier=5.0, sampling_probability=0.1)}
+    )
+    device.receive(invitation(buffer_plan("b" * 32, model, privacy=weaker)))
+    assert refusal(device).code == "bad-plan"
+    device.receive(invitation(buffer_plan("b" * 32, model, privacy=privacy)))
+    assert [type(message) for message in device.take()] == [AdvertiseKeys]
