@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from aggregator.operations import OperationRefused
@@ -13,6 +14,7 @@ from aggregator.queries import QueryRequest
 from protocol.dp.parameters import PrivacyMode
 from protocol.identity import SignedDocument
 from protocol.plan import Deadlines, MeanQuestion, Plan
+from tests.aggregator_devices import Outgoing
 from tests.buffer_bench import BufferBench, buffered
 from tests.edge_fleet import PERMISSIVE
 
@@ -138,6 +140,34 @@ def test_a_restart_of_the_service_at_every_step_loses_no_update(tmp_path: Path) 
         bench.check_once()
         bench.close()
     assert phases >= {"AdvertiseKeys", "ShareKeys", "MaskedInput", "ConsistencyCheck", "Unmasking", ""}
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_kills_losses_and_repetitions_at_random_keep_every_sum_exact(tmp_path: Path, seed: int) -> None:
+    chance = np.random.default_rng(seed)
+    bench = BufferBench(tmp_path, [0.5, 0.5, 1.0, 2.0, 6.0])
+
+    def lossy(message: Outgoing) -> list[Outgoing]:
+        return [message] * int(chance.choice([0, 1, 2], p=[0.03, 0.94, 0.03]))
+
+    bench.filter = lossy
+    campaign = bench.start(buffered(6, 3, minimum=2, min_survivors=2, maximum_staleness=3))
+    for _ in range(6000):
+        if bench.operator.campaign(campaign.campaign_id).status == "finished":
+            break
+        bench.step()
+        if chance.random() < 0.03:
+            victim = bench.cores[f"device-{chance.integers(5)}"]
+            victim.kill()
+            bench.deliver(victim.birth())
+        if chance.random() < 0.01:
+            bench.boot()
+    views = [view for view in bench.finish(campaign) if view.record.status != "running"]
+    completed = [view for view in views if view.record.status == "completed"]
+    assert len(views) == 6 and len(completed) >= 3, [view.record.detail for view in views]
+    for view in completed:
+        bench.check(view)
+    bench.check_once()
 
 
 def test_privacy_is_accounted_for_each_buffer(tmp_path: Path) -> None:
