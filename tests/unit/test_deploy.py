@@ -127,6 +127,7 @@ def test_the_chart_passes_helm_and_makes_valid_resources() -> None:
         with pytest.raises(helm.HelmError, match="the name by which devices reach the broker"):
             chart.render({}, name="orchard")
         bare = chart.render({"broker": {"host": "broker.example"}}, name="orchard")
+        tickets = chart.render(VALUES | {"api": {"url": "https://hub.example:8443"}}, name="orchard")
     documents = [
         document
         for path, text in files.items()
@@ -152,6 +153,10 @@ def test_the_chart_passes_helm_and_makes_valid_resources() -> None:
     (url,) = pod["initContainers"][0]["env"]
     assert url["valueFrom"]["secretKeyRef"] == {"name": "covey-database", "key": "url"}
     assert "COVEY_DATABASE_URL" not in "".join(bare.values())
+    (door,) = (text for text in tickets.values() if "aggregator init" in text)
+    (made,) = yaml.safe_load(door)["spec"]["template"]["spec"]["initContainers"][0]["args"]
+    assert made.endswith('--broker mqtts://broker.example:8883 --api-url "https://hub.example:8443"'), made
+    assert "--api-url" not in "".join(files.values())
 
 
 def test_the_page_on_monitoring_names_metrics_that_are_exported(exported: dict[str, set[str]]) -> None:
