@@ -100,6 +100,18 @@ def parser() -> argparse.ArgumentParser:
 
     _add_fields(commands)
 
+    doctor = _command(
+        commands,
+        "doctor",
+        "look for the usual troubles, and say what to do",
+        "covey-edge doctor --state /var/lib/covey",
+    )
+    doctor.add_argument("--broker", metavar="URL", help="as for run (default: as the enrolment said)")
+    doctor.add_argument("--insecure", action="store_true", help="as for run")
+    doctor.add_argument("--data", type=Path, metavar="DIR", help="as for run")
+    _add_config(doctor)
+    doctor.add_argument("--json", action="store_true", help="print JSON")
+
     config = _command(
         commands,
         "config",

@@ -399,6 +399,25 @@ def _source(options: argparse.Namespace) -> FieldSource:
     return field_source(given)
 
 
+def _doctor(options: argparse.Namespace) -> None:
+    from edge_client import doctor
+    from edge_client.adapters.checks import Subject, examine
+    from edge_client.configuration import InvalidConfiguration
+    from edge_client.doctor import Finding
+
+    findings: list[Finding] = []
+    data = None
+    try:
+        data = _data(options) if options.data or _configuration(options).data else None
+    except (CommandFailed, InvalidConfiguration) as error:
+        findings.append(Finding("configuration", "failed", str(error), "mend edge.toml: covey-edge config"))
+    broker = options.broker or os.environ.get("COVEY_BROKER")
+    findings += examine(Subject(options.state, broker, options.insecure, data))
+    cli.say(cli.as_json(doctor.as_dict(findings)) if options.json else doctor.text(findings))
+    if doctor.worst(findings) == "failed":
+        raise CommandFailed("something is wrong, see above")
+
+
 def _config(options: argparse.Namespace) -> None:
     configuration = _configuration(options)
     if options.json:
@@ -417,6 +436,7 @@ _COMMANDS = {
     "reset": _reset,
     "privacy": _privacy,
     "config": _config,
+    "doctor": _doctor,
     "fields": _fields,
     "policy": _policy,
 }

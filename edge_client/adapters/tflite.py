@@ -267,6 +267,11 @@ class TfliteTrainer:
         return scaled
 
 
+def interpreter(graph: bytes) -> Any:
+    """A bare interpreter, to see that the runtime runs."""
+    return Interpreter(model_content=graph, num_threads=1)
+
+
 def _calls(
     manifest: ModelManifest, order: NDArray[np.int64], generator: np.random.Generator
 ) -> Iterator[tuple[NDArray[np.int64], dict[str, NDArray[np.float32]]]]:
