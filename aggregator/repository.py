@@ -97,6 +97,10 @@ class Reader(Protocol):
         """One enrolled device."""
         ...
 
+    def device_state(self, device_id: str) -> DeviceState | None:
+        """Whether a device may be in the fleet; None of one that is not enrolled. Asked for every message."""
+        ...
+
     def devices(self) -> tuple[Device, ...]:
         """Every enrolled device, by id."""
         ...

@@ -252,14 +252,14 @@ class Service:
                 logger.warning("dropped a message of %s: %s", device_id, error)
 
     def _may_speak(self, work: Work, device_id: str) -> bool:
-        device = work.writer.device(device_id)
-        if device is None:
+        state = work.writer.device_state(device_id)
+        if state is None:
             logger.warning("a message of %s, which is not enrolled", device_id)
             return False
-        if device.state != "active":
-            logger.warning("a message of %s, which is %s", device_id, device.state)
+        if state != "active":
+            logger.warning("a message of %s, which is %s", device_id, state)
             self._see_off(work, device_id)
-        return device.state == "active"
+        return state == "active"
 
     def _see_off(self, work: Work, device_id: str) -> None:
         """Takes in that a device is not of the fleet any more: no round waits for it."""

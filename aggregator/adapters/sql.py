@@ -17,7 +17,6 @@ from sqlalchemy import (
     Row,
     Select,
     Table,
-    case,
     delete,
     func,
     insert,
@@ -29,21 +28,18 @@ from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, SQLAlchemyErro
 from aggregator.adapters import sql_schema as s
 from aggregator.adapters.sql_access import AccessReader, AccessWriter
 from aggregator.adapters.sql_claim import Claim
-from aggregator.adapters.sql_devices import fitting
+from aggregator.adapters.sql_devices import DeviceReader, DeviceWriter
 from aggregator.adapters.sql_engine import MODE, Mode, contended, erase_log, open_engine, reason
 from aggregator.adapters.sql_enrolment import EnrolmentReader, EnrolmentWriter
 from aggregator.adapters.sql_migration import check_schema
 from aggregator.adapters.sql_noise import NoiseReader, NoiseWriter
 from aggregator.adapters.sql_optimizer import OptimizerReader, OptimizerWriter
-from aggregator.adapters.sql_rollout import RolloutReader, RolloutWriter, failures_from, failures_text
+from aggregator.adapters.sql_rollout import RolloutReader, RolloutWriter
 from aggregator.adapters.sql_selection import SelectionReader, SelectionWriter
 from aggregator.records import (
     Campaign,
     CampaignStatus,
-    Device,
-    DeviceFilter,
     Evaluation,
-    FleetSize,
     LedgerEntry,
     LogEntry,
     Round,
@@ -63,9 +59,7 @@ from aggregator.repository import (
     Unstorable,
     Writer,
 )
-from protocol.conditions import Conditions
 from protocol.fields import BlobRef
-from protocol.messages import DeviceStatus
 
 
 class SqlRepository:
@@ -153,7 +147,9 @@ class SqlRepository:
             raise StorageUnavailable(reason(error)) from error
 
 
-class _Reader(AccessReader, EnrolmentReader, NoiseReader, OptimizerReader, RolloutReader, SelectionReader):
+class _Reader(
+    AccessReader, DeviceReader, EnrolmentReader, NoiseReader, OptimizerReader, RolloutReader, SelectionReader
+):
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
 
@@ -162,30 +158,6 @@ class _Reader(AccessReader, EnrolmentReader, NoiseReader, OptimizerReader, Rollo
 
     def _all(self, query: Select[Any]) -> list[Row[Any]]:
         return list(self._connection.execute(query))
-
-    def device(self, device_id: str) -> Device | None:
-        row = self._one(select(s.devices).where(s.devices.c.device_id == device_id))
-        return None if row is None else _device(row)
-
-    def devices(self) -> tuple[Device, ...]:
-        return tuple(_device(row) for row in self._all(select(s.devices).order_by(s.devices.c.device_id)))
-
-    def fleet_size(self) -> FleetSize:
-        online, excluded = (
-            func.count(case((condition, 1)))
-            for condition in (s.devices.c.online, s.devices.c.excluded.is_not(None))
-        )
-        row = self._connection.execute(select(func.count(), online, excluded).select_from(s.devices)).one()
-        return FleetSize(*row)
-
-    def devices_page(self, which: DeviceFilter, *, after: str, limit: int) -> tuple[Device, ...]:
-        query = select(s.devices).where(s.devices.c.device_id > after)
-        query = fitting(query, which)
-        return tuple(_device(row) for row in self._all(query.order_by(s.devices.c.device_id).limit(limit)))
-
-    def count_devices(self, which: DeviceFilter) -> int:
-        query = fitting(select(func.count()).select_from(s.devices), which)
-        return int(self._connection.execute(query).scalar_one())
 
     def version(self, model: str, version: int) -> Version | None:
         row = self._one(
@@ -309,7 +281,14 @@ class _Reader(AccessReader, EnrolmentReader, NoiseReader, OptimizerReader, Rollo
 
 
 class _Writer(
-    _Reader, AccessWriter, EnrolmentWriter, NoiseWriter, OptimizerWriter, RolloutWriter, SelectionWriter
+    _Reader,
+    AccessWriter,
+    DeviceWriter,
+    EnrolmentWriter,
+    NoiseWriter,
+    OptimizerWriter,
+    RolloutWriter,
+    SelectionWriter,
 ):
     ended_round = False
     """Whether a round's secrets were erased in this transaction."""
@@ -329,36 +308,6 @@ class _Writer(
         query = select(s.rounds.c.status).where(s.rounds.c.round_id == round_id)
         if self._connection.scalars(query).one_or_none() != "running":
             raise NotFound(f"no round {round_id} is running")
-
-    def add_device(self, device: Device) -> None:
-        written = {
-            "models": json.dumps(dict(device.models)),
-            "labels": json.dumps(device.labels),
-            "conditions": _written(device.conditions),
-            "failures": failures_text(device.failures),
-        }
-        self._insert(s.devices, **(vars(device) | written))
-
-    def replace_certificate(self, device_id: str, certificate: bytes) -> None:
-        statement = update(s.devices).where(s.devices.c.device_id == device_id)
-        self._change(statement.values(certificate=certificate), f"no device {device_id}")
-
-    def set_exclusion(self, device_id: str, reason: str | None) -> None:
-        statement = update(s.devices).where(s.devices.c.device_id == device_id)
-        self._change(statement.values(excluded=reason), f"no device {device_id}")
-
-    def set_labels(self, device_id: str, labels: tuple[str, ...]) -> None:
-        statement = update(s.devices).where(s.devices.c.device_id == device_id)
-        self._change(statement.values(labels=json.dumps(labels)), f"no device {device_id}")
-
-    def note_status(self, device_id: str, status: DeviceStatus, at: float) -> None:
-        values: dict[str, object] = {"online": status.online, "last_seen": at}
-        if status.online:
-            values |= {"client_version": status.client_version, "runtime": status.runtime}
-            values |= {"models": json.dumps(status.models)}
-            values |= {"conditions": _written(status.conditions)}
-            values |= {"failures": failures_text(status.failures)}
-        self._connection.execute(update(s.devices).where(s.devices.c.device_id == device_id).values(**values))
 
     def add_version(self, version: Version) -> None:
         self._insert(s.versions, **vars(version))
@@ -456,22 +405,8 @@ class _Writer(
         self._insert(s.inputs, round_id=round_id, device_id=device_id, sha256=sha256)
 
 
-def _written(conditions: Conditions) -> str:
-    return conditions.model_dump_json(exclude_none=True)
-
-
 def _without_seq(row: Row[Any]) -> dict[str, Any]:
     return {name: value for name, value in row._asdict().items() if name != "seq"}
-
-
-def _device(row: Row[Any]) -> Device:
-    parsed = {
-        "models": json.loads(row.models),
-        "labels": tuple(json.loads(row.labels)),
-        "conditions": Conditions.model_validate_json(row.conditions),
-        "failures": failures_from(row.failures),
-    }
-    return Device(**(row._asdict() | parsed))
 
 
 def _round(row: Row[Any]) -> Round:

@@ -1,14 +1,136 @@
-"""Which rows of the devices' table a filter is about."""
+"""The part of the SQL repository that holds devices and what they last said of themselves.
+
+Every message of a device asks for its state, and every check-in is written down: their statements are built
+once, because building one costs more than running it.
+"""
 
 from __future__ import annotations
 
 import json
 from typing import Any
 
-from sqlalchemy import Select, or_
+from sqlalchemy import Connection, Row, Select, bindparam, case, func, insert, or_, select, update
+from sqlalchemy.exc import IntegrityError
 
 from aggregator.adapters import sql_schema as s
-from aggregator.records import DeviceFilter
+from aggregator.adapters.sql_engine import reason as reason_of
+from aggregator.adapters.sql_rollout import failures_from, failures_text
+from aggregator.records import Device, DeviceFilter, DeviceState, FleetSize
+from aggregator.repository import Conflict, NotFound
+from protocol.conditions import Conditions
+from protocol.messages import DeviceStatus
+
+_SAID = ("client_version", "runtime", "models", "conditions", "failures")
+_OF_DEVICE = s.devices.c.device_id == bindparam("of_device")
+_STATE = select(s.devices.c.state).where(_OF_DEVICE)
+_GONE = update(s.devices).where(_OF_DEVICE).values({n: bindparam(n) for n in ("online", "last_seen")})
+_BORN = _GONE.values({name: bindparam(name) for name in _SAID})
+
+
+class DeviceReader:
+    """What can be read of it; see `aggregator.repository.Reader`."""
+
+    _connection: Connection
+
+    def device(self, device_id: str) -> Device | None:
+        """One enrolled device."""
+        query = select(s.devices).where(s.devices.c.device_id == device_id)
+        row = self._connection.execute(query).one_or_none()
+        return None if row is None else _device(row)
+
+    def device_state(self, device_id: str) -> DeviceState | None:
+        """Whether a device may be in the fleet."""
+        return self._connection.scalars(_STATE, {"of_device": device_id}).one_or_none()
+
+    def devices(self) -> tuple[Device, ...]:
+        """Every enrolled device."""
+        query = select(s.devices).order_by(s.devices.c.device_id)
+        return tuple(_device(row) for row in self._connection.execute(query))
+
+    def fleet_size(self) -> FleetSize:
+        """How many devices there are."""
+        online, excluded = (
+            func.count(case((condition, 1)))
+            for condition in (s.devices.c.online, s.devices.c.excluded.is_not(None))
+        )
+        row = self._connection.execute(select(func.count(), online, excluded).select_from(s.devices)).one()
+        return FleetSize(*row)
+
+    def devices_page(self, which: DeviceFilter, *, after: str, limit: int) -> tuple[Device, ...]:
+        """Some devices that fit."""
+        query = fitting(select(s.devices).where(s.devices.c.device_id > after), which)
+        rows = self._connection.execute(query.order_by(s.devices.c.device_id).limit(limit))
+        return tuple(_device(row) for row in rows)
+
+    def count_devices(self, which: DeviceFilter) -> int:
+        """How many fit."""
+        query = fitting(select(func.count()).select_from(s.devices), which)
+        return int(self._connection.execute(query).scalar_one())
+
+
+class DeviceWriter(DeviceReader):
+    """What can be changed; see `aggregator.repository.Writer`."""
+
+    def add_device(self, device: Device) -> None:
+        """Enrols a device."""
+        written = {
+            "models": json.dumps(dict(device.models)),
+            "labels": json.dumps(device.labels),
+            "conditions": _written(device.conditions),
+            "failures": failures_text(device.failures),
+        }
+        try:
+            self._connection.execute(insert(s.devices).values(**(vars(device) | written)))
+        except IntegrityError as error:
+            raise Conflict(f"devices: {reason_of(error)}") from error
+
+    def replace_certificate(self, device_id: str, certificate: bytes) -> None:
+        """Records a new certificate."""
+        self._set(device_id, certificate=certificate)
+
+    def set_exclusion(self, device_id: str, reason: str | None) -> None:
+        """Excludes a device from selection, or takes it back in."""
+        self._set(device_id, excluded=reason)
+
+    def set_labels(self, device_id: str, labels: tuple[str, ...]) -> None:
+        """Replaces the labels of a device."""
+        self._set(device_id, labels=json.dumps(labels))
+
+    def note_status(self, device_id: str, status: DeviceStatus, at: float) -> None:
+        """Records a birth or a will."""
+        values = {"of_device": device_id, "online": status.online, "last_seen": at}
+        if not status.online:
+            self._connection.execute(_GONE, values)
+            return
+        said = {
+            "client_version": status.client_version,
+            "runtime": status.runtime,
+            "models": json.dumps(status.models),
+            "conditions": _written(status.conditions),
+            "failures": failures_text(status.failures),
+        }
+        self._connection.execute(_BORN, values | said)
+
+    def _set(self, device_id: str, **values: object) -> None:
+        changed = self._connection.execute(
+            update(s.devices).where(s.devices.c.device_id == device_id).values(**values)
+        )
+        if changed.rowcount == 0:
+            raise NotFound(f"no device {device_id}")
+
+
+def _written(conditions: Conditions) -> str:
+    return conditions.model_dump_json(exclude_none=True)
+
+
+def _device(row: Row[Any]) -> Device:
+    parsed = {
+        "models": json.loads(row.models),
+        "labels": tuple(json.loads(row.labels)),
+        "conditions": Conditions.model_validate_json(row.conditions),
+        "failures": failures_from(row.failures),
+    }
+    return Device(**(row._asdict() | parsed))
 
 
 def fitting(query: Select[Any], which: DeviceFilter) -> Select[Any]:

@@ -273,6 +273,16 @@ def test_the_size_of_the_fleet(repository: Repository) -> None:
         assert reader.fleet_size() == FleetSize(enrolled=3, online=2, excluded=1)
 
 
+def test_the_state_of_a_device(repository: Repository) -> None:
+    with repository.write() as writer:
+        assert writer.device_state(DEVICE.device_id) is None
+        writer.add_device(DEVICE)
+        assert writer.device_state(DEVICE.device_id) == "active"
+        writer.set_device_state(DEVICE.device_id, "revoked")
+    with repository.read() as reader:
+        assert reader.device_state(DEVICE.device_id) == "revoked"
+
+
 def test_a_device_is_enrolled_once(repository: Repository) -> None:
     with repository.write() as writer:
         writer.add_device(DEVICE)
