@@ -53,9 +53,11 @@ def times(ratio: float | None) -> str:
     return "" if ratio is None else f"{ratio:.2f}x" if ratio < 10 else f"{ratio:,.0f}x"
 
 
-def cases_table(outcomes: Sequence[Outcome]) -> Table:
-    """One line a case."""
-    table = Table(title="Secure aggregation, CPU ms (one thread)", header_style="bold")
+def cases_table(outcomes: Sequence[Outcome], *, warm: bool) -> Table:
+    """One line a case: of devices that never met, or with the certificates of an earlier round."""
+    which = "certificates known from an earlier round" if warm else "every certificate is new"
+    of = "_warm" if warm else ""
+    table = Table(title=f"Secure aggregation, CPU ms (one thread): {which}", header_style="bold")
     for column in (
         "n",
         "d",
@@ -76,12 +78,12 @@ def cases_table(outcomes: Sequence[Outcome]) -> Table:
             f"{case.n:,}",
             f"{case.d:,}",
             row["graph"],
-            milliseconds(row["client_cpu_s"]),
-            times(row["client_over_floor"]),
-            times(row["client_speedup_vs_flower"]),
-            milliseconds(row["server_cpu_s"]),
-            times(row["server_over_floor"]),
-            times(row["server_speedup_vs_flower"]),
+            milliseconds(row[f"client{of}_cpu_s"]),
+            times(row[f"client{of}_over_floor"]),
+            times(row[f"client{of}_speedup_vs_flower"]),
+            milliseconds(row[f"server{of}_cpu_s"]),
+            times(row[f"server{of}_over_floor"]),
+            times(row[f"server{of}_speedup_vs_flower"]),
             f"{row['server_peak_bytes'] / 2**20:,.0f} MiB",
             f"{row['upload_bytes'] / 1e6:,.2f} MB",
         )
@@ -104,10 +106,9 @@ def parts_table(outcomes: Sequence[Outcome], side: str) -> Table:
     table.add_section()
     floors = [o.client_floor_s if side == "client" else o.server_floor_s for o in outcomes]
     table.add_row("floor", *(milliseconds(seconds) for seconds in floors))
-    if side == "client":
-        saved = [o.warm_saving_s for o in outcomes]
-        table.add_row("less, with certificates of an earlier round", *(milliseconds(s) for s in saved))
-    else:
+    saved = [o.warm_saving_s if side == "client" else o.server.warm_saving_s for o in outcomes]
+    table.add_row("less, with certificates of an earlier round", *(milliseconds(s) for s in saved))
+    if side == "server":
         walls = [o.server.parallel_wall_s for o in outcomes]
         table.add_row(f"remove masks, wall time in 2 processes, {cores()} cores", *map(milliseconds, walls))
     return table
@@ -194,7 +195,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 )
             )
             bar.remove_task(task)
-    console.print(cases_table(outcomes))
+    for warm in (False, True):
+        console.print(cases_table(outcomes, warm=warm))
     for side in ("client", "server"):
         console.print(parts_table(outcomes, side))
     console.print(energy_table(outcomes))

@@ -110,6 +110,7 @@ class Outcome:
         """The keys that reports and dashboards read; null where not run."""
         case, graph = self.case, self.case.graph
         client, server = self.client.cpu_s, self.server.cpu_s
+        client_warm, server_warm = client - self.warm_saving_s, server - self.server.warm_saving_s
         shape = "complete" if graph.complete else f"k={graph.degree}"
         return {
             "n": case.n,
@@ -124,6 +125,13 @@ class Outcome:
             "server_speedup_vs_flower": self.flower_server_s and self.flower_server_s / server,
             "server_peak_bytes": self.server.peak_bytes,
             "upload_bytes": self.upload_bytes,
+            # As devices and the service remember certificates: of a second round with the same devices.
+            "client_warm_cpu_s": client_warm,
+            "server_warm_cpu_s": server_warm,
+            "client_warm_over_floor": client_warm / self.client_floor_s,
+            "server_warm_over_floor": server_warm / self.server_floor_s,
+            "client_warm_speedup_vs_flower": self.flower_client_s and self.flower_client_s / client_warm,
+            "server_warm_speedup_vs_flower": self.flower_server_s and self.flower_server_s / server_warm,
         }
 
 

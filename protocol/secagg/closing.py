@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable
 
 from protocol.errors import IllegalEvent
-from protocol.messages import RosterEntry
+from protocol.messages import RosterEntry, SignedBy
 from protocol.secagg import roster as rosters
 from protocol.secagg.blame import dealt_wrongly, liars
 from protocol.secagg.graph import all_neighbours
@@ -127,7 +127,7 @@ def _close_checking(state: Checking) -> ServerState:
         state.cohort,
         state.sharers,
         state.survivors,
-        dict(state.signatures),
+        {peer: SignedBy(peer=peer, signature=signature) for peer, signature in state.signatures.items()},
         state.survivors_hash,
         GrowingMap(),
         state.left & signers,

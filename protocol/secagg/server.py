@@ -34,7 +34,6 @@ from protocol.messages import (
     Roster,
     ShareDelivery,
     ShareKeys,
-    SignedBy,
     SurvivorSet,
     UnmaskingShares,
     UnmaskRequest,
@@ -179,10 +178,10 @@ def _share(state: Sharing, index: int, message: ShareKeys) -> ServerState:
         return state
     if message.roster_hash != state.cohort.roster_hash:
         raise MalformedMessage("shares for another roster")
-    peers = [item.peer for item in message.shares]
-    if sorted(peers) != list(state.cohort.neighbours[index]):
+    sealed = {item.peer: item.sealed for item in message.shares}
+    if len(sealed) != len(message.shares) or tuple(sorted(sealed)) != state.cohort.neighbours[index]:
         raise MalformedMessage("shares for other clients than the neighbours")
-    sent = SharesSent(message.seed_commitment, {item.peer: item.sealed for item in message.shares})
+    sent = SharesSent(message.seed_commitment, sealed)
     return replace(state, received=state.received.with_item(index, sent))
 
 
@@ -267,10 +266,10 @@ def request(state: ServerState, device_id: str) -> Request | None:
     index = _member(state.cohort, device_id)
     round_id, cohort = state.context.round_id, state.cohort
     if isinstance(state, Sharing):
-        shown = (
-            range(cohort.graph.size) if cohort.graph.complete else sorted({*cohort.neighbours[index], index})
-        )
-        entries = tuple(cohort.members[peer].entry for peer in shown)
+        entries = cohort.entries
+        if not cohort.graph.complete:
+            shown = sorted({*cohort.neighbours[index], index})
+            entries = tuple(cohort.members[peer].entry for peer in shown)
         return Roster(round_id=round_id, size=cohort.graph.size, root=cohort.root, entries=entries)
     if isinstance(state, Collecting):
         # Validated in one call, as a cohort's deliveries hold n * k of these: 0.6 us each in place of 1.0.
@@ -283,8 +282,6 @@ def request(state: ServerState, device_id: str) -> Request | None:
     # A quorum and no more: every signature costs the client a verification.
     signers = [peer for peer in cohort.neighbours[index] if peer in state.signatures]
     others = signers[: cohort.graph.threshold - cohort.graph.complete]
-    signatures = tuple(
-        SignedBy(peer=peer, signature=state.signatures[peer])
-        for peer in sorted({*others, index} & state.signatures.keys())
-    )
+    shown = sorted({*others, index} & state.signatures.keys())
+    signatures = tuple(state.signatures[peer] for peer in shown)
     return UnmaskRequest(round_id=round_id, survivors_hash=state.survivors_hash, signatures=signatures)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
+from functools import cached_property
 
-from protocol.messages import AdvertiseKeys, RosterEntry
+from protocol.messages import AdvertiseKeys, RosterEntry, SignedBy
 from protocol.secagg.certificates import CertificateCache
 from protocol.secagg.graph import quorum
 from protocol.secagg.growing import GrowingMap
@@ -60,6 +61,11 @@ class Cohort:
     members: tuple[Member, ...]
     neighbours: tuple[tuple[int, ...], ...]
     index: Mapping[str, int]
+
+    @cached_property
+    def entries(self) -> tuple[RosterEntry, ...]:
+        """The whole roster, as everybody sees it on the complete graph."""
+        return tuple(member.entry for member in self.members)
 
     def quorum(self, index: int, present: frozenset[int]) -> bool:
         """Whether the threshold of those who hold shares of `index` is `present`."""
@@ -150,6 +156,7 @@ class Unmasking:
 
     Attributes:
         sharers: roster index -> seed commitment, of those who shared their keys.
+        signatures: by signer, as every quorum that has it shows it.
         answers: who answered -> whose secret -> its share: a survivor's of the seed, a dropout's of the key.
     """
 
@@ -157,7 +164,7 @@ class Unmasking:
     cohort: Cohort
     sharers: Mapping[int, bytes]
     survivors: frozenset[int]
-    signatures: Mapping[int, bytes]
+    signatures: Mapping[int, SignedBy]
     survivors_hash: bytes
     answers: GrowingMap[int, Mapping[int, bytes]]
     left: frozenset[int] = frozenset()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,8 @@ from benchmarks.secagg_server import CODEC, Report
 KEYS = [
     *("n", "d", "dropout", "graph", "client_cpu_s", "server_cpu_s", "client_over_floor", "server_over_floor"),
     *("client_speedup_vs_flower", "server_speedup_vs_flower", "server_peak_bytes", "upload_bytes"),
+    *("client_warm_cpu_s", "server_warm_cpu_s", "client_warm_over_floor", "server_warm_over_floor"),
+    *("client_warm_speedup_vs_flower", "server_warm_speedup_vs_flower"),
 ]
 
 
@@ -74,9 +77,18 @@ def test_ratios_leave_the_codec_out_and_absent_figures_are_null() -> None:
     assert (row["client_speedup_vs_flower"], row["server_speedup_vs_flower"]) == (10.0, None)
 
 
+def test_what_a_round_of_known_devices_takes_is_told_apart() -> None:
+    found = outcome(100, 1.0, 3.0, 2.0)
+    row = replace(found, warm_saving_s=0.5, server=replace(found.server, warm_saving_s=1.0)).to_json()
+    assert (row["client_cpu_s"], row["client_warm_cpu_s"]) == (1.0, 0.5)
+    assert (row["server_cpu_s"], row["server_warm_cpu_s"], row["server_warm_over_floor"]) == (3.0, 2.0, 1.0)
+    assert (row["client_speedup_vs_flower"], row["client_warm_speedup_vs_flower"]) == (10.0, 20.0)
+
+
 def test_the_fastest_of_two_runs_is_taken_part_by_part() -> None:
-    one, other = Report({"a": 1.0, "b": 4.0}, 10, 7, None), Report({"a": 2.0, "b": 3.0}, 20, 7, 0.5)
+    one, other = Report({"a": 1.0, "b": 4.0}, 10, 7, 0.2, None), Report({"a": 2.0, "b": 3.0}, 20, 7, 0.1, 0.5)
     both = one.fastest(other)
+    assert both.warm_saving_s == 0.1
     assert (both.parts, both.peak_bytes, both.parallel_wall_s) == ({"a": 1.0, "b": 3.0}, 20, 0.5)
 
 
