@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterable, Sequence
 from enum import StrEnum
@@ -14,6 +13,7 @@ import typer
 from aggregator import cli_enrolment_output as enrolment_output
 from aggregator import cli_output as output
 from aggregator.cli_options import Form, Json, Output, Where, seconds, service
+from aggregator.private_file import write_private
 from aggregator.refusals import OperationRefused
 from aggregator.web.enrolment_schemas import MAX_TICKET_DAYS, EnrolmentTokenRequest, NewEnrolmentToken
 
@@ -96,7 +96,7 @@ def make_tickets(
         )
     lines = [each.ticket for each in made]
     if out is not None:
-        _write_new(out, "".join(f"{line}\n" for line in lines).encode())
+        write_private(out, "".join(f"{line}\n" for line in lines).encode())
         output.line(f"{out} has {len(made)} tickets: {_span(made)}; they expire in {expires}")
     elif json or form is Form.JSON:
         output.dump(made)
@@ -148,10 +148,4 @@ def _pictures(directory: Path, made: Iterable[NewEnrolmentToken], kind: Picture)
     for each in made:
         buffer = io.BytesIO()
         segno.make_qr(each.ticket).save(buffer, kind=kind.value, scale=5)
-        _write_new(directory / f"{each.name}.{kind.value}", buffer.getvalue())
-
-
-def _write_new(path: Path, data: bytes) -> None:
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(data)
+        write_private(directory / f"{each.name}.{kind.value}", buffer.getvalue())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import count
 
@@ -129,10 +129,16 @@ class EnrolmentOperations:
 
     # --- devices come in
 
-    def enrol_by_ticket(self, request: EnrolmentRequest) -> EnrolmentBundle:
+    def enrol_by_ticket(
+        self, request: EnrolmentRequest, enrolling: Callable[[], Authority]
+    ) -> EnrolmentBundle:
         """Lets a device in that shows a token, once; the same key gets the same certificate again.
 
         Its name and labels are those that were recorded with the token.
+
+        Args:
+            request: the device's.
+            enrolling: loads the authority with the CA's key; not before it is clear that one is needed.
 
         Raises:
             TokenRefused: the token lets nobody in, or let another key in.
@@ -151,7 +157,9 @@ class EnrolmentOperations:
             known = writer.device(token.name)
             if token.used_at is not None:
                 return self._again(known, public_key)
-            device = self._issue(writer, request.request, known, token.name, token.replaces, token_id)
+            device = self._issue(
+                writer, enrolling(), request.request, known, token.name, token.replaces, token_id
+            )
             writer.use_enrolment_token(token_id, key, now)
             if token.labels:
                 writer.set_labels(device.device_id, token.labels)
@@ -169,7 +177,8 @@ class EnrolmentOperations:
         """
         asked = name or requested_name(request)
         with self.repository.write() as writer:
-            device = self._issue(writer, request, writer.device(asked), name, False, None)
+            known = writer.device(asked)
+            device = self._issue(writer, self.authority, request, known, name, False, None)
         return self.authority.bundle(device, self.doorway.broker)
 
     def certificates(self, device_id: str) -> tuple[IssuedCertificate, ...]:
@@ -193,6 +202,7 @@ class EnrolmentOperations:
     def _issue(
         self,
         writer: Writer,
+        authority: Authority,
         request: bytes,
         known: Device | None,
         name: str | None,
@@ -200,7 +210,7 @@ class EnrolmentOperations:
         token_id: str | None,
     ) -> Device:
         now = self.clock.moment().unix
-        issued = self.authority.enrol(
+        issued = authority.enrol(
             request, known, name=name, now=now, serial=secrets.randbits(120) | 1, replaces=replaces
         )
         device = replace(issued, token_id=token_id)

@@ -12,6 +12,7 @@ from models.manifest import InvalidManifest, ModelManifest
 from protocol import transcript
 from protocol.codec import decode_from_device, decode_to_device, encode
 from protocol.dp.parameters import PrivacyMode, PrivacyParameters
+from protocol.enrolment import EnrolmentAnswer, EnrolmentRequest, EnrolmentTicket
 from protocol.errors import BadSignature, IllegalEvent, MalformedMessage, ProtocolError
 from protocol.identity import create_request, open_request, verify_certificate
 from protocol.messages import Roster, ShareDelivery, SurvivorSet, UnmaskRequest
@@ -95,6 +96,18 @@ def keys(data: bytes) -> None:
         agree(entropy("fuzz"), public, purpose="fuzz", context=b"")
 
 
+def enrolments(data: bytes) -> None:
+    """Parses tickets, and what a device and the API say to each other about one."""
+    with contextlib.suppress(MalformedMessage):
+        ticket = EnrolmentTicket.from_text(data.decode(errors="replace"))
+        assert EnrolmentTicket.from_text(ticket.to_text()) == ticket, "a ticket changes on its way"
+        assert all(ticket.address), "a ticket leads nowhere"
+    with contextlib.suppress(MalformedMessage):
+        EnrolmentRequest.from_bytes(data)
+    with contextlib.suppress(MalformedMessage, BadSignature):
+        EnrolmentAnswer.from_bytes(data).bundle.verify(now=NOW)
+
+
 def the_server(data: bytes) -> None:
     """Hands a device's message to the server in each of its phases; what it asks next must be sayable."""
     try:
@@ -146,6 +159,7 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
     "frames": frames,
     "documents": documents,
     "keys": keys,
+    "enrolments": enrolments,
     "server": the_server,
     "client": the_client,
     "planted": planted,
@@ -184,6 +198,11 @@ def seeds(target: str) -> Iterator[bytes]:
     """What real devices and a real server say, to begin with."""
     if target == "documents":
         yield from _documents()
+    if target == "enrolments":
+        token, request = f"{'0' * 12}_{'1' * 64}", create_request(identity(VICTIM), VICTIM)
+        yield EnrolmentRequest(token=token, request=request).model_dump_json().encode()
+        ticket = EnrolmentTicket(url="https://[::1]:8443", name=VICTIM, token=token, trust_sha256="2" * 64)
+        yield ticket.to_text().encode()
     if target in ("frames", "server"):
         yield from ROUND.up
     if target in ("frames", "client"):

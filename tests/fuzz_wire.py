@@ -8,6 +8,7 @@ seconds. The targets:
     frames    frames of both directions: parsed, and what parsed is encoded and parsed again
     documents plans, model manifests and transcript records
     keys      certificates, signing requests and public keys
+    enrolments tickets, enrolment requests and answers
     server    frames of devices, in every phase of the server's machine
     client    frames to a device, in every phase of the client's machine
 
@@ -32,7 +33,7 @@ import numpy as np
 MEMORY_MIB = 512
 MAX_INPUT_BYTES = 64 * 1024
 SECONDS = 60
-NAMES = ("frames", "documents", "keys", "server", "client")
+NAMES = ("frames", "documents", "keys", "enrolments", "server", "client")
 
 
 def mutate(data: bytes, limit: int, seed: int, *, framed: bool) -> bytes:

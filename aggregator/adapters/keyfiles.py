@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from cryptography.exceptions import UnsupportedAlgorithm
@@ -15,6 +14,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 
 from aggregator.fleet.authority import Authority
+from aggregator.private_file import write_private
 
 _CA_KEY = "ca-key.pem"
 _OPERATOR_KEY = "operator-key.pem"
@@ -34,9 +34,9 @@ def save(authority: Authority, directory: Path) -> None:
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     directory.chmod(0o700)
     if authority.ca_key is not None:
-        _write_new(directory / _CA_KEY, _pem(authority.ca_key))
-    _write_new(directory / _OPERATOR_KEY, _pem(authority.operator_key))
-    _write_new(directory / _CA, authority.ca)
+        write_private(directory / _CA_KEY, _pem(authority.ca_key))
+    write_private(directory / _OPERATOR_KEY, _pem(authority.operator_key))
+    write_private(directory / _CA, authority.ca)
 
 
 def load(directory: Path, ca_key: Path | None = None) -> Authority:
@@ -88,12 +88,3 @@ def _read(path: Path) -> Ed25519PrivateKey | None:
 
 def _pem(key: Ed25519PrivateKey) -> bytes:
     return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
-
-
-def _write_new(path: Path, data: bytes) -> None:
-    # The mode is given at creation: there is no moment at which others could open the file.
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())

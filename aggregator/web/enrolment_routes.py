@@ -144,10 +144,10 @@ def _enrol(request: Request, wanted: EnrolmentRequest) -> EnrolmentAnswer:
         target="" if record is None else record.name,
     )
     audited = AuditedRepository(context.operator.repository, entry, context.operator.clock)
-    # The CA's key is read for this one certificate: what faces the network keeps none.
-    operator = replace(context.operator, repository=audited, authority=context.enrolling())
+    operator = replace(context.operator, repository=audited)
     try:
-        bundle = operator.enrol_by_ticket(wanted)
+        # The CA's key is read for this one certificate: what faces the network keeps none.
+        bundle = operator.enrol_by_ticket(wanted, context.enrolling)
     except CaOffline:
         raise
     except (TokenRefused, EnrolmentRefused) as error:

@@ -21,6 +21,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID
 from aggregator.access.roles import Role
 from aggregator.adapters import keyfiles
 from aggregator.client import ApiError
+from aggregator.fleet.authority import Authority
 from aggregator.web.enrolment_schemas import EnrolmentTokenRequest, NewEnrolmentToken
 from aggregator.web.limit_settings import Limits
 from protocol.enrolment import ENROLMENTS_PATH, TRUST_PATH, EnrolmentAnswer, EnrolmentRequest, EnrolmentTicket
@@ -209,6 +210,22 @@ def test_while_the_key_of_the_ca_is_away_nobody_is_enrolled_and_tickets_stay_goo
         assert ask(bench, made, key).json()["bundle"] == answer.json()["bundle"]
 
 
+def test_the_key_of_the_ca_is_not_read_for_who_has_no_ticket(bench: Api) -> None:
+    read: list[int] = []
+    inner = bench.context.enrolling
+
+    def enrolling() -> Authority:
+        read.append(1)
+        return inner()
+
+    object.__setattr__(bench.context, "enrolling", enrolling)
+    (made,) = tickets(bench)
+    forged = made.model_copy(update={"ticket": made.ticket.replace(made.token, "0" * 12)})
+    assert code(ask(bench, forged, Ed25519PrivateKey.generate())) == "token-unknown" and not read
+    assert ask(bench, made, Ed25519PrivateKey.generate()).status_code == 201 and read
+    assert code(ask(bench, made, Ed25519PrivateKey.generate())) == "token-used" and len(read) == 1
+
+
 def test_the_key_of_the_ca_may_lie_elsewhere(bench: Api, tmp_path: Path) -> None:
     (tmp_path / "stick").mkdir()
     elsewhere = tmp_path / "stick" / "ca-key.pem"
@@ -252,6 +269,7 @@ def test_a_new_device_takes_the_place_of_an_enrolled_one_only_when_the_operator_
     assert ask(bench, made, old).status_code == 201
     with pytest.raises(ApiError, match="--replace"):
         tickets(bench, name="barn-1")
+    bench.clock.now += 60
     (new,) = tickets(bench, name="barn-1", replaces=True)
     key = Ed25519PrivateKey.generate()
     assert ask(bench, new, key).status_code == 201

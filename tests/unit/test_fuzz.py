@@ -26,7 +26,14 @@ def fuzz(directory: Path, target: str, *options: str) -> subprocess.CompletedPro
 
 @pytest.mark.parametrize(
     ("target", "runs"),
-    [("frames", 4000), ("documents", 4000), ("keys", 4000), ("server", 600), ("client", 300)],
+    [
+        ("frames", 4000),
+        ("documents", 4000),
+        ("keys", 4000),
+        ("enrolments", 4000),
+        ("server", 600),
+        ("client", 300),
+    ],
 )
 def test_whatever_comes_only_typed_errors_come_of_it(tmp_path: Path, target: str, runs: int) -> None:
     done = fuzz(tmp_path, target, f"-runs={runs}", "-seed=1")
