@@ -11,7 +11,7 @@ from edge_client.adapters.tflite import Interpreter
 from models import graph_file
 
 FILE = Path(__file__).parents[1] / "vectors" / "gradients-v1.npz"
-NAMES = ("convolutions", "pooling", "normalisation", "recurrence", "words")
+NAMES = ("convolutions", "separable", "pooling", "normalisation", "recurrence", "words")
 
 
 @pytest.mark.parametrize("name", NAMES)

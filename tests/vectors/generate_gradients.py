@@ -29,6 +29,15 @@ MODELS: dict[str, tuple[tuple[int, ...], Any]] = {
             layers.Flatten(),
         ],
     ),
+    "separable": (
+        (7, 5, 2),
+        lambda: [
+            layers.SeparableConv2D(6, 3, padding="same"),
+            layers.GroupNormalization(3),
+            layers.DepthwiseConv2D((2, 3), dilation_rate=2, padding="same", activation="relu"),
+            layers.GlobalAveragePooling2D(),
+        ],
+    ),
     "pooling": (
         (9, 8, 2),
         lambda: [
