@@ -38,10 +38,10 @@ def inputs(manifest: dict[str, Any]) -> tuple[Any, Any]:
 
 def small_step(directory: Path, manifest: dict[str, Any], threads: int) -> tuple[str, Step]:
     """A call of the exported graph, loaded as the device loads it."""
-    from edge_client.adapters.tflite import Interpreter
+    from edge_client.adapters.tflite import Interpreter, open_interpreter
 
-    interpreter = Interpreter(model_content=(directory / "model.tflite").read_bytes(), num_threads=threads)
-    interpreter.allocate_tensors()
+    graph = (directory / "model.tflite").read_bytes()
+    interpreter = open_interpreter(graph, threads)
     weights = np.frombuffer((directory / "weights.bin").read_bytes(), "<f4").astype(np.float32)
     interpreter.get_signature_runner("set_weights")(weights=weights)
     train = interpreter.get_signature_runner("train")

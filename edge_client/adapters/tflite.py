@@ -39,6 +39,29 @@ PREDICTION_BATCH = 32
 """Examples in one call of the graph: 256 are no faster, and cost 2 MiB more in the watch model."""
 
 
+def open_interpreter(graph: bytes, threads: int = 1) -> Interpreter:
+    """Load a graph, with XNNPACK for all its entry points.
+
+    In tflite-runtime several threads work for XNNPACK alone. The runtime's own matrix products would have a
+    pool of their own, and both wait for work by spinning: with a thread for every core they keep the cores
+    from each other, and a step takes up to a hundred times as long.
+
+    Args:
+        graph: bytes of a `.tflite` file, which must outlive the interpreter: it keeps a pointer into them.
+        threads: at most as many as cores are free. More than one seldom pay for models of a device's size.
+
+    Raises:
+        ValueError, RuntimeError: the runtime cannot load it.
+    """
+    interpreter = Interpreter(model_content=graph, num_threads=threads)
+    # Entry points of tflite-runtime alone never get XNNPACK: this gives it to all of them.
+    interpreter.allocate_tensors()
+    if threads > 1 and Interpreter.__module__.startswith("tflite_runtime"):
+        # XNNPACK has its threads by now, and keeps them.
+        interpreter._interpreter.SetNumThreads(1)
+    return interpreter
+
+
 class TfliteTrainer:
     """A `LocalTrainer` over one exported graph.
 
@@ -63,8 +86,7 @@ class TfliteTrainer:
         Args:
             manifest: the (verified) manifest of the model.
             graph: bytes of the `.tflite` file.
-            threads: of the interpreter. One: with more, those of tflite-runtime wait by spinning, and on a
-                busy machine a step takes over fifty times as long.
+            threads: as in `open_interpreter`.
             between: called before each call of the graph; what it raises ends what was asked for.
 
         Raises:
@@ -77,9 +99,7 @@ class TfliteTrainer:
         try:
             # The interpreter keeps a pointer into these bytes.
             self._graph = graph
-            self._interpreter = Interpreter(model_content=graph, num_threads=threads)
-            # Entry points of tflite-runtime alone never get XNNPACK: this gives it to all of them.
-            self._interpreter.allocate_tensors()
+            self._interpreter = open_interpreter(graph, threads)
             _check_signatures(manifest, self._interpreter.get_signature_list())
             self._run: dict[str, Any] = {
                 signature.name: self._interpreter.get_signature_runner(signature.name)

@@ -3,6 +3,9 @@
 # ruff: noqa: E402  the import of TensorFlow comes first: it may skip the file
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -46,6 +49,38 @@ def inputs(count: int, seed: int = 0) -> NDArray[np.float32]:
 
 def trained(trainer: TfliteTrainer, made: ExportedModel, examples: Examples, config: TrainingConfig) -> Any:
     return trainer.train(made.weights, examples, config, np.random.default_rng(9)).delta
+
+
+THREADS = """
+import os, sys
+from pathlib import Path
+import numpy as np
+from edge_client.adapters.tflite import TfliteTrainer
+from edge_client.training import Examples, TrainingConfig
+from models.manifest import ModelManifest
+
+here = Path(sys.argv[1])
+manifest = ModelManifest.from_bytes((here / "manifest.json").read_bytes())
+weights = np.frombuffer((here / "weights.bin").read_bytes(), np.float32)
+examples = Examples("some", np.ones((4, 5), np.float32), np.arange(4, dtype=np.int32) % 3)
+for threads in (1, 2):
+    before = len(os.listdir("/proc/self/task"))
+    trainer = TfliteTrainer(manifest, (here / "model.tflite").read_bytes(), threads=threads)
+    delta = trainer.train(weights, examples, TrainingConfig(2, 0.05), np.random.default_rng(9)).delta
+    print(len(os.listdir("/proc/self/task")) - before, float(np.square(delta).sum()))
+"""
+
+
+def test_a_second_thread_is_one_and_changes_nothing(tmp_path: Path) -> None:
+    """Another pool of threads, which waits by spinning too, would take the cores from the first."""
+    _, exported, _ = made(3, 3, layers.Dense(512, name="wide"), layers.Dense(512, name="wider"))
+    exported.write(tmp_path)
+    command = [sys.executable, "-c", THREADS, str(tmp_path)]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert run.returncode == 0, run.stderr
+    alone, two = (line.split() for line in run.stdout.splitlines())
+    assert (alone[0], two[0]) == ("0", "1")
+    assert float(two[1]) == pytest.approx(float(alone[1]), rel=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["momentum", "adam"])
