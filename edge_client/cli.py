@@ -86,6 +86,19 @@ def parser() -> argparse.ArgumentParser:
         "--input", type=Path, required=True, metavar="FILE.npy", help="one example or an array of them, raw"
     )
     predict.add_argument("--model", help="which model, when this device has several")
+    predict.add_argument(
+        "--socket",
+        type=Path,
+        metavar="PATH",
+        help="ask the client that runs, at its socket (default: read the state directory)",
+    )
+    predict.add_argument(
+        "--repeat",
+        type=int,
+        default=1,
+        metavar="N",
+        help="ask N times more, and say how long an answer takes",
+    )
     predict.add_argument("--json", action="store_true", help="print JSON")
 
     _add_personalise(commands)
@@ -142,7 +155,7 @@ def _add_personalise(commands: Any) -> None:
         "--data",
         type=Path,
         metavar="DIR",
-        help="NPZ files in the order of time, as for run (default: [[data]] in edge.toml)",
+        help="NPZ files in the order of time, as for run; not used where edge.toml has [[data]]",
     )
     _add_config(personalise)
     personalise.add_argument("--model", help="which model, when this device has several")
@@ -229,7 +242,7 @@ def _add_run(commands: Any) -> None:
         "--data",
         type=Path,
         metavar="DIR",
-        help="NPZ files with x (float32) and y (int32) (default: [[data]] in edge.toml)",
+        help="NPZ files with x (float32) and y (int32); not used where edge.toml has [[data]]",
     )
     _add_config(run)
     run.add_argument(

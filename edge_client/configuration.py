@@ -8,8 +8,9 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from protocol.broker_address import BrokerAddress, InvalidAddress
 from protocol.fields import Slug
 
 MAX_CONFIGURATION_BYTES = 65_536
@@ -113,11 +114,72 @@ class ConditionLimits(Section):
     tell: bool = True
 
 
+class BrokerSettings(Section):
+    """How to reach the owner's broker.
+
+    Attributes:
+        broker: mqtts://HOST[:PORT], or mqtt:// on this machine.
+        insecure: allow mqtt:// to another machine, in the clear.
+        username: None for none.
+        password_file: holds the password in its first line.
+        ca: the certificate authority of the broker, PEM; the system's by default.
+    """
+
+    broker: Annotated[str, Field(min_length=1, max_length=300)]
+    insecure: bool = False
+    username: Annotated[str, Field(min_length=1, max_length=256)] | None = None
+    password_file: Annotated[str, Field(pattern=r"^/")] | None = None
+    ca: Annotated[str, Field(pattern=r"^/")] | None = None
+
+    @model_validator(mode="after")
+    def _reachable(self) -> Self:
+        try:
+            self.address()
+        except InvalidAddress as error:
+            raise ValueError(str(error)) from error
+        if self.password_file is not None and self.username is None:
+            raise ValueError("password_file needs a username")
+        return self
+
+    def address(self) -> BrokerAddress:
+        """The address, checked.
+
+        Raises:
+            InvalidAddress: it is none, or would send everything in the clear.
+        """
+        return BrokerAddress.parse(self.broker, insecure=self.insecure)
+
+
+class PredictMqtt(BrokerSettings):
+    """The `[predict.mqtt]` table: answers at the owner's own broker.
+
+    Attributes:
+        topic: requests come on `<topic>/request`, answers go out on `<topic>/answer`.
+    """
+
+    topic: Annotated[str, Field(pattern=r"^[^#+\x00]{1,200}$")]
+
+
+class PredictSettings(Section):
+    """The `[predict]` table: whom the client answers while it runs; nobody by default.
+
+    Attributes:
+        socket: path of a Unix socket; None for none.
+        group: who may ask there; the client's own group by default.
+        mqtt: None for none.
+    """
+
+    socket: Annotated[str, Field(pattern=r"^/", max_length=100)] | None = None
+    group: Annotated[str, Field(min_length=1, max_length=64)] | None = None
+    mqtt: PredictMqtt | None = None
+
+
 class EdgeConfiguration(Section):
     """The whole of `edge.toml`; every table may be left out."""
 
     data: Annotated[tuple[DataTable, ...], Field(strict=False, max_length=MAX_DATA_TABLES)] = ()
     conditions: ConditionLimits = ConditionLimits()
+    predict: PredictSettings | None = None
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Self:

@@ -23,6 +23,7 @@ from edge_client.adapters import memory
 
 if TYPE_CHECKING:
     from edge_client.adapters.files import Lock
+    from edge_client.adapters.serving import PredictionServers
     from edge_client.configuration import EdgeConfiguration
     from edge_client.fields import FieldSource
     from edge_client.policy import DevicePolicy
@@ -251,6 +252,7 @@ def _run(options: argparse.Namespace) -> None:
     gate = Gate(limits.patience_seconds)
     link = MqttLink(LinkSettings(profile.device_id, address, tls, options.mqtt_version), sink=inbox.from_link)
     uses = VersionUses(options.state)
+    servers = _prediction_servers(options)
     with DeviceStore.open(options.state) as store, uses.armed():
         worker = Worker(store.blobs, data, fields, inbox.put, gate=gate, uses=uses)
         daemon = Daemon(
@@ -269,26 +271,42 @@ def _run(options: argparse.Namespace) -> None:
             notifier=Notifier(),
         )
         logging.getLogger("covey.edge").info("started device=%s broker=%s", profile.device_id, address)
-        daemon.run()
+        if servers is not None:
+            servers.start()
+        try:
+            daemon.run()
+        finally:
+            if servers is not None:
+                servers.stop()
     lock.release()
     logging.getLogger("covey.edge").info("stopped device=%s", profile.device_id)
 
 
 def _data(options: argparse.Namespace) -> DataSource:
-    """Where this device's examples come from: --data, else the tables of edge.toml."""
+    """Where this device's examples come from: edge.toml, else --data, which a unit always sets."""
     from edge_client.adapters.credentials import CONFIGURATION
 
-    if options.data is not None:
-        from edge_client.adapters.data import NpzDirectory
-
-        return NpzDirectory(options.data)
     configuration = _configuration(options)
-    if not configuration.data:
+    if configuration.data:
+        from edge_client.adapters.sources import open_sources
+
+        return open_sources(configuration.data, options.state)
+    if options.data is None:
         path = options.config or options.state / CONFIGURATION
         raise CommandFailed(f"say where the examples come from: --data DIR, or a [[data]] table in {path}")
-    from edge_client.adapters.sources import open_sources
+    from edge_client.adapters.data import NpzDirectory
 
-    return open_sources(configuration.data, options.state)
+    return NpzDirectory(options.data)
+
+
+def _prediction_servers(options: argparse.Namespace) -> PredictionServers | None:
+    """Whoever answers other programs' predictions, if the owner wants that."""
+    settings = _configuration(options).predict
+    if settings is None:
+        return None
+    from edge_client.adapters.serving import PredictionServers
+
+    return PredictionServers(settings, options.state)
 
 
 def _configuration(options: argparse.Namespace) -> EdgeConfiguration:
@@ -308,9 +326,21 @@ def _status(options: argparse.Namespace) -> None:
 
 def _predict(options: argparse.Namespace) -> None:
     from edge_client import report
-    from edge_client.adapters.worker import tflite_trainer
+    from edge_client.adapters.uses import VersionUses
+    from edge_client.local import Predictor, SocketPredictor
 
-    answer = report.predict(options.state, options.input, options.model, tflite_trainer)
+    if options.repeat < 1:
+        raise CommandFailed("--repeat is at least 1", 2)
+    uses = VersionUses(options.state)
+    with contextlib.ExitStack() as stack:
+        asked: Predictor | SocketPredictor
+        if options.socket is None:
+            # What a version does to this process is written down, so that `run` takes it back.
+            stack.enter_context(uses.armed())
+            asked = stack.enter_context(contextlib.closing(Predictor(options.state, uses=uses)))
+        else:
+            asked = stack.enter_context(SocketPredictor(options.socket))
+        answer = report.predict(lambda x: asked.predict(x, options.model), options.input, options.repeat)
     cli.say(cli.as_json(answer) if options.json else report.prediction_text(answer))
 
 
@@ -482,7 +512,7 @@ def _start_logging(level: str) -> None:
 def _exit_code(error: Exception) -> int:
     from edge_client.adapters.credentials import CredentialError
     from edge_client.enrolling import TicketRefused
-    from edge_client.report import NoModel
+    from edge_client.prediction import NoModel
 
     if isinstance(error, CommandFailed):
         return error.code
@@ -501,6 +531,7 @@ def _expected() -> tuple[type[Exception], ...]:
     from edge_client.enrolling import EnrolmentFailed
     from edge_client.fields import InvalidFields
     from edge_client.policy import InvalidPolicy
+    from edge_client.prediction import PredictionFailed
     from edge_client.report import ReportError
     from edge_client.training import TrainingError
     from protocol.broker_address import InvalidAddress
@@ -514,6 +545,7 @@ def _expected() -> tuple[type[Exception], ...]:
         InvalidConfiguration,
         InvalidFields,
         InvalidPolicy,
+        PredictionFailed,
         ProtocolError,
         ReportError,
         StorageError,

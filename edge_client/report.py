@@ -5,10 +5,10 @@ from __future__ import annotations
 import datetime as dt
 import json
 import math
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from cryptography import x509
@@ -18,34 +18,27 @@ from pydantic import TypeAdapter
 from edge_client import cli
 from edge_client.adapters.blobs import Blobs
 from edge_client.adapters.credentials import POLICY, load_credentials, load_policy
-from edge_client.adapters.files import StorageError
+from edge_client.adapters.last_good import LastGood, with_version
 from edge_client.adapters.store import DATABASE, DeviceStore
 from edge_client.adapters.uses import VersionUses
-from edge_client.events import Fault, VersionStatus
+from edge_client.events import VersionStatus
 from edge_client.ledger import DAY, History, LedgerEntry
-from edge_client.library import Library
+from edge_client.local import Prediction
 from edge_client.personalisation import Personal, PersonalConfig
 from edge_client.personalisation import personalise as fine_tuned
-from edge_client.session import UNUSABLE
 from edge_client.sources import DataSource
-from edge_client.training import LocalTrainer, ModelRejected, WeightsRejected
+from edge_client.training import LocalTrainer
 from models.assignment import described
 from models.examples import InvalidExamples
 from models.manifest import ModelManifest
-from models.weights import decode_local, decode_weights, entry_vectors
 from protocol.plan import Task
 
 TrainerFactory = Callable[[ModelManifest, bytes], LocalTrainer]
-T = TypeVar("T")
 _TASK: TypeAdapter[Task] = TypeAdapter(Task)
 
 
 class ReportError(Exception):
     """A question that cannot be answered like this; the message says what to do."""
-
-
-class NoModel(ReportError):
-    """There is no version to predict with."""
 
 
 def status(state: Path, *, running: bool) -> dict[str, Any]:
@@ -237,33 +230,26 @@ def _epsilon(value: float | None) -> str:
     return "unbounded" if value is None else f"{value:.4g}"
 
 
-def predict(state: Path, path: Path, model: str | None, trainer: TrainerFactory) -> dict[str, Any]:
-    """Class probabilities for the examples in an NPY file, from the last good version or its personal form.
-
-    A version that does not run gives way to the one before; `run` is told, and serves that one from then on.
+def predict(
+    predictor: Callable[[NDArray[np.float32]], Prediction], path: Path, repeat: int = 1
+) -> dict[str, Any]:
+    """What a predictor says to the examples in an NPY file; with `repeat`, also how long that took.
 
     Raises:
-        NoModel: no version of the model is good yet.
-        ReportError: the file holds no examples, or several models could be meant.
-        TrainingError: the examples do not fit the model.
-        StorageError: the store cannot be read.
+        ReportError: the file holds no examples.
+        PredictionFailed: there is no answer.
     """
     x = _read(path)
-
-    def run(serving: _Serving) -> tuple[bool, NDArray[np.float32]]:
-        shape = serving.manifest.input.shape
-        examples = x[np.newaxis] if x.shape == shape else x
-        weights, local = serving.used()
-        made = trainer(serving.manifest, serving.graph)
-        return weights is not serving.weights, made.predict(weights, examples, local)
-
-    manifest, (personal, probabilities) = _with_version(state, model, run)
-    return {
-        "model": manifest.name,
-        "version": manifest.version,
-        "personal": personal,
-        "predictions": [prediction_of(manifest, row) for row in probabilities],
-    }
+    answer, milliseconds = predictor(x), []
+    for _ in range(repeat if repeat > 1 else 0):
+        before = time.perf_counter()
+        answer = predictor(x)
+        milliseconds.append(1000.0 * (time.perf_counter() - before))
+    found = answer.as_json()
+    if milliseconds:
+        p50, p95, p99, longest = np.percentile(milliseconds, [50, 95, 99, 100]).round(3).tolist()
+        found["latency_ms"] = {"runs": repeat, "p50": p50, "p95": p95, "p99": p99, "longest": longest}
+    return found
 
 
 def personalise(
@@ -272,8 +258,8 @@ def personalise(
     """Fine-tunes the last good version on the device's own data; keeps the result if it is better.
 
     Raises:
-        NoModel: no version of the model is good yet.
-        ReportError: there is no such data, or several models could be meant.
+        PredictionFailed: no version of the model is good yet, or several models could be meant.
+        ReportError: there is no such data.
         TrainingError: the examples do not do, or training diverged: nothing changed.
         StorageError: the store cannot be read or written, or another process personalises.
     """
@@ -281,7 +267,7 @@ def personalise(
         raise ReportError(fault.detail)
     files = Blobs(state).personal
 
-    def run(serving: _Serving) -> Personal:
+    def run(serving: LastGood) -> Personal:
         try:
             examples = source.load(serving.manifest)
         except InvalidExamples as error:
@@ -289,8 +275,9 @@ def personalise(
         made = trainer(serving.manifest, serving.graph)
         return fine_tuned(made, serving.manifest, serving.weights, serving.local, examples, config)
 
-    with files.writing():
-        _, personal = _with_version(state, model, run)
+    uses = VersionUses(state)
+    with files.writing(), uses.armed():
+        personal = with_version(state, model, uses, run)
         files.save(personal)
     return personal.record.model_dump()
 
@@ -340,21 +327,16 @@ def reset_local(state: Path, model: str | None) -> tuple[str, ...]:
         return store.forget_local(model)
 
 
-def prediction_of(manifest: ModelManifest, row: NDArray[np.float32]) -> dict[str, Any]:
-    """One example's outputs by name; only a model of classes has one label to give."""
-    outputs = {label: round(float(value), 6) for label, value in zip(manifest.labels, row, strict=True)}
-    if manifest.regression:
-        return {"values": outputs}
-    if manifest.target.shape:
-        return {"probabilities": outputs}
-    best = manifest.labels[int(row.argmax())]
-    return {"label": best, "probability": outputs[best], "probabilities": outputs}
-
-
 def prediction_text(answer: dict[str, Any]) -> str:
     """`predict` for a person."""
     head = f"{answer['model']} v{answer['version']}{', personal' if answer['personal'] else ''}"
     items = answer["predictions"]
+    if "latency_ms" in answer:
+        taken = answer["latency_ms"]
+        head += (
+            f"\nlatency over {taken['runs']} runs: median {taken['p50']:.3g} ms, 95 % {taken['p95']:.3g} ms,"
+            f" 99 % {taken['p99']:.3g} ms, longest {taken['longest']:.3g} ms"
+        )
     rows: list[tuple[str, ...]]
     if all("label" in item for item in items):
         rows = [(str(i), item["label"], f"{item['probability']:.3f}") for i, item in enumerate(items)]
@@ -372,86 +354,6 @@ def _read(path: Path) -> NDArray[np.float32]:
     if not isinstance(x, np.ndarray) or x.dtype.kind not in "fiu":
         raise ReportError(f"{path} holds no array of numbers")
     return x.astype(np.float32)
-
-
-@dataclass(frozen=True, slots=True)
-class _Serving:
-    """All that a prediction needs: the last good version, and what this device has of its own for it."""
-
-    manifest: ModelManifest
-    graph: bytes
-    weights: NDArray[np.float32]
-    local: NDArray[np.float32] | None
-    personal: Personal | None
-
-    def used(self) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
-        """Shared and local parameters that this device answers with."""
-        if self.personal is None or self.personal.weights is None:
-            return self.weights, self.local
-        vectors = entry_vectors(self.manifest, self.personal.weights)
-        return vectors["weights"], vectors.get("local")
-
-
-def _with_version(state: Path, model: str | None, run: Callable[[_Serving], T]) -> tuple[ModelManifest, T]:
-    """Does something with the version served; with the one before, when that one does not run.
-
-    Raises:
-        ModelRejected, WeightsRejected: none runs.
-    """
-    load_credentials(state)
-    uses = VersionUses(state)
-    with uses.armed():
-        while True:
-            failed = frozenset(failure.sha256 for failure in uses.found())
-            serving = _serving(state, model, failed)
-            manifest, sha256 = serving.manifest, serving.manifest.sha256()
-            try:
-                with uses.of(sha256):
-                    return manifest, run(serving)
-            except (ModelRejected, WeightsRejected) as error:
-                if sha256 in failed:
-                    raise
-                uses.failed(sha256, Fault(UNUSABLE, str(error)[:300]))
-                if all(failure.sha256 != sha256 for failure in uses.found()):
-                    raise  # a full disk: nobody would know
-
-
-def _serving(state: Path, model: str | None, failed: frozenset[str]) -> _Serving:
-    for attempt in (1, 2):
-        try:
-            return _last_good(state, model, failed)
-        except StorageError:
-            # `run` may have switched versions and deleted the old one's files in between.
-            if attempt == 2:
-                raise
-    raise AssertionError("unreachable")
-
-
-def _last_good(state: Path, model: str | None, failed: frozenset[str]) -> _Serving:
-    """The version served last, or the one before when that one `failed`; the last one when all did."""
-    load_credentials(state)
-    if not (state / DATABASE).exists():
-        raise NoModel("this device has no model yet: start `covey-edge run`")
-    with DeviceStore.open(state, read_only=True) as store:
-        good = [v.manifest for v in store.versions() if v.status is VersionStatus.GOOD]
-        names = sorted({manifest.name for manifest in good})
-        if model is None and len(names) > 1:
-            raise ReportError(f"this device has several models, choose one by --model: {', '.join(names)}")
-        chosen = [manifest for manifest in good if model in (None, manifest.name)]
-        if not chosen:
-            missing = f"no good version of {model}" if model else "no model"
-            raise NoModel(f"this device has {missing} yet: it comes while `covey-edge run` runs")
-        # In the order in which they were served: after a roll-back, the highest number is not the last one.
-        working = [manifest for manifest in chosen if manifest.sha256() not in failed]
-        manifest = (working or chosen)[-1]
-        own = Library(own={saved.model: saved for saved in store.local()}).local(manifest)
-        return _Serving(
-            manifest,
-            graph=store.blobs.read(manifest.graph),
-            weights=decode_weights(store.blobs.read(manifest.weights), manifest),
-            local=decode_local(store.blobs.read_local(own)) if own is not None else None,
-            personal=store.blobs.personal.load(manifest),
-        )
 
 
 def _time(seconds: int) -> str:

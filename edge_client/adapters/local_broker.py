@@ -6,55 +6,17 @@ import logging
 import ssl
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Any
 
 import paho.mqtt.client as paho
 from paho.mqtt.enums import CallbackAPIVersion, MQTTProtocolVersion
-from pydantic import Field, model_validator
 
-from edge_client.configuration import InvalidConfiguration, Section
-from protocol.broker_address import BrokerAddress, InvalidAddress
+from edge_client.configuration import BrokerSettings, InvalidConfiguration
 
 KEEPALIVE_SECONDS = 60
 RECONNECT_SECONDS = (1, 60)
 MAX_QUEUED_OUT = 64
 _LOG = logging.getLogger("covey.edge.local")
-
-
-class BrokerSettings(Section):
-    """How to reach the owner's broker.
-
-    Attributes:
-        broker: mqtts://HOST[:PORT], or mqtt:// on this machine.
-        insecure: allow mqtt:// to another machine, in the clear.
-        username: None for none.
-        password_file: holds the password in its first line.
-        ca: the certificate authority of the broker, PEM; the system's by default.
-    """
-
-    broker: Annotated[str, Field(min_length=1, max_length=300)]
-    insecure: bool = False
-    username: Annotated[str, Field(min_length=1, max_length=256)] | None = None
-    password_file: Annotated[str, Field(pattern=r"^/")] | None = None
-    ca: Annotated[str, Field(pattern=r"^/")] | None = None
-
-    @model_validator(mode="after")
-    def _reachable(self) -> Self:
-        try:
-            self.address()
-        except InvalidAddress as error:
-            raise ValueError(str(error)) from error
-        if self.password_file is not None and self.username is None:
-            raise ValueError("password_file needs a username")
-        return self
-
-    def address(self) -> BrokerAddress:
-        """The address, checked.
-
-        Raises:
-            InvalidAddress: it is none, or would send everything in the clear.
-        """
-        return BrokerAddress.parse(self.broker, insecure=self.insecure)
 
 
 class LocalBroker:

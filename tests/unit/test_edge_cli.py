@@ -31,6 +31,7 @@ from edge_client.events import (
     WorkFailed,
 )
 from edge_client.main import main, runtime_name
+from edge_client.prediction import prediction_of
 from edge_client.training import TrainingConfig
 from models import zoo
 from models.examples import InvalidExamples
@@ -162,14 +163,14 @@ def test_a_model_of_values_has_no_label_to_give() -> None:
     row = np.array([21.5, 0.25], np.float32)
     known = manifest()
     values = known.model_copy(update={"loss": "huber", "labels": ("degrees", "humidity")})
-    found = [report.prediction_of(values, row)]
+    found = [prediction_of(values, row)]
     answer = {"model": "m", "version": 3, "personal": False, "predictions": found}
     assert answer["predictions"] == [{"values": {"degrees": 21.5, "humidity": 0.25}}]
     assert report.prediction_text(answer).splitlines()[-1].split() == ["0", "21.500", "0.250"]
     several = known.model_copy(
         update={"labels": ("a", "b"), "target": TargetSpec(shape=(2,), dtype="float32")}
     )
-    assert report.prediction_of(several, row) == {"probabilities": {"a": 21.5, "b": 0.25}}
+    assert prediction_of(several, row) == {"probabilities": {"a": 21.5, "b": 0.25}}
 
 
 def test_versions_are_those_of_the_installed_packages() -> None:

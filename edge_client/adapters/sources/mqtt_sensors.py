@@ -15,8 +15,9 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from edge_client.adapters.local_broker import BrokerSettings, LocalBroker
+from edge_client.adapters.local_broker import LocalBroker
 from edge_client.adapters.sources.recorded import RecordedSettings, RecordedSource, Sample, SensorError
+from edge_client.configuration import BrokerSettings
 from edge_client.home_assistant import MAX_PAYLOAD_BYTES, Entity, InvalidDiscovery, entities
 
 _LOG = logging.getLogger("covey.edge.data")
