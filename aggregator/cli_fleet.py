@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from aggregator import cli_enrolment_output as enrolment_output
+from aggregator import cli_lifecycle
 from aggregator import cli_output as output
 from aggregator.adapters.keyfiles import private_key
 from aggregator.cli_enrolment import ticket_app
@@ -17,6 +18,7 @@ from protocol.plan import MODEL_KIND
 
 device_app = typer.Typer(no_args_is_help=True, help="The devices of the fleet.")
 device_app.add_typer(ticket_app, name="token")
+cli_lifecycle.register(device_app)
 model_app = typer.Typer(no_args_is_help=True, help="The models and their versions.")
 
 

@@ -215,6 +215,20 @@ class Client:
         else:
             self._call("PUT", where, json={"reason": reason})
 
+    def revoke_device(self, device_id: str, reason: str) -> schemas.Device:
+        """Takes a device's right to be in the fleet."""
+        where = f"/devices/{_part(device_id)}/revocation"
+        return self._send("PUT", where, schemas.Device, json={"reason": reason})
+
+    def retire_device(self, device_id: str) -> schemas.Device:
+        """Ends a device's time in the fleet."""
+        return self._send("PUT", f"/devices/{_part(device_id)}/retirement", schemas.Device)
+
+    def move_device(self, device_id: str, labels: tuple[str, ...]) -> schemas.Device:
+        """Gives a device labels: one with a value takes the place of the same with another value."""
+        where = f"/devices/{_part(device_id)}/place"
+        return self._send("POST", where, schemas.Device, json={"labels": labels})
+
     def label(self, device_id: str, labels: tuple[str, ...]) -> schemas.Device:
         """Replaces the labels of a device."""
         return self._send(

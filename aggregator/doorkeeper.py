@@ -81,6 +81,7 @@ class Doorkeeper:
         self._written: frozenset[str] | None = None
         self._write_at, self._writable = float("-inf"), True
         self._phase: _Reading | _Telling | _Settled | _Waiting | None = None
+        self._leaving: frozenset[str] = frozenset()
         self._sequence = 0
         self._deadline = 0.0
         self._failures = 0
@@ -98,6 +99,10 @@ class Doorkeeper:
         """Takes in that the broker is gone."""
         self._phase = None
 
+    def send_away(self, devices: frozenset[str]) -> None:
+        """Has the connections of these devices ended once; they may come back."""
+        self._leaving |= devices
+
     def tick(self, devices: frozenset[str], clock: float) -> list[Outgoing]:
         """Does what is due; returns what is to be published.
 
@@ -112,6 +117,9 @@ class Doorkeeper:
             case _Waiting(until):
                 return [] if clock < until else self._read(clock)
             case _Settled(known):
+                leaving, self._leaving = self._leaving & known & devices, frozenset()
+                if leaving:
+                    return self._tell(access.send_away(leaving), known, clock)
                 if known == devices:
                     return []
                 change = access.reconcile(access.wanted(known - devices), access.wanted(devices - known))

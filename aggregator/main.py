@@ -32,13 +32,14 @@ from aggregator.client import Client
 from aggregator.clock import SystemClock
 from aggregator.doorkeeper import Doorkeeper
 from aggregator.fleet import access
-from aggregator.fleet.authority import Authority
+from aggregator.fleet.authority import Authority, EnrolmentRefused
 from aggregator.fleet.broker import ACCESS_FILE
 from aggregator.fleet.enrolment import Doorway
 from aggregator.operations import LiveRound, Model, OperationRefused, Operator, RoundView
 from aggregator.private_file import replace_private
-from aggregator.records import Campaign, Device, Version
+from aggregator.records import Campaign, Device, IssuedCertificate, Version
 from aggregator.repository import Repository
+from aggregator.revoked_list import RevokedList
 from aggregator.service import Service
 from aggregator.settings import CampaignRequest
 from aggregator.state import (
@@ -446,6 +447,7 @@ def run(
             beside=beside,
             promotion=settings.promotion,
             doorkeeper=doorkeeper,
+            revoked_list=None if doorkeeper is None else _revoked_list(place),
             downloads=settings.downloads,
             retention=settings.keep,
         )
@@ -497,6 +499,21 @@ def _doorkeeper(place: StateDirectory) -> Doorkeeper | None:
         )
         return None
     return Doorkeeper(lambda document: replace_private(file, document))
+
+
+def _revoked_list(place: StateDirectory) -> RevokedList:
+    def write(revoked: Sequence[IssuedCertificate]) -> bool:
+        now = SystemClock().moment().unix
+        wanted = frozenset(each.serial for each in revoked if each.expires_at > now)
+        if wanted != broker_files.revoked_serials(place.broker):
+            try:
+                # The CA's key is read for this one signature: what runs on keeps none.
+                broker_files.write_revoked(place.broker, _authority(place), revoked, now=now)
+            except EnrolmentRefused:
+                return False
+        return True
+
+    return RevokedList(write)
 
 
 def _names(settings: Settings) -> tuple[str, ...]:

@@ -19,6 +19,7 @@ from aggregator.enrolment_operations import EnrolmentOperations
 from aggregator.evaluations import EvaluationRequest
 from aggregator.fleet.authority import Authority
 from aggregator.fleet.enrolment import Doorway
+from aggregator.lifecycle_operations import LifecycleOperations
 from aggregator.queries import QueryRequest
 from aggregator.records import (
     AuditEntry,
@@ -85,7 +86,7 @@ class LiveRound:
 
 
 @dataclass(frozen=True)
-class Operator(EnrolmentOperations, RolloutOperations):
+class Operator(EnrolmentOperations, LifecycleOperations, RolloutOperations):
     """The operations, on one aggregator's state."""
 
     repository: Repository
@@ -277,7 +278,7 @@ class Operator(EnrolmentOperations, RolloutOperations):
             check_settings(settings, base)
         except ValueError as error:
             raise OperationRefused(str(error)) from error
-        enrolled = sum(device.excluded is None for device in writer.devices())
+        enrolled = sum(device.excluded is None and device.state == "active" for device in writer.devices())
         if (needed := devices_needed(settings)) > enrolled:
             raise OperationRefused(
                 f"no device is in two rounds of a noise tree: until it restarts, {needed} devices are needed "

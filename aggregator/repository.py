@@ -114,7 +114,7 @@ class Reader(Protocol):
         ...
 
     def fleet_size(self) -> FleetSize:
-        """How many devices there are."""
+        """How many devices there are that are neither revoked nor retired."""
         ...
 
     def count_devices(self, which: DeviceFilter) -> int:

@@ -117,7 +117,7 @@ class RolloutOperations:
             replaces = _replaced(writer, request, pins)
             settings = request.resolve(replaces)
             _check_startable(writer, version, replaces)
-            labels = {device.device_id: device.labels for device in writer.devices()}
+            labels = {each.device_id: each.labels for each in writer.devices() if each.state == "active"}
             devices = pool(labels, pins, request.group)
             if not devices:
                 whom = "the fleet" if request.group is None else f"the group {request.group}"

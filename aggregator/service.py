@@ -28,6 +28,7 @@ from aggregator.records import Campaign
 from aggregator.registry.artefacts import ArtefactStore, StoreUnavailable
 from aggregator.repository import Repository, RepositoryError, StorageUnavailable, Superseded
 from aggregator.retention import DEFAULT_RETENTION, Keeper, Retention
+from aggregator.revoked_list import RevokedList
 from aggregator.rounds.release import Unmask
 from aggregator.transport import Connected, Delivery, Disconnected, Inbound, Transport
 from aggregator.unmasking import Unmasker
@@ -71,6 +72,7 @@ class Service:
         beside: Executor | None = None,
         promotion: Promotion = Promotion.AUTO,
         doorkeeper: Doorkeeper | None = None,
+        revoked_list: RevokedList | None = None,
         downloads: DownloadLimits = DEFAULT_LIMITS,
         retention: Retention = DEFAULT_RETENTION,
     ) -> None:
@@ -83,6 +85,7 @@ class Service:
                 is done at once.
             promotion: what becomes of a new version by itself.
             doorkeeper: keeps the broker's access; None where that is done elsewhere.
+            revoked_list: keeps the broker's list of revoked certificates; None likewise.
             downloads: how fast models go out.
             retention: what is kept, and how long.
         """
@@ -96,7 +99,7 @@ class Service:
         self._downloads = Downloads(store, downloads)
         self._keeper = Keeper(store, retention)
         self._assigner = Assigner(authority, clock, promotion)
-        self._doorkeeper = doorkeeper
+        self._doorkeeper, self._revoked_list = doorkeeper, revoked_list
         self._members: frozenset[str] = frozenset()
         self._members_at = float("-inf")
         self._loaded = False
@@ -310,9 +313,12 @@ class Service:
             self._members_at = clock + MEMBERS_SECONDS
             with self._repository.read() as reader:
                 self._members = reader.active_devices()
+                revoked = reader.certificates(revoked=True) if self._revoked_list is not None else ()
             for device_id in sorted(self._presence.online() - self._members):
                 logger.info("%s is not of the fleet any more", device_id)
                 self._see_off(work, device_id)
+            if self._revoked_list is not None and self._doorkeeper is not None:
+                self._doorkeeper.send_away(self._revoked_list.tick(revoked, self._members, clock))
         if self._doorkeeper is not None:
             work.outbox += self._doorkeeper.tick(self._members, clock)
 

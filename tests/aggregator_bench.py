@@ -159,7 +159,7 @@ class Bench:
         sent, self.transport.sent = self.transport.sent, []
         for topic, frame in sent:
             parts = topic.split("/")
-            device = self.devices.get(parts[3]) if parts[2] == "dev" else None
+            device = self.devices.get(parts[3]) if parts[2] == "dev" and parts[4] == "down" else None
             if device is not None and device.online:
                 self.deliver(*device.receive(frame))
         if round(self.clock.now * 10) % 20 == 0:

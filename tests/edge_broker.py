@@ -204,6 +204,11 @@ class Device:
             }
             self._process = subprocess.Popen(self._command, stderr=log, env=environment)
 
+    def signal(self, number: int) -> None:
+        """Sends it a signal."""
+        assert self._process is not None
+        self._process.send_signal(number)
+
     def kill(self) -> None:
         """Ends it as a power cut would."""
         assert self._process is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pwd
 import socket
@@ -42,9 +43,8 @@ class FleetBroker:
         assert find_mosquitto() is not None
         identity: dict[str, Any] = {}
         if os.geteuid() == 0:
+            self.adopt()
             user = pwd.getpwnam("nobody")
-            for path in (self.directory, *self.directory.rglob("*")):
-                os.chown(path, user.pw_uid, user.pw_gid)
             identity = {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []}
         with self.log_file.open("ab") as log:
             self._process = subprocess.Popen(["/bin/sh", "start"], cwd=self.directory, stderr=log, **identity)
@@ -57,6 +57,14 @@ class FleetBroker:
             except OSError:
                 assert time.monotonic() < deadline, self.log_file.read_text()
                 time.sleep(0.02)
+
+    def adopt(self) -> None:
+        """Gives the broker's user what the service wrote, which is the same user outside of tests by root."""
+        if os.geteuid() == 0:
+            user = pwd.getpwnam("nobody")
+            for path in (self.directory, *self.directory.rglob("*")):
+                with contextlib.suppress(FileNotFoundError):
+                    os.chown(path, user.pw_uid, user.pw_gid)
 
     @property
     def pid(self) -> int:
@@ -86,7 +94,13 @@ class Peer:
         reason: why it was not let in, or is not connected any more.
     """
 
-    def __init__(self, broker: FleetBroker, context: ssl.SSLContext, client_id: str) -> None:
+    def __init__(
+        self,
+        broker: FleetBroker,
+        context: ssl.SSLContext,
+        client_id: str,
+        will: tuple[str, bytes] | None = None,
+    ) -> None:
         self.heard: list[tuple[str, bytes]] = []
         self.reason = ""
         self._answered = threading.Event()
@@ -103,11 +117,18 @@ class Peer:
         self._client.on_connect = self._on_connect
         self._client.on_disconnect = self._on_disconnect
         self._client.on_publish = lambda _, __, mid, *___: self._done.add(mid)
-        self._client.on_subscribe = lambda _, __, mid, *___: self._done.add(mid)
+        self._client.on_subscribe = self._on_subscribe
+        self._granted = True
+        if will is not None:
+            self._client.will_set(*will, qos=1, retain=True)
 
     def _on_connect(self, _: Any, __: Any, ___: Any, reason: Any, ____: Any) -> None:
         self.reason = str(reason) if reason.is_failure else ""
         self._answered.set()
+
+    def _on_subscribe(self, _: Any, __: Any, mid: int, reasons: Any, ___: Any) -> None:
+        self._granted = not any(reason.is_failure for reason in reasons)
+        self._done.add(mid)
 
     def _on_disconnect(self, _: Any, __: Any, ___: Any, reason: Any, ____: Any) -> None:
         self.reason = f"disconnected: {reason}"
@@ -115,7 +136,8 @@ class Peer:
 
     @property
     def connected(self) -> bool:
-        return self._client.is_connected()
+        # paho does not count a broker that says goodbye first.
+        return self._client.is_connected() and not self.reason
 
     def connect(self) -> bool:
         """Whether the broker let it in."""
@@ -124,9 +146,15 @@ class Peer:
         assert self._answered.wait(10)
         return not self.reason
 
-    def subscribe(self, topic: str) -> None:
+    def subscribe(self, topic: str) -> bool:
+        """Whether the broker says that it will deliver."""
         mid = self._client.subscribe(topic, 1)[1]
         self._wait(mid)  # type: ignore[arg-type]
+        return self._granted
+
+    def drop(self) -> None:
+        """Goes without a word, so that the will is due."""
+        self._client.socket().close()  # type: ignore[union-attr]
 
     def publish(self, topic: str, payload: bytes, *, retain: bool = False) -> None:
         """Returns when the broker acknowledged it, which it does for what it drops, too."""

@@ -16,6 +16,7 @@ import ssl
 from collections.abc import Iterable
 from pathlib import Path
 
+from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric.ec import (
     SECP256R1,
     EllipticCurvePrivateKey,
@@ -93,12 +94,24 @@ def write(
 def write_revoked(
     directory: Path, authority: Authority, revoked: Iterable[IssuedCertificate], *, now: float
 ) -> None:
-    """Writes the list of revoked certificates, which the broker reads at its next start or reload.
+    """Writes the list of revoked certificates, which a running broker takes up within seconds.
 
     Raises:
         EnrolmentRefused: the CA's key is kept elsewhere.
     """
     replace_private(directory / broker.REVOKED_FILE, revocation.revocation_list(authority, revoked, now=now))
+
+
+def revoked_serials(directory: Path) -> frozenset[str] | None:
+    """The serial numbers that the list holds, as `aggregator.records.IssuedCertificate` has them.
+
+    None when there is no list that can be read.
+    """
+    try:
+        listed = x509.load_pem_x509_crl((directory / broker.REVOKED_FILE).read_bytes())
+    except (OSError, ValueError):
+        return None
+    return frozenset(f"{each.serial_number:x}" for each in listed)
 
 
 def _pem(key: EllipticCurvePrivateKey) -> bytes:

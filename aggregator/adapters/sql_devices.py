@@ -48,13 +48,13 @@ class DeviceReader:
         return tuple(_device(row) for row in self._connection.execute(query))
 
     def fleet_size(self) -> FleetSize:
-        """How many devices there are."""
+        """How many devices there are in the fleet."""
         online, excluded = (
             func.count(case((condition, 1)))
             for condition in (s.devices.c.online, s.devices.c.excluded.is_not(None))
         )
-        row = self._connection.execute(select(func.count(), online, excluded).select_from(s.devices)).one()
-        return FleetSize(*row)
+        counts = select(func.count(), online, excluded).where(s.devices.c.state == "active")
+        return FleetSize(*self._connection.execute(counts).one())
 
     def devices_page(self, which: DeviceFilter, *, after: str, limit: int) -> tuple[Device, ...]:
         """Some devices that fit."""

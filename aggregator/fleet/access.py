@@ -150,6 +150,14 @@ def reconcile(found: Access, want: Access) -> tuple[Command, ...]:
     return tuple(commands)
 
 
+def send_away(devices: Iterable[str]) -> tuple[Command, ...]:
+    """The commands that end the connections of devices, which may come back: they get the roles they have."""
+    return tuple(
+        {"command": "modifyClient", "username": name, "roles": _roles({DEVICE_ROLE, own_role(name)})}
+        for name in sorted(devices)
+    )
+
+
 def document(access: Access) -> bytes:
     """The file that the plugin reads when the broker starts."""
     content = {

@@ -58,7 +58,7 @@ allow_anonymous false
 require_certificate true
 use_identity_as_username true
 use_username_as_clientid true
-crlfile {revoked}
+crlfile {data}/{revoked}
 
 # Nobody may do anything but what this plugin allows, which the aggregator tells it. Without the plugin, the
 # broker does not start. Found by the system's linker, wherever a distribution puts it.
@@ -85,20 +85,30 @@ log_type notice
 
 
 # The plugin of mosquitto 2.0 writes its file in place: a power cut could leave half of it, and nobody would
-# be let in, not even the aggregator. So it works on a copy.
+# be let in, not even the aggregator. So it works on a copy. A list of revoked certificates is taken up by a
+# reload, for which the broker needs a signal from its own machine: hence the loop, which ends with it.
 _START = """\
 #!/bin/sh
 # Starts the broker with the access that the aggregator wrote last.
 case "$0" in */*) cd "${{0%/*}}" || exit 1 ;; esac
 cp {access} {data}/{access} || exit 1
+cp {revoked} {data}/{revoked} || exit 1
 PATH="$PATH:/usr/sbin:/usr/local/sbin"
+(
+    while sleep 2 && kill -0 $$ 2>/dev/null; do
+        cmp -s {revoked} {data}/{revoked} && continue
+        cp {revoked} {data}/{revoked} && kill -HUP $$
+    done
+) &
 exec mosquitto -c {configuration}
 """
 
 
 def start_script(configuration_file: str) -> str:
     """The text of the script that starts the broker."""
-    return _START.format(access=ACCESS_FILE, data=DATA_DIRECTORY, configuration=configuration_file)
+    return _START.format(
+        access=ACCESS_FILE, revoked=REVOKED_FILE, data=DATA_DIRECTORY, configuration=configuration_file
+    )
 
 
 def configuration(fleet: str, port: int) -> str:

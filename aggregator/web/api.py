@@ -15,6 +15,7 @@ from aggregator.web import (
     enrolment_routes,
     event_routes,
     fleet_routes,
+    lifecycle_routes,
     login_routes,
     metrics_routes,
     model_routes,
@@ -22,7 +23,7 @@ from aggregator.web import (
     rollout_routes,
     round_routes,
 )
-from aggregator.web.console import acting, assets, pages, rollouts
+from aggregator.web.console import acting, assets, lifecycle, pages, rollouts
 from aggregator.web.console.shell import Shell
 from aggregator.web.context import Context
 from aggregator.web.limits import BodyLimit
@@ -52,6 +53,7 @@ def create_app(context: Context) -> FastAPI:
     for router in (
         fleet_routes.looking,
         fleet_routes.acting,
+        lifecycle_routes.acting,
         enrolment_routes.acting,
         enrolment_routes.anybody,
         model_routes.looking,
@@ -74,6 +76,8 @@ def create_app(context: Context) -> FastAPI:
         pages.anybody,
         acting.asking,
         acting.acting,
+        lifecycle.asking,
+        lifecycle.acting,
         rollouts.asking,
         rollouts.acting,
         assets.router,

@@ -1,13 +1,10 @@
-"""A fleet as `covey aggregator init` makes it: mosquitto with those files, TLS, access rules, a round."""
+"""A fleet as `covey aggregator init` makes it: mosquitto with those files, TLS, who may do what, a round."""
 
 from __future__ import annotations
 
 import ssl
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -17,82 +14,25 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 pytest.importorskip("fastapi")
 
 from aggregator import main as covey
-from aggregator.adapters.tls import TlsFiles
 from aggregator.fleet import access
 from aggregator.fleet.authority import EnrolmentRefused
 from aggregator.fleet.broker import AGGREGATOR
 from deploy.broker import find_mosquitto
-from edge_client.adapters.credentials import tls_files
-from edge_client.main import enrol, initialise, set_policy
-from edge_client.policy import DevicePolicy
+from edge_client.main import initialise
 from models import zoo
 from protocol import topics
 from protocol.identity import create_ca, create_request, issue_certificate
-from tests.aggregator_process import COMMAND, ServiceProcess
+from tests.aggregator_process import ServiceProcess
 from tests.edge_broker import Device, Fleet, running, wait_for
-from tests.fleet_broker import FleetBroker, Peer, free_port
+from tests.fleet_bench import Bench, fleet_bench, run
 
 pytestmark = pytest.mark.skipif(find_mosquitto() is None, reason="mosquitto is not installed")
-
-POLICY = DevicePolicy(minimum_cohort=3, minimum_survivors=2, maximum_epsilon=None)
-
-
-def run(*arguments: object) -> str:
-    """`covey`, as a person types it."""
-    done = subprocess.run(
-        [sys.executable, *COMMAND, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-@dataclass
-class Bench:
-    state: Path
-    broker: FleetBroker
-
-    def device(self, name: str) -> Path:
-        """The state directory of an enrolled device."""
-        state = self.state.parent / name
-        enrol(state, covey.enrol(self.state, initialise(state, name)))
-        set_policy(state, POLICY)
-        return state
-
-    def admit(self) -> None:
-        """Lets the broker know who is enrolled, as its next start would."""
-        self.broker.stop()
-        with covey.open_operator(self.state) as operator, operator.repository.read() as reader:
-            content = access.document(access.wanted(reader.active_devices()))
-        (self.state / "broker" / "access.json").write_bytes(content)
-        self.broker.start()
-
-    def peer(self, identity: Path | None, client_id: str) -> Peer:
-        """A client with the certificate of a device, or without one."""
-        if identity is not None:
-            return Peer(self.broker, tls_files(identity).context(), client_id)
-        context = ssl.create_default_context(cafile=str(self.state / "ca.pem"))
-        return Peer(self.broker, context, client_id)
-
-    def aggregator(self) -> Peer:
-        keys = self.state / "keys"
-        files = TlsFiles(self.state / "ca.pem", keys / "aggregator.pem", keys / "aggregator-key.pem")
-        return Peer(self.broker, files.context(), "covey-aggregator-orchard")
 
 
 @pytest.fixture
 def bench(tmp_path: Path) -> Iterator[Bench]:
-    state, port = tmp_path / "agg", free_port()
-    made = run(
-        "aggregator", "init", "--state", state, "--fleet", "orchard", "--broker", f"mqtts://localhost:{port}"
-    )
-    assert f"sh {state}/broker/start" in made
-    assert f"covey aggregator run --state {state}" in made and "covey model publish DIR" in made
-    with FleetBroker(state, port) as broker:
-        yield Bench(state, broker)
+    with fleet_bench(tmp_path) as found:
+        yield found
 
 
 def test_a_round_over_mutual_tls(bench: Bench) -> None:
@@ -147,12 +87,14 @@ def test_a_device_has_its_own_topics_and_no_others(bench: Bench) -> None:
                 topics.downlinks("+"),
                 topics.downlinks("barn-1"),
             ):
-                peer.subscribe(topic)
-            peer.subscribe(f"$share/group/{topics.UPLINKS}")
-            peer.subscribe("$SYS/#")
-            peer.subscribe(access.RESPONSES)
-            peer.subscribe(topics.MODELS)
-        hub.subscribe(topics.UPLINKS)
+                assert peer.subscribe(topic) == (peer is a and topic == topics.downlinks("barn-1"))
+            # Nobody gets among those who share what is meant for the aggregator, and may lose it.
+            assert not peer.subscribe(f"$share/group/{topics.UPLINKS}")
+            assert not peer.subscribe(f"$share/covey.aggregator/{topics.up('barn-1', 'msg')}")
+            assert not peer.subscribe("$SYS/#")
+            assert not peer.subscribe(access.RESPONSES)
+            assert peer.subscribe(topics.MODELS)
+        assert hub.subscribe(topics.UPLINKS)
         # B tries everything that is A's, or the aggregator's.
         for topic in (
             topics.up("barn-1", "msg"),
@@ -182,6 +124,36 @@ def test_a_device_has_its_own_topics_and_no_others(bench: Bench) -> None:
             (topics.model("watch"), b"to all"),
         }
         assert set(b.heard) == {(topics.model("watch"), b"to all")}
+
+
+def test_what_was_retained_and_last_wills_are_guarded_alike(bench: Bench) -> None:
+    one, two = bench.device("barn-1"), bench.device("barn-2")
+    bench.admit()
+    with bench.aggregator() as hub:
+        assert hub.connect() and hub.subscribe(topics.UPLINKS)
+        hub.publish(topics.own_model("barn-1", "watch"), b"to A", retain=True)
+        with bench.peer(two, "barn-2", will=(topics.up("barn-1", "status"), b"forged")) as b:
+            b.connect()
+            for topic in ("#", topics.downlinks("barn-1"), topics.own_model("barn-1", "watch")):
+                b.subscribe(topic)
+            b.drop()
+        with bench.peer(one, "barn-1", will=(topics.up("barn-1", "status"), b"gone")) as a:
+            assert a.connect() and a.subscribe(topics.downlinks("barn-1"))
+            wait_for(lambda: a.heard, 10, "what was retained")
+            a.drop()
+        wait_for(lambda: hub.heard, 20, "the will")
+        assert hub.heard == [(topics.up("barn-1", "status"), b"gone")]
+        assert a.heard == [(topics.own_model("barn-1", "watch"), b"to A")]
+        assert b.heard == []
+
+
+def test_without_the_plugin_the_broker_does_not_start(bench: Bench) -> None:
+    bench.broker.stop()
+    configuration = bench.state / "broker" / "mosquitto.conf"
+    text = configuration.read_text()
+    configuration.write_text(text.replace("mosquitto_dynamic_security.so", "no_such_plugin.so"))
+    with pytest.raises(AssertionError, match="no_such_plugin"):
+        bench.broker.start()
 
 
 def test_nobody_connects_as_another(bench: Bench) -> None:
