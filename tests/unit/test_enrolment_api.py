@@ -277,7 +277,9 @@ def test_a_new_device_takes_the_place_of_an_enrolled_one_only_when_the_operator_
     with bench.client() as client:
         device, certificates = client.device("barn-1"), client.certificates("barn-1")
     assert (device.token, device.labels) == (new.token, ("old",))
-    assert [each.reason for each in certificates] == ["another device took its place", ""]
+    # Both were issued at one instant of the test's clock, so that either may come first.
+    assert {each.reason for each in certificates} == {"another device took its place", ""}
+    assert len(certificates) == 2
 
 
 def test_a_device_that_was_sent_away_does_not_come_back_by_an_old_ticket(bench: Api) -> None:
