@@ -27,8 +27,10 @@ from protocol.messages import Refusal, RoundEnd, TrainingOrder, UpdateReady
 logger = logging.getLogger(__name__)
 
 ASK_SECONDS = 1.0
-"""Between two looks at who is to be asked: a look reads every device's record."""
-BATCH = 256
+DEVICES_A_SECOND = 2000
+"""Between two looks at who is to be asked, as a look reads every device's record: a second, and with many
+devices so long that no more of them are read in one."""
+BATCH = 1024
 """Devices that are asked after one look."""
 FIRST_REPEAT_SECONDS = 15.0
 REPEAT_LIMIT = 600.0
@@ -173,7 +175,7 @@ class Buffers:
         buffer, clock = self._of(campaign.campaign_id), work.at.clock
         if clock < buffer.look_at:
             return
-        buffer.look_at = clock + ASK_SECONDS
+        buffer.look_at = clock + max(ASK_SECONDS, len(idle) / DEVICES_A_SECOND)
         due = sorted(
             device_id
             for device_id in idle - buffer.updates.keys()

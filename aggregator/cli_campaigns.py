@@ -45,6 +45,8 @@ def campaign_create(
 
       covey campaign create --model watch --rounds 50 --cohort 40 --privacy plan.json --schedule "0 2 * * *"
 
+      covey campaign create --model watch --mode buffered --buffer 10 --max-staleness 8
+
       covey campaign create --model watch --where "power=mains,metered=no" --over-select 1.3
     """
     request = dataclasses.replace(request, schedule=schedule, time_zone=time_zone)

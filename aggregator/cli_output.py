@@ -144,7 +144,8 @@ def campaigns(items: Sequence[Campaign], *, json: bool) -> None:
         dump(items)
         return
     for c in items:
-        progress = f"{c.started} of {c.rounds} rounds of {_asked(c)} begun"
+        turns = "buffers" if c.buffered else "rounds"
+        progress = f"{c.started} of {c.rounds} {turns} of {_asked(c)} begun"
         line(f"campaign {c.campaign}: {c.status}, {progress}{f' ({c.note})' if c.note else ''}")
         if c.due_at is not None and c.status in ("waiting", "running"):
             line(f"  next round at {moment(c.due_at)} of this machine's clock, by {c.schedule}")

@@ -89,7 +89,7 @@ def ordered(
             return orders, library, ()
         why = _unusable(pending, order)
         if why is None:
-            return orders, library, (Send(ready_message(pending)),)
+            return orders, library, ()
         library, outputs = dropped(library, model, why)
     if held is not None and held.working and held.plan.round_id == order.plan.round_id:
         return orders, library, outputs
@@ -161,7 +161,7 @@ def ticked(orders: Orders, library: Library, stamp: Stamp) -> tuple[Orders, Libr
 def prepared(
     orders: Orders, library: Library, event: UpdatePrepared, stamp: Stamp
 ) -> tuple[Orders, Library, Outputs]:
-    """The update is on disk: remember it, and say that it is ready."""
+    """The update is on disk: remember it."""
     order = orders.get(event.model)
     if order is None or order.plan.round_id != event.order or not order.working:
         return orders, library, ()  # of an order that is not held any more
@@ -174,7 +174,6 @@ def prepared(
         (
             SavePending(update),
             note("update-ready", model=event.model, version=manifest.version),
-            Send(ready_message(update)),
         ),
     )
 

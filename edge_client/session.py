@@ -165,7 +165,9 @@ def handle(profile: Profile, state: SessionState, event: Event, stamp: Stamp) ->
     if isinstance(event, MessageReceived):
         return _message(profile, state, event, stamp)
     if isinstance(event, ConditionsChanged):
-        return replace(state, unfit=event.fault), ()
+        fit_again = state.unfit is not None and event.fault is None
+        state = replace(state, unfit=event.fault)
+        return state, _ready(state) if fit_again else ()
     if isinstance(event, FieldsDeclared):
         return replace(state, fields=event.fields), ()
     if isinstance(event, Started):
@@ -187,8 +189,9 @@ def handle(profile: Profile, state: SessionState, event: Event, stamp: Stamp) ->
         return state, (_personalised(event), *outputs)
     if isinstance(event, UpdatePrepared):
         orders, library, outputs = preparation.prepared(state.orders, state.library, event, stamp)
-        state = replace(state, orders=orders, library=library)
-        return state, (*outputs, _keep(state))
+        known, state = state.library, replace(state, orders=orders, library=library)
+        said = _ready(state, event.model) if library is not known else _NOTHING
+        return state, (*outputs, *said, _keep(state))
     if isinstance(event, PreparationFailed):
         return _not_prepared(state, event, stamp)
     if isinstance(event, TrainingFinished | UpdateRead | Evaluated | FieldRead | InputWritten | WorkFailed):
@@ -292,7 +295,20 @@ def _ordered(profile: Profile, state: SessionState, message: TrainingOrder, stam
     if orders.get(model) is order and offered is not None and order.assignment.manifest == offered.manifest:
         library, fetching = standing.offered(library, offered, stamp)
     state, preparing = _prepare(replace(state, orders=orders, library=library), stamp)
-    return state, (*outputs, *fetching, *preparing)
+    pending = library.pending.get(model)
+    wanted = pending is not None and pending.order == order.plan.round_id
+    said = _ready(state, model) if wanted else _NOTHING
+    return state, (*outputs, *said, *fetching, *preparing)
+
+
+def _ready(state: SessionState, model: str | None = None) -> Outputs:
+    """Says which updates wait, of one model or of all; unfit, this device would refuse to contribute them."""
+    collected = _collected(state)
+    return tuple(
+        Send(preparation.ready_message(update))
+        for name, update in state.library.pending.items()
+        if state.unfit is None and update.order != collected and model in (None, name)
+    )
 
 
 def _order_ended(state: SessionState, message: RoundEnd) -> Result:
@@ -392,12 +408,7 @@ def _connected(state: SessionState, stamp: Stamp) -> Result:
     # Said again in case it was lost: the aggregator takes each answer once, and ends what it has ended.
     answer = participation.answer_of(state.active) if state.active else None
     said: Outputs = (Send(answer),) if answer else ()
-    collected = _collected(state)
-    said += tuple(
-        Send(preparation.ready_message(update))
-        for update in state.library.pending.values()
-        if update.order != collected
-    )
+    said += _ready(state)
     return state, (Announce(library.serving(), library.failures()), *fetching, *said)
 
 

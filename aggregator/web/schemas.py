@@ -185,6 +185,7 @@ class Campaign(ApiModel):
         schedule: cron expression and time zone; empty when rounds follow on one another.
         due_at: no round begins before, seconds since 1970.
         where: which devices it takes; empty for all.
+        buffered: devices train when they can, and each round collects updates that wait.
         note: why it failed, or what it waits for.
     """
 
@@ -195,6 +196,7 @@ class Campaign(ApiModel):
     schedule: str = ""
     due_at: float | None = None
     where: str = ""
+    buffered: bool = False
     status: CampaignStatus
     rounds: int
     started: int
@@ -214,6 +216,7 @@ class Campaign(ApiModel):
             schedule="" if settings is None or settings.schedule is None else str(settings.schedule),
             due_at=c.due_at,
             where="" if settings is None else written(settings.where),
+            buffered=settings is not None and settings.buffered,
             status=c.status,
             rounds=c.rounds,
             started=c.started,

@@ -12,6 +12,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from aggregator import cli, cli_output
 from aggregator import main as covey
+from aggregator.rounds.planning import CampaignSettings
 from protocol.enrolment import EnrolmentBundle
 from protocol.identity import create_request
 from tests.aggregator_bench import Bench
@@ -81,6 +82,28 @@ def test_from_nothing_to_a_campaign(run, model: Path, tmp_path: Path) -> None:  
     assert (campaign["status"], campaign["rounds"]) == ("waiting", 2)
     status = json.loads(run("round", "status", "--json")[1])
     assert status == {"campaigns": [campaign], "rounds": []}
+
+
+def test_a_buffered_campaign_by_its_options(run, model: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    run("aggregator", "init", "--fleet", "orchard")
+    run("model", "publish", model)
+    create = ("campaign", "create", "--model", "toy", "--mode", "buffered", "--json")
+    for options, (size, staleness, seconds) in {
+        ("--buffer", 12, "--max-staleness", 3): (12, 3, 60.0),
+        ("--cohort", 7, "--input-seconds", 600): (7, 8, 600.0),
+    }.items():
+        code, out, _ = run(*create, *options)
+        assert code == 0
+        (created,) = json.loads(out)
+        assert created["buffered"] is True
+        with covey.open_operator(tmp_path / "state") as operator:
+            settings = CampaignSettings.from_bytes(operator.campaign(created["campaign"]).settings)
+        assert settings.buffered and settings.cohort.size == size
+        assert settings.maximum_staleness == staleness and settings.deadlines.masked_input == seconds
+    assert "buffers of toy" in run("campaign", "list")[1]
+    for options in (("--buffer", 5), ("--mode", "buffered", "--buffer", 5, "--cohort", 6)):
+        code, out, err = run("campaign", "create", "--model", "toy", *options)
+        assert (code, out) == (2, "") and "--mode buffered, in place of --cohort" in " ".join(err.split())
 
 
 def test_errors_say_what_to_do_and_exit_with_1(run, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]

@@ -17,6 +17,8 @@ from edge_client.adapters.readings import FieldReader
 from edge_client.adapters.store import DeviceStore
 from edge_client.adapters.worker import Worker
 from edge_client.events import (
+    ConditionsChanged,
+    Connected,
     Contribution,
     DropPending,
     Event,
@@ -152,6 +154,27 @@ def test_nothing_is_trained_while_a_round_runs_or_the_device_is_unfit() -> None:
     device.state = replace(device.state, unfit=None)
     device.tick(1.0)
     assert [type(job) for job in device.jobs] == [PrepareUpdate]
+
+
+def test_an_unfit_device_says_nothing_of_its_update_until_it_is_fit() -> None:
+    device = ready()
+    hot = Fault("conditions", "its processor has 81 C", transient=True)
+    device.give(ConditionsChanged(hot))
+    device.receive(order())
+    device.give(Connected())
+    assert said(device) == [] and device.disk.pending
+    device.receive(invitation(buffer_plan("b" * 32, manifest())))
+    assert refusal(device).code == "conditions"
+    device.give(ConditionsChanged(None))
+    assert said(device) == [UpdateReady(order=ORDER, version=1)]
+    # Of one that becomes unfit while it trains, too.
+    late = device_at()
+    late.receive(order())
+    late.give(ConditionsChanged(hot))
+    late.work()
+    assert said(late) == [] and late.disk.pending
+    late.give(ConditionsChanged(None))
+    assert said(late) == [UpdateReady(order=ORDER, version=1)]
 
 
 def test_an_order_that_its_buffers_would_be_refused_for_is_refused() -> None:
