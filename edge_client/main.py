@@ -125,6 +125,7 @@ def load_runtime() -> str:
     Raises:
         CommandFailed: there is none, or it does not load here.
     """
+    memory.give_back()  # of all that was imported until now, which would add to the largest there ever is
     try:
         import_module("edge_client.adapters.tflite")
     except (ImportError, OSError) as error:
