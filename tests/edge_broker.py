@@ -7,6 +7,7 @@ import queue
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -144,6 +145,19 @@ class Hub:
     def send(self, device_id: str, message: ToDevice) -> None:
         """Sends a message to one device."""
         self._client.publish(topics.down(device_id, "msg"), encode(message), qos=1)
+
+    def expel(self, device_id: str) -> None:
+        """Ends a device's connection as a bad link does: the broker drops it for another of its client id."""
+        other = paho.Client(
+            CallbackAPIVersion.VERSION2, client_id=device_id, protocol=MQTTProtocolVersion.MQTTv311
+        )
+        taken = threading.Event()
+        other.on_connect = lambda *_: taken.set()
+        other.connect(self._broker.host, self._broker.port)
+        other.loop_start()
+        assert taken.wait(10)
+        other.disconnect()
+        other.loop_stop()
 
     def send_raw(self, device_id: str, frame: bytes) -> None:
         """Sends any bytes to one device."""
