@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from aggregator.adapters.mqtt import MqttTransport
 from aggregator.transport import Delivery
+from protocol import topics
 from protocol.codec import decode_from_device
 from protocol.messages import DeviceStatus
 
@@ -27,7 +28,8 @@ if __name__ == "__main__":
 
     def noting(self: MqttTransport, delivery: Delivery) -> None:
         acknowledge(self, delivery)
-        seen.append((delivery.payload, time.monotonic()))
+        if topics.parse_up(delivery.topic) is not None:  # the broker itself answers, too
+            seen.append((delivery.payload, time.monotonic()))
 
     MqttTransport.acknowledge = noting  # type: ignore[method-assign]
     from aggregator.cli import main

@@ -23,7 +23,7 @@ from aggregator.web import (
     rollout_routes,
     round_routes,
 )
-from aggregator.web.console import acting, assets, lifecycle, pages, rollouts
+from aggregator.web.console import acting, assets, lifecycle, pages, pinning, rollouts
 from aggregator.web.console.shell import Shell
 from aggregator.web.context import Context
 from aggregator.web.limits import BodyLimit
@@ -80,6 +80,8 @@ def create_app(context: Context) -> FastAPI:
         lifecycle.acting,
         rollouts.asking,
         rollouts.acting,
+        pinning.asking,
+        pinning.acting,
         assets.router,
     ):
         app.include_router(router, include_in_schema=False)

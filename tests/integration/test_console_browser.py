@@ -120,6 +120,35 @@ def test_every_page_at_a_desk_on_a_phone_light_and_dark(bench: tuple[Api, str], 
     assert chromium.driver.execute_script("return typeof htmx.process") == "function"
 
 
+def test_a_device_is_pinned_on_a_phone(bench: tuple[Api, str], chromium: Browser) -> None:
+    found, url = bench
+    operator = found.context.operator
+    version = operator.versions()[0]
+    chromium.size(*PHONE)
+    chromium.sign_in(url, found.tokens[Role.OPERATOR])
+    for answer in ("Cancel", "Pin"):
+        chromium.driver.get(f"{url}/rollouts")
+        chromium.one("a[href='/pins/new']").click()
+        chromium.wait(lambda: chromium.count("dialog[open]"))
+        chromium.one("dialog input[name=version]").send_keys(str(version.version))
+        chromium.one("dialog input[name=target]").send_keys("barn-00003")
+        chromium.one("dialog a" if answer == "Cancel" else "dialog button").click()
+        chromium.wait(lambda: chromium.count("dialog") == 0)
+        assert len(operator.pins()) == (answer == "Pin")
+    for scheme in ("light", "dark"):
+        chromium.one(f"button[value={scheme}]").click()
+        chromium.driver.get(f"{url}/rollouts")
+        assert "barn-00003" in chromium.text("#page") and chromium.overflow() == 0
+        assert chromium.driver.execute_script(CONTRAST)[0] >= 4.5
+    chromium.one("a[href^='/pins/remove']").click()
+    chromium.wait(lambda: chromium.count("dialog[open]"))
+    assert f"Remove the pin of {version.model} for barn-00003?" in chromium.text("dialog")
+    assert len(operator.pins()) == 1
+    chromium.one("dialog button").click()
+    chromium.wait(lambda: chromium.count("dialog") == 0)
+    assert operator.pins() == () and complaints(chromium) == []
+
+
 def test_a_button_asks_and_acts_only_when_answered(bench: tuple[Api, str], chromium: Browser) -> None:
     found, url = bench
     operator = found.context.operator

@@ -285,6 +285,34 @@ def test_buttons_ask_and_leave_the_same_trace_as_the_api(bench: Api) -> None:
     assert refused.status_code == 409 and "covey model publish" in refused.text
 
 
+def test_a_version_is_pinned_and_let_go_by_buttons(bench: Api) -> None:
+    operator = bench.context.operator
+    seed_fleet(operator, 3)
+    seed_rounds(operator, 1, running=False)
+    browser, viewer = sign_in(bench, Role.OPERATOR), sign_in(bench, Role.VIEWER)
+    assert 'href="/pins/new"' in page(bench, "/rollouts", browser)
+    assert 'href="/pins' not in page(bench, "/rollouts", viewer)
+    assert "whatever rollouts bring" in page(bench, "/pins/new", browser)
+    given = {"model": "watch", "version": "1", "kind": "group", "target": "site=north"}
+    assert bench.call("POST", "/pins", None, data=given, headers=viewer).status_code == 403
+    for wrong, status in (({"version": "99"}, 404), ({"kind": "all"}, 422), ({"target": ""}, 422)):
+        assert bench.call("POST", "/pins", None, data=given | wrong, headers=browser).status_code == status
+    assert operator.pins() == ()
+    assert bench.call("POST", "/pins", None, data=given, headers=browser).status_code == 303
+    assert [(pin.kind, pin.target, pin.version) for pin in operator.pins()] == [("group", "site=north", 1)]
+    assert operator.audit_log(limit=1)[0].action == "pin-version"
+    (where,) = re.findall(r'href="(/pins/remove[^"]*)"', page(bench, "/rollouts", browser))
+    where = where.replace("&amp;", "&")
+    assert "target=site%3Dnorth" in where
+    assert "Remove the pin of watch for site=north?" in page(bench, where, browser)
+    assert operator.pins(), "asking changes nothing"
+    del given["version"]
+    assert bench.call("POST", "/pins/remove", None, data=given, headers=browser).status_code == 303
+    assert operator.pins() == () and operator.audit_log(limit=1)[0].action == "unpin-version"
+    again = bench.call("POST", "/pins/remove", None, data=given, headers=browser)
+    assert again.status_code == 404 and "covey model pins" in again.text
+
+
 def test_a_version_is_rolled_out_and_taken_back_by_buttons(bench: Api) -> None:
     operator = bench.context.operator
     seed_fleet(operator, 20)
