@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import ast
 import inspect
+import json
 import re
 import textwrap
 from collections.abc import Iterable, Iterator
@@ -141,7 +142,13 @@ def _fields(schema: type[BaseModel]) -> str:
     required = set(shapes.get("required", ()))
     rows = []
     for name, shape in shapes.get("properties", {}).items():
-        default = "required" if name in required else f"`{shape['default']}`" if "default" in shape else ""
+        default = (
+            "required"
+            if name in required
+            else f"`{json.dumps(shape['default'])}`"
+            if "default" in shape
+            else ""
+        )
         rows.append((f"`{name}`", _shape(shape), default, told.get(name, "")))
     return _table(("field", "value", "default", "meaning"), rows) if rows else "No fields.\n"
 
