@@ -10,6 +10,8 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
+import socket
+import struct
 import subprocess
 import threading
 from collections.abc import Iterator, Sequence
@@ -61,6 +63,11 @@ class FaultProxy:
 
     def _abort(self) -> None:
         for writer in tuple(self._writers):
+            if writer.is_closing():
+                continue
+            connection = writer.transport.get_extra_info("socket")
+            # Without waiting for what is unsent, the kernel ends it by RST instead of FIN: socket(7).
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             writer.transport.abort()
 
     async def _close(self) -> None:

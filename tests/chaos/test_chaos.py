@@ -1,4 +1,4 @@
-"""Real devices on a bad network, with everything going wrong at once: the short form of benchmarks/chaos.py."""
+"""Real devices on a bad network, with all going wrong at once; benchmarks/chaos.py is the long form."""
 
 from __future__ import annotations
 
@@ -60,27 +60,30 @@ def echo() -> Iterator[int]:
 
 
 def test_the_proxy_delays_holds_back_and_resets() -> None:
-    with echo() as port, FaultProxy("127.0.0.1", ("127.0.0.1", port), delay=0.1) as proxy:
-        with socket.create_connection(("127.0.0.1", proxy.port), timeout=10) as client:
-            begin = time.monotonic()
-            message = os.urandom(300_000)
-            client.sendall(message)
-            heard = b""
-            while len(heard) < len(message):
-                heard += client.recv(65_536)
-            assert heard == message
-            assert time.monotonic() - begin >= 0.2
-            proxy.partitioned = True
-            client.sendall(b"lost?")
-            client.settimeout(0.5)
-            with pytest.raises(TimeoutError):
-                client.recv(1)
-            client.settimeout(10)
-            proxy.partitioned = False
-            assert client.recv(5) == b"lost?"
-            proxy.cut()
-            with pytest.raises(ConnectionResetError):
-                client.recv(1)
+    with (
+        echo() as port,
+        FaultProxy("127.0.0.1", ("127.0.0.1", port), delay=0.1) as proxy,
+        socket.create_connection(("127.0.0.1", proxy.port), timeout=10) as client,
+    ):
+        begin = time.monotonic()
+        message = os.urandom(300_000)
+        client.sendall(message)
+        heard = b""
+        while len(heard) < len(message):
+            heard += client.recv(65_536)
+        assert heard == message
+        assert time.monotonic() - begin >= 0.2
+        proxy.partitioned = True
+        client.sendall(b"lost?")
+        client.settimeout(0.5)
+        with pytest.raises(TimeoutError):
+            client.recv(1)
+        client.settimeout(10)
+        proxy.partitioned = False
+        assert client.recv(5) == b"lost?"
+        proxy.cut()
+        with pytest.raises(ConnectionResetError):
+            client.recv(1)
 
 
 def test_links_without_rights_are_proxies() -> None:
