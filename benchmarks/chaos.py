@@ -54,6 +54,7 @@ GROUPS = 4
 LATENCY, LOSS, RATE = 0.3, 0.05, "2mbit"
 PARTITION_SECONDS = 30.0
 HEALING_SECONDS = 180.0
+SETTLING_SECONDS = 240.0
 FLAT = 1.15
 """How much larger a process may be at the end than when it had settled."""
 POLICY = DevicePolicy(minimum_cohort=3, minimum_survivors=3, maximum_epsilon=None)
@@ -105,12 +106,15 @@ class Memory:
     samples: list[tuple[float, int]] = field(default_factory=list)
 
     def growth(self) -> float | None:
-        """The last quarter over the second, when it lived for at least a minute."""
-        if not self.samples or self.samples[-1][0] - self.samples[0][0] < 60:
+        """The last third over the one before, when it lived for four minutes.
+
+        Before that it has not settled: a device takes its interpreter in with its first round.
+        """
+        if not self.samples or self.samples[-1][0] - self.samples[0][0] < SETTLING_SECONDS:
             return None
-        quarter = len(self.samples) // 4
+        third = len(self.samples) // 3
         sizes = [size for _, size in self.samples]
-        return median(sizes[-quarter:]) / median(sizes[quarter : 2 * quarter])
+        return median(sizes[-third:]) / median(sizes[third : 2 * third])
 
 
 @dataclass
@@ -313,7 +317,8 @@ def _judge(chaos: Chaos, folder: Path, last: str) -> dict[str, object]:
             spent = {entry.round_id for entry in reader.ledger()}
     completed = [view for view in views if view.record.status == "completed"]
     kept = {process.name: _device_rounds(folder / process.name) for process in chaos.devices}
-    growth = [found for life in chaos.lives.values() if (found := life.growth()) is not None]
+    growth = {name: found for (name, _), life in chaos.lives.items() if (found := life.growth()) is not None}
+    worst = max(growth, key=lambda name: growth[name], default="nobody")
     problems = [*_lost(completed, kept)]
     problems += [f"round {v.record.round_id[:8]} aborted without a reason" for v in views if _unexplained(v)]
     problems += [
@@ -330,8 +335,8 @@ def _judge(chaos: Chaos, folder: Path, last: str) -> dict[str, object]:
     final = next(view for view in views if view.record.campaign_id == last)
     if final.record.status != "completed":
         problems.append(f"the round of everybody: {final.record.code} {final.record.detail}")
-    if growth and max(growth) > FLAT:
-        problems.append(f"a process grew to {max(growth):.2f} times what it was")
+    if growth and growth[worst] > FLAT:
+        problems.append(f"{worst} grew to {growth[worst]:.2f} times what it was")
     storm = [view.record for view in views if view.record.campaign_id != last]
     return {
         "rounds": len(storm),
@@ -339,7 +344,8 @@ def _judge(chaos: Chaos, folder: Path, last: str) -> dict[str, object]:
         "aborted": dict(Counter(record.code for record in storm if record.status == "aborted")),
         "updates": sum(len(view.report.survivors) for view in completed),
         "last_round_devices": len(final.report.survivors),
-        "growth_max": max(growth) if growth else None,
+        "growth_max": growth.get(worst),
+        "growth_aggregator": growth.get("aggregator"),
         "lives_measured": len(growth),
         "problems": problems,
     }
