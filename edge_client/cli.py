@@ -176,11 +176,12 @@ def _add_personalise(commands: Any) -> None:
     reset = _command(
         commands,
         "reset",
-        "drop what is this device's own, and start again from the version that all have",
-        "covey-edge reset --state /var/lib/covey --personal\n"
+        "forget: everything but the ledger and the owner's rules, or only what is named",
+        "covey-edge reset --state /var/lib/covey --keep-identity\n"
+        "  covey-edge reset --state /var/lib/covey --personal\n"
         "  covey-edge reset --state /var/lib/covey --local --model watch",
     )
-    what = reset.add_mutually_exclusive_group(required=True)
+    what = reset.add_mutually_exclusive_group()
     what.add_argument(
         "--personal", action="store_true", help="what personalise made: the global version answers again"
     )
@@ -189,7 +190,21 @@ def _add_personalise(commands: Any) -> None:
         action="store_true",
         help="local layers: they start anew, as on a new device; only while the client is stopped",
     )
-    reset.add_argument("--model", help="of this model only")
+    what.add_argument(
+        "--recordings",
+        action="store_true",
+        help="what the sources in edge.toml recorded; only while the client is stopped",
+    )
+    reset.add_argument("--model", help="with --personal or --local: of this model only")
+    reset.add_argument(
+        "--keep-identity", action="store_true", help="everything, but the device stays in its fleet"
+    )
+    reset.add_argument(
+        "--forget-ledger",
+        action="store_true",
+        help="everything, and the privacy ledger, too: for a device that other people's data will be on",
+    )
+    reset.add_argument("--yes", action="store_true", help="do not ask before everything goes")
 
 
 def _add_fields(commands: Any) -> None:
