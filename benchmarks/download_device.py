@@ -118,7 +118,7 @@ if __name__ == "__main__":
     from edge_client.adapters.blobs import Blobs
     from edge_client.adapters.credentials import load_credentials, tls_files
     from edge_client.adapters.mqtt import Inbound, LinkSettings, LinkUp, MqttLink
-    from edge_client.daemon import Inbox
+    from edge_client.inbox import Inbox
     from edge_client.library import ASK_AGAIN_SECONDS
     from protocol.broker_address import BrokerAddress
     from protocol.codec import chunk_count, chunk_length, decode_to_device, encode

@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import logging
 import os
-import queue
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import assert_never
 
 from edge_client.adapters.files import StorageError
@@ -53,6 +51,7 @@ from edge_client.events import (
     WorkFailed,
 )
 from edge_client.fields import InvalidFields
+from edge_client.inbox import Inbox, Stop
 from edge_client.library import download_limit
 from edge_client.profile import Profile
 from edge_client.session import SessionState, handle, restore
@@ -67,53 +66,10 @@ from protocol.transfer import chunks
 
 TICK_SECONDS = 0.25
 IDLE_TICK_SECONDS = 1.0
-QUEUE_LENGTH = 1024
-QUEUE_BYTES = 8 * 2**20
 CONDITIONS_SECONDS = 10.0
 STORAGE_PAUSE_SECONDS = 5.0
 
 _LOG = logging.getLogger("covey.edge")
-
-
-@dataclass(frozen=True)
-class Stop:
-    """End the loop."""
-
-
-Item = LinkEvent | Event | Stop
-
-
-class Inbox:
-    """What waits for the loop: bounded for the network, never full for this device's own results."""
-
-    def __init__(self) -> None:
-        self._items: queue.SimpleQueue[Item] = queue.SimpleQueue()
-        # Two counters with one writer each need no lock.
-        self._put_bytes = self._got_bytes = 0
-
-    def from_link(self, event: LinkEvent) -> bool:
-        """Takes what the link heard, unless too much waits already."""
-        if isinstance(event, Inbound):
-            waiting = self._put_bytes - self._got_bytes
-            if self._items.qsize() >= QUEUE_LENGTH or waiting + len(event.frame) > QUEUE_BYTES:
-                return False
-            self._put_bytes += len(event.frame)
-        self._items.put(event)
-        return True
-
-    def put(self, item: Event | Stop) -> None:
-        """Takes a result of the worker, or the wish to stop."""
-        self._items.put(item)
-
-    def get(self, timeout: float) -> Item | None:
-        """The next item, or None when there is none in time."""
-        try:
-            item = self._items.get(timeout=max(timeout, 0.0))
-        except queue.Empty:
-            return None
-        if isinstance(item, Inbound):
-            self._got_bytes += len(item.frame)
-        return item
 
 
 class Daemon:

@@ -221,7 +221,8 @@ def _run(options: argparse.Namespace) -> None:
     from edge_client.adapters.tls import TlsFiles
     from edge_client.adapters.uses import VersionUses
     from edge_client.adapters.worker import Worker
-    from edge_client.daemon import Daemon, Inbox, Stop
+    from edge_client.daemon import Daemon
+    from edge_client.inbox import Inbox, Stop
     from edge_client.pausing import Gate
     from edge_client.profile import Profile
     from edge_client.watch import Watch

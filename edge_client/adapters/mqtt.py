@@ -10,7 +10,9 @@ from __future__ import annotations
 import itertools
 import logging
 import secrets
+import ssl
 import threading
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -46,6 +48,8 @@ UNKNOWN: Final = Conditions()
 NONE: Final[Mapping[str, VersionFailure]] = MappingProxyType({})
 # A device goes to its broker directly, whatever PySocks and the environment say.
 vars(paho)["socks"] = None
+# X509_V_ERR_CERT_NOT_YET_VALID and X509_V_ERR_CERT_HAS_EXPIRED
+_OUT_OF_TIME = (9, 10)
 _RANDOM = secrets.SystemRandom()
 _LOG = logging.getLogger("covey.edge.mqtt")
 
@@ -208,6 +212,10 @@ class MqttLink:
                 client.connect(address.host, address.port, KEEPALIVE_SECONDS)
         except (OSError, ValueError) as error:
             connection.reason = f"cannot connect to {address}: {error}"
+            if isinstance(error, ssl.SSLCertVerificationError) and error.verify_code in _OUT_OF_TIME:
+                # A Pi without a clock chip starts in the past; the network time comes after a while.
+                now = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
+                connection.reason += f"; waiting for the right time, this device's clock says {now}"
             return False
         connection.reached = True
         client.loop_start()

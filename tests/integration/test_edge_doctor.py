@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -28,7 +29,7 @@ from edge_client.adapters.data import NpzDirectory
 from edge_client.doctor import Finding
 from edge_client.policy import DevicePolicy
 from protocol.identity import issue
-from tests.edge_broker import Fleet, command
+from tests.edge_broker import Device, Fleet, command, running, wait_for
 
 DAY = 86_400
 
@@ -156,6 +157,18 @@ def test_each_trouble_of_tls_is_told_apart(
         finding = found(Subject(state, url), "tls")
     assert finding.verdict == verdict
     assert detail in finding.detail and advice in finding.advice
+
+
+def test_the_client_waits_for_the_right_time_and_says_so(fleet: Fleet, state: Path, tmp_path: Path) -> None:
+    """As after a power cut of a Pi: the broker's certificate is of a time that has not come."""
+    (tmp_path / "data").mkdir()
+    with broker(fleet, tmp_path, made=2 * DAY) as url:
+        device = Device(state, tmp_path / "data", SimpleNamespace(url=url))  # type: ignore[arg-type]
+        with running(device):
+            said = "certificate is not yet valid"
+            wait_for(lambda: device.log.read_text().count(said) >= 2, 60, "the second attempt")
+            assert device.stop() == 0
+    assert "waiting for the right time, this device's clock says 20" in device.log.read_text()
 
 
 def test_a_name_without_an_address_is_a_matter_of_dns(state: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from edge_client import daemon as daemons
+from edge_client import inbox as inboxes
 from edge_client.adapters.credentials import load_credentials
 from edge_client.adapters.data import NpzDirectory
 from edge_client.adapters.files import StorageFull
@@ -18,8 +19,9 @@ from edge_client.adapters.mqtt import Inbound, LinkUp
 from edge_client.adapters.readings import FieldReader
 from edge_client.adapters.store import DeviceStore
 from edge_client.adapters.worker import Worker
-from edge_client.daemon import Daemon, Inbox, Stop
+from edge_client.daemon import Daemon
 from edge_client.events import Durable, Fault, Train, VersionTested, WorkFailed, note
+from edge_client.inbox import Inbox, Stop
 from edge_client.profile import Profile
 from edge_client.training import TrainingConfig
 from models import zoo
@@ -206,7 +208,7 @@ def test_a_defect_in_the_core_does_not_stop_the_device(
 def test_the_inbox_is_bounded_for_the_network_only() -> None:
     inbox = Inbox()
     inbound = Inbound(TOPIC, b"", lambda: None)
-    assert all(inbox.from_link(inbound) for _ in range(daemons.QUEUE_LENGTH))
+    assert all(inbox.from_link(inbound) for _ in range(inboxes.QUEUE_LENGTH))
     assert not inbox.from_link(inbound)
     assert inbox.from_link(LinkUp(bytes(32), "5"))
     inbox.put(Stop())
@@ -216,8 +218,8 @@ def test_the_inbox_is_bounded_in_bytes() -> None:
     """A thousand large frames, of a broker that heeds no receive maximum, are more than a device has."""
     inbox = Inbox()
     inbound = Inbound(TOPIC, bytes(MAX_FRAME_BYTES), lambda: None)
-    taken = sum(inbox.from_link(inbound) for _ in range(daemons.QUEUE_LENGTH))
-    assert 0 < taken * MAX_FRAME_BYTES <= daemons.QUEUE_BYTES
+    taken = sum(inbox.from_link(inbound) for _ in range(inboxes.QUEUE_LENGTH))
+    assert 0 < taken * MAX_FRAME_BYTES <= inboxes.QUEUE_BYTES
     assert inbox.get(0) is inbound and inbox.from_link(inbound) and not inbox.from_link(inbound)
 
 
