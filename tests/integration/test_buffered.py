@@ -108,7 +108,7 @@ def kill_in_a_buffer(service: ServiceProcess, state: Path) -> str:
     return running_ones[0] if running_ones else live[0].round_id
 
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
 
 @pytest.fixture
