@@ -44,11 +44,12 @@ def open_interpreter(graph: bytes, threads: int = 1) -> Interpreter:
 
     In tflite-runtime several threads work for XNNPACK alone. The runtime's own matrix products would have a
     pool of their own, and both wait for work by spinning: with a thread for every core they keep the cores
-    from each other, and a step takes up to a hundred times as long.
+    from each other, and a step takes six times as long. On a busy machine those of XNNPACK alone make it
+    hundreds of times as long, so leave it at one thread where others work as well.
 
     Args:
         graph: bytes of a `.tflite` file, which must outlive the interpreter: it keeps a pointer into them.
-        threads: at most as many as cores are free. More than one seldom pay for models of a device's size.
+        threads: at most as many as there are idle cores. Models of a device's size gain nothing by two.
 
     Raises:
         ValueError, RuntimeError: the runtime cannot load it.
