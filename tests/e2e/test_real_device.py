@@ -1,7 +1,8 @@
 """The whole way of a device: image, `covey flash`, first boot, enrolment, a round, a reset, a new version.
 
-The device is an emulated arm64 machine that boots what was flashed; broker, aggregator and three more
-devices run on this machine. Its one door is SSH, by the key that `covey flash` put onto the card.
+The device is an emulated arm64 machine that boots what was flashed, and enrols itself by the ticket on its
+card; broker, aggregator and three more devices run on this machine. SSH, by the key that `covey flash` put
+onto the card, is only for looking at it, and for its recordings.
 """
 
 from __future__ import annotations
@@ -200,39 +201,43 @@ def test_from_an_image_to_a_new_version(tmp_path: Path, capsys: pytest.CaptureFi
     say(f"image and bundle: {time.monotonic() - begun:.0f} s; bundle {bundle.stat().st_size / 1e6:.1f} MB")
     assert bundle.stat().st_size < 20 * 10**6
 
-    state, port, ssh_port = tmp_path / "agg", free_port(), free_port()
+    state, port, api_port, ssh_port = tmp_path / "agg", free_port(), free_port(), free_port()
     run(
         "aggregator", "init", "--state", state, "--fleet", "orchard", "--broker", f"mqtts://{HOST}:{port}",
-        "--broker-name", "localhost",
+        "--broker-name", "localhost", "--api-url", f"https://{HOST}:{api_port}",
     )  # fmt: skip
+    tickets = tmp_path / "tickets"
+    run("device", "token", "--name", NAME, "--label", "site=barn", "--out", tickets, "--state", state)
     fleet = Session(state)
     with ExitStack() as stack:
         guest = stack.enter_context(Guest.at(tmp_path, ssh_port))
         run(
-            "flash", base, "--out", card, "--hostname", NAME, "--user", ADMIN,
-            "--ssh-key", tmp_path / "id.pub", "--broker", f"mqtts://{HOST}:{port}", "--bundle", bundle,
+            "flash", base, "--out", card, "--tickets", tickets, "--user", ADMIN,
+            "--ssh-key", tmp_path / "id.pub", "--bundle", bundle,
         )  # fmt: skip
         base.unlink()
         machine_folder = tmp_path / "m"
         machine_folder.mkdir()
         broker = stack.enter_context(FleetBroker(state, port))
-        service = stack.enter_context(ServiceProcess(state, broker.url))
+        service = ServiceProcess(state, broker.url)
+        service.options = ("--listen", f"https://127.0.0.1:{api_port}")
+        stack.enter_context(service)
         wait_for(lambda: covey.is_running(state), 60, "the service")
         run("model", "publish", Path(zoo.__file__).parent / "watch", "--state", state)
 
         power_on = time.monotonic()
         machine = stack.enter_context(Machine(card, machine_folder, ssh_port=ssh_port))
-        machine.wait_for("covey-setup: waiting to be enrolled", BOOT_SECONDS)
-        installed = time.monotonic() - power_on
-        wait_for_ssh(machine, guest)
-        give_data(guest, people["person-01"], tmp_path)
-        run(
-            "flash", "--ssh", NAME, "--ssh-config", guest.config, "--broker", f"mqtts://{HOST}:{port}",
-            "--bundle", bundle, "--state", state,
-        )  # fmt: skip
+        machine.wait_for("covey-setup: enrolled: starting the client", BOOT_SECONDS)
+        enrolled = time.monotonic() - power_on
+        assert fleet.devices()[NAME]["labels"] == ["site=barn"]
         machine.wait_until(slow(lambda: fleet.online(NAME)), 300, "the device checks in")
         joined = time.monotonic() - power_on
-        say(f"power-on to installed: {installed:.0f} s; to first check-in: {joined:.0f} s")
+        say(f"power-on to enrolled by its ticket: {enrolled:.0f} s; to first check-in: {joined:.0f} s")
+        wait_for_ssh(machine, guest)
+        left = guest.run("ls /boot/firmware/covey; stat -c %a:%U /var/lib/covey/identity.pem")
+        assert left.split() == ["600:covey"], "the card keeps no ticket; the key is the client's alone"
+        give_data(guest, people["person-01"], tmp_path)
+        guest.run("systemctl restart covey-edge.service")
         unit = guest.run("systemctl show -p User,MainPID,ActiveState,NoNewPrivileges covey-edge.service")
         assert "ActiveState=active" in unit and "User=covey" in unit and "NoNewPrivileges=yes" in unit
 
