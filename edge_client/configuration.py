@@ -202,6 +202,10 @@ class EdgeConfiguration(Section):
         """Every setting as it holds, in the format of the file; what has no value is a comment."""
         tables = [("[conditions]", self.conditions.model_dump(mode="json"))]
         tables += [("[[data]]", table.model_dump(mode="json")) for table in self.data]
+        if self.predict is not None:
+            tables.append(("[predict]", self.predict.model_dump(mode="json", exclude={"mqtt"})))
+            if self.predict.mqtt is not None:
+                tables.append(("[predict.mqtt]", self.predict.mqtt.model_dump(mode="json")))
         return "\n".join(
             "\n".join((name, *(_line(key, value) for key, value in table.items()), ""))
             for name, table in tables

@@ -474,6 +474,16 @@ def test_settings_that_cannot_be(text: str, match: str) -> None:
         EdgeConfiguration.from_bytes(text.encode())
 
 
+def test_the_effective_settings_are_shown_as_a_file_that_means_the_same() -> None:
+    text = (
+        "[predict]\nsocket = '/run/covey/predict.sock'\n"
+        "[predict.mqtt]\nbroker = 'mqtt://127.0.0.1'\ntopic = 'a'\nusername = 'me'\n"
+    )
+    configuration = EdgeConfiguration.from_bytes(text.encode())
+    assert EdgeConfiguration.from_bytes(configuration.to_toml().encode()) == configuration
+    assert "[predict" not in EdgeConfiguration().to_toml()
+
+
 def test_the_command_line_says_how_long_an_answer_takes(
     state: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
