@@ -38,6 +38,7 @@ from aggregator.fleet.enrolment import Doorway
 from aggregator.operations import LiveRound, Model, OperationRefused, Operator, RoundView
 from aggregator.private_file import replace_private
 from aggregator.records import Campaign, Device, IssuedCertificate, Version
+from aggregator.renewals import Renewals
 from aggregator.repository import Repository
 from aggregator.revoked_list import RevokedList
 from aggregator.service import Service
@@ -448,6 +449,7 @@ def run(
             promotion=settings.promotion,
             doorkeeper=doorkeeper,
             revoked_list=None if doorkeeper is None else _revoked_list(place),
+            renewals=Renewals(lambda: _authority(place)),
             downloads=settings.downloads,
             retention=settings.keep,
         )

@@ -26,6 +26,7 @@ from aggregator.fleet.authority import Authority
 from aggregator.fleet.presence import Change, Presence
 from aggregator.records import Campaign
 from aggregator.registry.artefacts import ArtefactStore, StoreUnavailable
+from aggregator.renewals import Renewals
 from aggregator.repository import Repository, RepositoryError, StorageUnavailable, Superseded
 from aggregator.retention import DEFAULT_RETENTION, Keeper, Retention
 from aggregator.revoked_list import RevokedList
@@ -36,7 +37,7 @@ from aggregator.work import Outgoing, Work
 from protocol import topics
 from protocol.codec import decode_from_device
 from protocol.errors import ProtocolError
-from protocol.messages import BlobChunk, BlobNeed, DeviceStatus, FromDevice, UpdateReady
+from protocol.messages import BlobChunk, BlobNeed, DeviceStatus, FromDevice, RenewalRequest, UpdateReady
 from protocol.secagg.masking import apply_masks
 
 logger = logging.getLogger(__name__)
@@ -73,6 +74,7 @@ class Service:
         promotion: Promotion = Promotion.AUTO,
         doorkeeper: Doorkeeper | None = None,
         revoked_list: RevokedList | None = None,
+        renewals: Renewals | None = None,
         downloads: DownloadLimits = DEFAULT_LIMITS,
         retention: Retention = DEFAULT_RETENTION,
     ) -> None:
@@ -86,6 +88,7 @@ class Service:
             promotion: what becomes of a new version by itself.
             doorkeeper: keeps the broker's access; None where that is done elsewhere.
             revoked_list: keeps the broker's list of revoked certificates; None likewise.
+            renewals: answers devices that ask for a new certificate; without it, they get none.
             downloads: how fast models go out.
             retention: what is kept, and how long.
         """
@@ -99,7 +102,7 @@ class Service:
         self._downloads = Downloads(store, downloads)
         self._keeper = Keeper(store, retention)
         self._assigner = Assigner(authority, clock, promotion)
-        self._doorkeeper, self._revoked_list = doorkeeper, revoked_list
+        self._doorkeeper, self._revoked_list, self._renewals = doorkeeper, revoked_list, renewals
         self._members: frozenset[str] = frozenset()
         self._members_at = float("-inf")
         self._loaded = False
@@ -285,6 +288,10 @@ class Service:
         if isinstance(message, BlobNeed):
             if not self._transport.busy():
                 self._downloads.answer(work, work.writer, device_id, message)
+        elif isinstance(message, RenewalRequest):
+            device = work.writer.device(device_id)
+            if self._renewals is not None and device is not None:
+                work.send(device_id, self._renewals.answer(work.writer, device, message, work.at))
         elif isinstance(message, BlobChunk):
             self._conductor.chunk(work, device_id, message, body)
         elif isinstance(message, UpdateReady):

@@ -68,6 +68,17 @@ def parser() -> argparse.ArgumentParser:
 
     _add_run(commands)
 
+    renew = _command(
+        commands,
+        "renew",
+        "have the client that runs renew this device's certificate now, which it does by itself in good time",
+        "covey-edge renew --state /var/lib/covey --new-key",
+    )
+    renew.add_argument("--new-key", action="store_true", help="with a new key, in place of the present one")
+    renew.add_argument(
+        "--timeout", type=float, default=60.0, metavar="S", help="seconds to wait (default: %(default)s)"
+    )
+
     status = _command(
         commands,
         "status",

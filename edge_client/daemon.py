@@ -11,6 +11,7 @@ import os
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import assert_never
 
 from edge_client.adapters.files import StorageError
@@ -18,6 +19,7 @@ from edge_client.adapters.mqtt import Inbound, LinkDown, LinkEvent, LinkUp, Mqtt
 from edge_client.adapters.notify import Notifier
 from edge_client.adapters.readings import FieldReader
 from edge_client.adapters.store import DeviceStore
+from edge_client.adapters.tls import TlsFiles
 from edge_client.adapters.uses import VersionUses
 from edge_client.adapters.worker import Worker
 from edge_client.events import (
@@ -54,6 +56,7 @@ from edge_client.fields import InvalidFields
 from edge_client.inbox import Inbox, Stop
 from edge_client.library import download_limit
 from edge_client.profile import Profile
+from edge_client.renewing import Renewer
 from edge_client.session import SessionState, handle, restore
 from edge_client.sources import DataSource
 from edge_client.watch import Watch
@@ -61,7 +64,7 @@ from protocol import topics
 from protocol.codec import decode_to_device, encode
 from protocol.conditions import Conditions
 from protocol.errors import MalformedMessage, ProtocolError
-from protocol.messages import BlobNeed, DeviceStatus, ModelAnnouncement, VersionFailure
+from protocol.messages import BlobNeed, DeviceStatus, ModelAnnouncement, RenewalAnswer, VersionFailure
 from protocol.transfer import chunks
 
 TICK_SECONDS = 0.25
@@ -91,6 +94,8 @@ class Daemon:
         uses: VersionUses | None = None,
         watch: Watch | None = None,
         notifier: Notifier | None = None,
+        renewer: Renewer | None = None,
+        tls: TlsFiles | None = None,
         unix: Callable[[], float] = time.time,
         steady: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -101,6 +106,8 @@ class Daemon:
             uses: what failed in other processes of this device, or killed them; nobody looks when None.
             watch: of the device's surroundings; without one it may always train, and says nothing of them.
             notifier: of the service manager; by default the one that started this process.
+            renewer: of this device's certificate; it is not renewed without one.
+            tls: the files that the link uses, whose content a renewal replaces.
         """
         self._uses = uses
         self._profile, self._store, self._link = profile, store, link
@@ -111,6 +118,7 @@ class Daemon:
         self._state: SessionState = restore(store.load(), limit)
         self._session = bytes(32)
         self._notifier = notifier or Notifier()
+        self._renewer, self._tls = renewer, tls
         self._connected = False
         self._postponed: list[tuple[float, Event]] = []
         self._fields_unusable = False
@@ -146,6 +154,7 @@ class Daemon:
                     next_check = now + CONDITIONS_SECONDS
                     self._take_failures()
                     self._check_conditions()
+                    self._renew()
                     self._notifier.alive()
                     self._notifier.status(self._summary())
         finally:
@@ -185,7 +194,11 @@ class Daemon:
             )
         else:
             self.counts[message.type] += 1
-            self._handle(MessageReceived(message, body))
+            if isinstance(message, RenewalAnswer):
+                if self._renewer is not None:
+                    self._renewer.take(message, self._unix(), self._steady())
+            else:
+                self._handle(MessageReceived(message, body))
         # Also when the disk refused it: the aggregator repeats its requests, and a message that is held back
         # would stop the broker's window.
         inbound.acknowledge()
@@ -228,6 +241,17 @@ class Daemon:
         if fields != self._state.fields:
             _LOG.info("fields-declared count=%d", len(fields))
             self._handle(FieldsDeclared(fields))
+
+    def _renew(self) -> None:
+        """Asks for a new certificate when one is due, and goes over to it while no round runs."""
+        if self._renewer is None:
+            return
+        if self._connected and (asked := self._renewer.due(self._unix(), self._steady())) is not None:
+            self._link.send("msg", encode(asked))
+        if self._state.active is None and (new := self._renewer.change(self._steady())) is not None:
+            self._profile = replace(self._profile, certificate=new.bundle.certificate, identity=new.identity)
+            if self._tls is not None:
+                self._link.use(self._tls)
 
     def _declared(self) -> frozenset[str]:
         try:

@@ -211,24 +211,62 @@ def _enroll_by_ticket(options: argparse.Namespace) -> None:
     cli.say(f"next: covey-edge run --state {options.state} --data DIR")
 
 
+def _renew(options: argparse.Namespace) -> None:
+    from edge_client.adapters.credentials import load_credentials
+    from edge_client.adapters.renewal_files import RenewalFiles
+
+    load_credentials(options.state)
+    files = RenewalFiles(options.state)
+    files.wish(new_key=options.new_key)
+    if not _is_running(options.state):
+        cli.say("the client does not run: it asks for a new certificate when it is started")
+        return
+    give_up = time.monotonic() + options.timeout
+    while (outcome := files.outcome()) is None:
+        if time.monotonic() >= give_up:
+            raise CommandFailed("no answer yet: the client goes on asking; its log says more")
+        time.sleep(0.2)
+    if outcome != "renewed":
+        raise CommandFailed(outcome)
+    expires = _certificate_end(options.state)
+    cli.say(f"renewed: the certificate is good until {expires}")
+
+
+def _certificate_end(state: Path) -> str:
+    from edge_client.adapters.credentials import load_credentials
+    from protocol.renewal import Lifetime
+
+    ends = Lifetime.of(load_credentials(state).bundle.certificate).ends
+    return time.strftime("%Y-%m-%d", time.gmtime(ends))
+
+
 def _run(options: argparse.Namespace) -> None:
+    import secrets
+    from functools import partial
+
     from edge_client.adapters.credentials import POLICY, load_credentials, load_policy, tls_files
     from edge_client.adapters.mqtt import LinkSettings, MqttLink
     from edge_client.adapters.notify import Notifier
     from edge_client.adapters.readings import FieldReader
+    from edge_client.adapters.renewal_files import RenewalFiles
     from edge_client.adapters.store import DeviceStore
     from edge_client.adapters.surroundings import Surroundings
     from edge_client.adapters.tls import TlsFiles
+    from edge_client.adapters.trial import try_certificate
     from edge_client.adapters.uses import VersionUses
     from edge_client.adapters.worker import Worker
     from edge_client.daemon import Daemon
     from edge_client.inbox import Inbox, Stop
     from edge_client.pausing import Gate
     from edge_client.profile import Profile
+    from edge_client.renewing import Renewer
     from edge_client.watch import Watch
     from protocol.broker_address import BrokerAddress
 
     _start_logging(options.log_level)
+    lock = _locked(options.state)
+    renewal = RenewalFiles(options.state)
+    renewal.finish()
     credentials = load_credentials(options.state)
     broker = options.broker or os.environ.get("COVEY_BROKER") or credentials.bundle.broker
     if broker is None:
@@ -244,7 +282,6 @@ def _run(options: argparse.Namespace) -> None:
     )
     own = tls_files(options.state)
     tls = TlsFiles(options.ca or own.ca, options.cert or own.certificate, options.key or own.key)
-    lock = _locked(options.state)
     runtime = load_runtime()
     inbox = Inbox()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -253,6 +290,12 @@ def _run(options: argparse.Namespace) -> None:
     limits = _configuration(options).conditions
     gate = Gate(limits.patience_seconds)
     link = MqttLink(LinkSettings(profile.device_id, address, tls, options.mqtt_version), sink=inbox.from_link)
+    # A certificate from elsewhere is renewed elsewhere.
+    renewer = (
+        Renewer(renewal, credentials, partial(try_certificate, address), secrets.SystemRandom().random)
+        if options.cert is None and options.key is None
+        else None
+    )
     uses = VersionUses(options.state)
     servers = _prediction_servers(options)
     with DeviceStore.open(options.state) as store, uses.armed():
@@ -271,6 +314,8 @@ def _run(options: argparse.Namespace) -> None:
             uses=uses,
             watch=Watch(Surroundings(metered=limits.metered_interfaces), limits, gate),
             notifier=Notifier(),
+            renewer=renewer,
+            tls=tls,
         )
         logging.getLogger("covey.edge").info("started device=%s broker=%s", profile.device_id, address)
         if servers is not None:
@@ -506,6 +551,7 @@ _COMMANDS = {
     "init": _init,
     "enroll": _enroll,
     "run": _run,
+    "renew": _renew,
     "status": _status,
     "predict": _predict,
     "personalise": _personalise,

@@ -76,6 +76,7 @@ from protocol.messages import (
     Invitation,
     ModelAnnouncement,
     Refusal,
+    RenewalAnswer,
     Roster,
     RoundEnd,
     ShareDelivery,
@@ -210,6 +211,8 @@ def _message(profile: Profile, state: SessionState, event: MessageReceived, stam
         return _ordered(profile, state, message, stamp)
     if isinstance(message, ModelAnnouncement):
         return _announced(profile, state, message, stamp)
+    if isinstance(message, RenewalAnswer):
+        return state, ()  # no matter of rounds
     if isinstance(message, BlobChunk):
         library, outputs = models.chunk_received(state.library, message, event.body, stamp)
         return replace(state, library=library), outputs

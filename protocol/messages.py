@@ -23,6 +23,7 @@ from protocol.fields import (
     RoundId,
     Schema,
     Slug,
+    UnixTime,
 )
 from protocol.identity import SignedDocument
 
@@ -180,6 +181,18 @@ class UpdateReady(_Message):
     """That it was trained from."""
 
 
+class RenewalRequest(_Message):
+    """A device asks for a new certificate, by the one that it has; see `protocol.renewal`."""
+
+    type: Literal["renewal-request"] = "renewal-request"
+    request: Annotated[bytes, Field(min_length=64, max_length=2048)]
+    """PKCS#10, DER, with the key of the new certificate: the same, or a new one."""
+    certificate: Certificate
+    """The present one."""
+    signature: Bytes64
+    """Over fleet and request, by the present certificate's key."""
+
+
 class ClientAbort(_Message):
     """The client saw the rules of the round broken: it erased its secrets and leaves the round."""
 
@@ -286,6 +299,19 @@ class RoundEnd(_Message):
     reason: Detail = ""
 
 
+class RenewalAnswer(_Message):
+    """A new certificate, the present one where that is young, or why there is none."""
+
+    type: Literal["renewal-answer"] = "renewal-answer"
+    code: Code
+    detail: Detail = ""
+    certificate: Certificate | None = None
+    again: Annotated[int, Field(ge=0, le=30 * 86_400)] = 0
+    """Seconds after which to ask again, where there is none."""
+    time: UnixTime
+    """The service's clock."""
+
+
 class ModelAnnouncement(_Message):
     """Retained: which version of a model is to be had, as the signed assignment, and its signed manifest."""
 
@@ -305,6 +331,7 @@ FromDevice = (
     | UnmaskingShares
     | UpdateReady
     | ClientAbort
+    | RenewalRequest
     | BlobNeed
     | BlobChunk
 )
@@ -317,6 +344,7 @@ ToDevice = (
     | SurvivorSet
     | UnmaskRequest
     | RoundEnd
+    | RenewalAnswer
     | ModelAnnouncement
     | BlobNeed
     | BlobChunk

@@ -17,6 +17,7 @@ from aggregator.fleet.authority import Authority
 from aggregator.operations import Operator, RoundView
 from aggregator.records import Campaign
 from aggregator.registry.artefacts import ArtefactStore
+from aggregator.renewals import Renewals
 from aggregator.retention import DEFAULT_RETENTION
 from aggregator.rounds.release import Unmask
 from aggregator.service import Service
@@ -122,6 +123,7 @@ class Bench:
             self.authority,
             self.transport,
             self.clock,
+            renewals=Renewals(lambda: self.authority),
             downloads=self.downloads,
             retention=self.retention,
             promotion=self.promotion,

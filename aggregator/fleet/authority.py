@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from cryptography import x509
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.x509.oid import NameOID
 from pydantic import TypeAdapter, ValidationError
 
@@ -138,12 +138,26 @@ class Authority:
                     f"{device_id} is {known.state}: a ticket of `covey device token --name {device_id} "
                     "--replace` lets it in again"
                 )
-        if self.ca_key is None:
-            raise CaOffline("the CA's key is kept elsewhere: put it back among the keys for an enrolment")
-        certificate = issue_certificate(
-            self.ca_key, self.ca, device_id, public_key, now=int(now), days=DEVICE_DAYS, serial=serial
-        )
+        certificate = self.renew(device_id, public_key, now=now, serial=serial)
         return Device(device_id, certificate, enrolled_at=now)
+
+    def renew(self, device_id: str, key: Ed25519PublicKey, *, now: float, serial: int) -> bytes:
+        """Issues a certificate for a device's key; returns DER.
+
+        Args:
+            device_id: that the fleet recorded.
+            key: which the device has proved to have.
+            now: seconds since 1970.
+            serial: a random positive integer of at most 159 bits.
+
+        Raises:
+            CaOffline: the CA's key is kept elsewhere.
+        """
+        if self.ca_key is None:
+            raise CaOffline("the CA's key is kept elsewhere: put it back among the keys for a certificate")
+        return issue_certificate(
+            self.ca_key, self.ca, device_id, key, now=int(now), days=DEVICE_DAYS, serial=serial
+        )
 
 
 def has_key(device: Device, key: object) -> bool:

@@ -51,6 +51,7 @@ from protocol.messages import (
     DeviceStatus,
     Invitation,
     Refusal,
+    RenewalRequest,
     RoundEnd,
     UpdateReady,
     UploadOffer,
@@ -216,7 +217,7 @@ def replay(state: SubcohortState, entry: LogEntry, at: Moment) -> SubcohortState
     if entry.kind == "stored":
         return replace(state, secagg=server.handle(state.secagg, server.InputStored(entry.device_id)))
     message, _ = decode_from_device(entry.frame)
-    if isinstance(message, DeviceStatus | UploadOffer | UpdateReady | BlobNeed | BlobChunk):
+    if isinstance(message, DeviceStatus | UploadOffer | UpdateReady | RenewalRequest | BlobNeed | BlobChunk):
         raise IllegalEvent(f"a {message.type} in the log of a round")
     received = server.Received(entry.device_id, message, int(entry.at))
     state = replace(state, secagg=server.handle(state.secagg, received))

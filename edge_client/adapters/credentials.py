@@ -75,7 +75,7 @@ def create_identity(directory: Path, device_id: str) -> bytes:
                 f"{directory} belongs to the enrolled device {enrolled}: choose another state directory"
             )
     if (directory / KEY).exists():
-        key = _key(directory)
+        key = load_private_key(directory / KEY)
     else:
         key = Ed25519PrivateKey.generate()
         write_durably(directory / KEY, [key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())])
@@ -93,7 +93,7 @@ def save_enrolment(directory: Path, bundle: EnrolmentBundle, *, now: int) -> Non
         CredentialError: it is not for this device, or does not verify.
         StorageError: the directory cannot be written.
     """
-    key = _key(directory)
+    key = load_private_key(directory / KEY)
     try:
         certificate = bundle.verify(now=now)
         bundle.plan_keys(), bundle.model_keys()
@@ -121,7 +121,7 @@ def load_credentials(directory: Path) -> Credentials:
     Raises:
         CredentialError: the device is not initialised or not enrolled.
     """
-    return Credentials(_key(directory), _bundle(directory))
+    return Credentials(load_private_key(directory / KEY), _bundle(directory))
 
 
 def tls_files(directory: Path) -> TlsFiles:
@@ -168,8 +168,13 @@ def save_policy(path: Path, policy: DevicePolicy) -> None:
     write_durably(path, [policy.to_bytes()])
 
 
-def _key(directory: Path) -> Ed25519PrivateKey:
-    path = directory / KEY
+def load_private_key(path: Path) -> Ed25519PrivateKey:
+    """Reads a key that this device made.
+
+    Raises:
+        CredentialError: it is missing, or cannot be used.
+    """
+    directory = path.parent
     try:
         key = load_pem_private_key(path.read_bytes(), password=None)
     except FileNotFoundError as error:

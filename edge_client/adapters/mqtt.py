@@ -165,6 +165,20 @@ class MqttLink:
         if self._thread.is_alive():
             self._thread.join(timeout=seconds + 5)
 
+    def use(self, tls: TlsFiles) -> None:
+        """Connects anew, with another certificate.
+
+        Raises:
+            InvalidAddress: the files cannot be used; nothing changed.
+        """
+        if self._settings.address.tls:
+            self._tls = tls.context()
+        connection = self._current
+        if connection is not None:
+            connection.reason = "this device has a new certificate"
+            connection.gone.set()
+            connection.answered.set()
+
     def send(self, channel: topics.UpChannel, frame: bytes, *, retain: bool = False) -> bool:
         """Publishes at QoS 1; returns False when the broker is away or its queue is full."""
         connection = self._current
