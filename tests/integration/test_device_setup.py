@@ -23,7 +23,7 @@ REAL = (
 COMPILE = """\
 #!/bin/sh
 for last; do :; done
-mkdir -p "$last" && echo compiled >"$last/bytecode"
+echo compiled >"$last-bytecode"
 """
 EDGE = """\
 #!/bin/sh
@@ -139,7 +139,7 @@ def assert_set_up(root: Root, archive: Path) -> None:
         assert (root.opt / link).readlink() == Path("versions/0.1.0")
     assert [path.name for path in (root.opt / "versions").iterdir()] == ["0.1.0"]
     assert (root.opt / "current/bin/covey-edge").read_text() == EDGE
-    assert (root.opt / "current/site/bytecode").read_text() == "compiled\n"
+    assert (root.opt / "current/site-bytecode").read_text() == "compiled\n"
     assert (root.folder / "etc/systemd/system/covey-edge.service").read_text() == "[Unit]\n"
     assert "COVEY_BROKER=mqtts://hub.example:8883" in (root.folder / "etc/covey/edge.env").read_text()
     assert (root.state / "enrolment.json").read_text() == "bundle\n"
