@@ -264,9 +264,11 @@ def _run(options: argparse.Namespace) -> None:
     from protocol.broker_address import BrokerAddress
 
     _start_logging(options.log_level)
-    lock = _locked(options.state)
     renewal = RenewalFiles(options.state)
-    renewal.finish()
+    if renewal.unfinished:
+        lock = _locked(options.state)
+        renewal.finish()
+        lock.release()
     credentials = load_credentials(options.state)
     broker = options.broker or os.environ.get("COVEY_BROKER") or credentials.bundle.broker
     if broker is None:
@@ -282,6 +284,7 @@ def _run(options: argparse.Namespace) -> None:
     )
     own = tls_files(options.state)
     tls = TlsFiles(options.ca or own.ca, options.cert or own.certificate, options.key or own.key)
+    lock = _locked(options.state)
     runtime = load_runtime()
     inbox = Inbox()
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -109,6 +109,11 @@ class RenewalFiles:
         write_durably(self._directory / _TRIED, [b""])
         self.finish()
 
+    @property
+    def unfinished(self) -> bool:
+        """Whether `adopt` was cut off."""
+        return (self._directory / _TRIED).exists()
+
     def finish(self) -> None:
         """Goes on where `adopt` was cut off; does nothing when it was not. Drops what was never tried.
 
