@@ -231,8 +231,17 @@ class MqttLink:
                 now = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
                 connection.reason += f"; waiting for the right time, this device's clock says {now}"
             return False
+        try:
+            client.loop_start()
+        except (OSError, RuntimeError) as error:
+            # No descriptor, or no thread. The broker hears nothing of it, so the version is not to blame; and
+            # paho closes the connection in the thread that there is not.
+            connection.reason = f"connected to {address}, but this machine is short of something: {error}"
+            sock = client.socket()
+            if sock is not None:
+                sock.close()
+            return False
         connection.reached = True
-        client.loop_start()
         try:
             if connection.answered.wait(HANDSHAKE_SECONDS[version]):
                 connection.gone.wait()

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import datetime as dt
+import errno
 import getpass
 import ipaddress
 import queue
 import socket
 import ssl
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import paho.mqtt.client as paho
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -179,6 +183,43 @@ def test_a_silent_port_is_given_up_and_tried_again() -> None:
                 assert connection.recv(1)[0] == 0x10  # CONNECT
         link.stop()
         assert events.empty()
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "error"),
+    [
+        (socket, "create_connection", OSError(errno.EMFILE, "Too many open files")),
+        (paho, "_socketpair_compat", OSError(errno.EMFILE, "Too many open files")),
+        (threading.Thread, "start", RuntimeError("can't start new thread")),
+    ],
+)
+def test_a_machine_short_of_files_or_threads_is_waited_for(
+    mosquitto: BrokerProcess,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    owner: Any,
+    name: str,
+    error: Exception,
+) -> None:
+    caplog.set_level("INFO", "covey.edge.mqtt")
+    working = getattr(owner, name)
+    left = iter(range(2))
+
+    def failing(*args: Any, **others: Any) -> Any:
+        # Only what paho begins: the link's own thread is there already, or will be.
+        ours = owner is not threading.Thread or args[0].name.startswith("paho")
+        if ours and next(left, None) is not None:
+            raise error
+        return working(*args, **others)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, failing)
+        listener = Listener(mosquitto)
+        # Still MQTT 5: the broker is not to blame.
+        assert listener.up().version == "5"
+    assert next(left, None) is None
+    assert sum(str(error) in record.getMessage() for record in caplog.records) == 2
+    listener.link.stop()
 
 
 def test_delays_grow_with_jitter_and_stay_bounded() -> None:
