@@ -57,7 +57,12 @@ class Predictor:
     """
 
     def __init__(
-        self, state: Path | str, *, trainer: TrainerFactory | None = None, uses: VersionUses | None = None
+        self,
+        state: Path | str,
+        *,
+        trainer: TrainerFactory | None = None,
+        uses: VersionUses | None = None,
+        at_most: int | None = None,
     ) -> None:
         """Takes the state directory of the device; nothing is read before the first prediction.
 
@@ -65,6 +70,7 @@ class Predictor:
             state: the directory.
             trainer: makes a trainer of a graph; by default this machine's TensorFlow Lite runtime.
             uses: this process's notes of what it uses, where a crash of it is to be blamed on the version.
+            at_most: examples of one call; None is no limit.
         """
         from edge_client.adapters.revision import StateWatch
         from edge_client.adapters.uses import VersionUses
@@ -72,6 +78,7 @@ class Predictor:
 
         self._state, self._factory = Path(state), trainer or tflite_trainer
         self._uses = uses or VersionUses(self._state)
+        self._at_most = at_most
         self._watch = StateWatch(self._state)
         self._loaded: dict[str | None, _Loaded] = {}
         self._unread: dict[str | None, Revision] = {}
@@ -116,7 +123,7 @@ class Predictor:
     def _run(self, loaded: _Loaded, x: NDArray[Any]) -> Prediction:
         serving = loaded.serving
         weights, local = serving.used()
-        inputs = shaped(serving.manifest, np.asarray(x, np.float32))
+        inputs = shaped(serving.manifest, np.asarray(x, np.float32), self._at_most)
         try:
             with self._uses.of(loaded.sha256):
                 outputs = loaded.trainer.predict(weights, inputs, local)

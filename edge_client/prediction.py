@@ -22,6 +22,7 @@ from protocol.fields import Schema, Slug
 
 MAX_REQUEST_BYTES = 1 << 20
 MAX_EXAMPLES = 256
+"""Of one request by another program, whose answer holds up everybody else's."""
 _FLOAT32 = np.dtype("<f4")
 
 
@@ -158,7 +159,9 @@ def _array(inputs: list[Any] | str, shape: tuple[int, ...] | None) -> NDArray[np
         return array.astype(np.float32)
 
 
-def shaped(manifest: ModelManifest, x: NDArray[np.float32]) -> NDArray[np.float32]:
+def shaped(
+    manifest: ModelManifest, x: NDArray[np.float32], at_most: int | None = None
+) -> NDArray[np.float32]:
     """Inputs as the model takes them, (n, *example shape): one example, several, or all their values flat.
 
     Raises:
@@ -174,8 +177,8 @@ def shaped(manifest: ModelManifest, x: NDArray[np.float32]) -> NDArray[np.float3
         raise PredictionFailed(
             "bad-input", f"inputs of shape {x.shape}: {manifest.name} takes {shape}, or several of these"
         )
-    if len(x) > MAX_EXAMPLES:
-        raise PredictionFailed("too-large", f"{len(x)} examples at a time: at most {MAX_EXAMPLES}")
+    if at_most is not None and len(x) > at_most:
+        raise PredictionFailed("too-large", f"{len(x)} examples at a time: at most {at_most}")
     return x
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 from edge_client.adapters.predict_socket import PredictSocket
 from edge_client.configuration import PredictMqtt, PredictSettings
 from edge_client.local import Predictor
-from edge_client.prediction import PredictionService
+from edge_client.prediction import MAX_EXAMPLES, PredictionService
 
 if TYPE_CHECKING:
     from edge_client.adapters.local_broker import LocalBroker
@@ -42,7 +42,7 @@ class PredictionServers:
         Raises:
             InvalidConfiguration: password or CA of the broker cannot be read.
         """
-        self._service = PredictionService(Predictor(state).predict)
+        self._service = PredictionService(Predictor(state, at_most=MAX_EXAMPLES).predict)
         self._lock = threading.Lock()
         self._servers: list[_Server] = []
         if settings.socket is not None:
