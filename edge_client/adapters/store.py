@@ -14,14 +14,14 @@ software can; what an SD card's controller keeps is beyond it.
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import sqlite3
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self, assert_never
+from typing import Self
 
+from edge_client.adapters import device_rows
 from edge_client.adapters.blobs import Blobs
 from edge_client.adapters.device_schema import check_schema, configure
 from edge_client.adapters.files import (
@@ -35,33 +35,17 @@ from edge_client.events import (
     CloseRound,
     DropPending,
     Durable,
-    ForgetVersion,
     PendingUpdate,
-    RoundRecord,
-    SaveContribution,
     SaveLocal,
     SavePending,
-    SaveRound,
-    SaveStanding,
-    SaveVersion,
     StoreChunk,
-    VersionStatus,
 )
 from edge_client.ledger import DAY, DaySpent, LedgerEntry
-from edge_client.library import StoredStanding, StoredVersion, Version
+from edge_client.library import StoredStanding, StoredVersion
 from edge_client.session import Memory
-from models.assignment import Answering, Assignment, assignment_of
-from models.manifest import ModelManifest
 from protocol.dp.events import DPEvent
-from protocol.errors import MalformedMessage
-from protocol.fields import BlobRef
-from protocol.identity import SignedDocument
-from protocol.plan import Plan
-from protocol.secagg.client_state import dump_state, load_state
-from protocol.version_assignment import VersionAssignment
 
 DATABASE = "device.sqlite"
-_LOG = logging.getLogger("covey.edge.store")
 
 
 @dataclass(frozen=True)
@@ -146,7 +130,7 @@ class DeviceStore:
         if rows:
             with self._transaction():
                 for output in rows:
-                    self._write(output)
+                    device_rows.write(self._connection, output)
         closed = [output.round_id for output in rows if isinstance(output, CloseRound)]
         for round_id in closed:
             # The round is over whatever happens here: what remains is deleted at the next start.
@@ -211,112 +195,6 @@ class DeviceStore:
         rows = self._connection.execute("SELECT sha256 FROM pending").fetchall()
         self.blobs.keep_pending(frozenset(row[0] for row in rows))
 
-    def _write(
-        self,
-        output: SaveRound
-        | SaveContribution
-        | SaveLocal
-        | SavePending
-        | DropPending
-        | CloseRound
-        | SaveVersion
-        | SaveStanding
-        | ForgetVersion,
-    ) -> None:
-        if isinstance(output, SaveRound):
-            self._save_round(output.record, output.at)
-        elif isinstance(output, SaveContribution):
-            entry = output.entry
-            self._connection.execute(
-                "INSERT INTO ledger (round_id, at, entry) VALUES (?, ?, ?)",
-                (entry.round_id, entry.at, entry.model_dump_json()),
-            )
-        elif isinstance(output, CloseRound):
-            self._connection.execute(
-                "UPDATE rounds SET outcome = ?, closed_at = ?, plan = NULL, manifest = NULL, client = NULL,"
-                " upload_sha256 = NULL, upload_size = NULL WHERE round_id = ?",
-                (output.outcome, output.at, output.round_id),
-            )
-        elif isinstance(output, SaveVersion):
-            self._save_version(output)
-        elif isinstance(output, SaveStanding):
-            assignment, manifest = output.assignment, output.manifest
-            self._connection.execute(
-                "INSERT OR REPLACE INTO standings (model, own, assignment, manifest) VALUES (?, ?, ?, ?)",
-                (
-                    assignment.model,
-                    int(assignment.device is not None),
-                    output.document.model_dump_json(),
-                    None if manifest is None else manifest.model_dump_json(),
-                ),
-            )
-        elif isinstance(output, SaveLocal):
-            self._connection.execute(
-                "INSERT OR REPLACE INTO local (model, layout, sha256, size) VALUES (?, ?, ?, ?)",
-                (output.model, output.layout, output.blob.sha256, output.blob.size),
-            )
-        elif isinstance(output, SavePending):
-            update = output.update
-            self._connection.execute(
-                "INSERT OR REPLACE INTO pending (model, document, manifest, sha256, size, at)"
-                " VALUES (?, ?, ?, ?, ?, ?)",
-                (
-                    update.manifest.name,
-                    update.document.model_dump_json(),
-                    update.manifest.to_bytes(),
-                    update.blob.sha256,
-                    update.blob.size,
-                    update.at,
-                ),
-            )
-        elif isinstance(output, DropPending):
-            self._connection.execute("DELETE FROM pending WHERE model = ?", (output.model,))
-        elif isinstance(output, ForgetVersion):
-            self._connection.execute("DELETE FROM versions WHERE sha256 = ?", (output.sha256,))
-        else:
-            assert_never(output)
-
-    def _save_version(self, output: SaveVersion) -> None:
-        # What is served, and what failed, has an order; the last one that was served is.
-        ordered = int(output.status in (VersionStatus.GOOD, VersionStatus.BAD))
-        manifest = output.manifest
-        self._connection.execute(
-            "INSERT INTO versions (sha256, model, version, document, manifest, status, reason, served)"
-            " VALUES (?, ?, ?, ?, ?, ?, ?, ? * (SELECT coalesce(max(served), 0) + 1 FROM versions))"
-            " ON CONFLICT (sha256) DO UPDATE"
-            " SET status = excluded.status, reason = excluded.reason, served = excluded.served",
-            (
-                output.document.digest.hex(),
-                manifest.name,
-                manifest.version,
-                output.document.model_dump_json(),
-                manifest.to_bytes(),
-                output.status.value,
-                output.reason,
-                ordered,
-            ),
-        )
-
-    def _save_round(self, record: RoundRecord, at: int) -> None:
-        phase, client = dump_state(record.client)
-        self._connection.execute(
-            "INSERT INTO rounds (round_id, joined_at, phase, plan, manifest, client, upload_sha256,"
-            " upload_size, uploaded) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (round_id) DO UPDATE"
-            " SET phase = excluded.phase, client = excluded.client, upload_sha256 = excluded.upload_sha256,"
-            " upload_size = excluded.upload_size, uploaded = excluded.uploaded",
-            (
-                record.client.context.round_id,
-                at,
-                phase,
-                record.document.model_dump_json(),
-                _manifest_bytes(record.assignment),
-                client,
-                record.upload.sha256 if record.upload else None,
-                record.upload.size if record.upload else None,
-                int(record.uploaded),
-            ),
-        )
-
     # --- reading -----------------------------------------------------------------------------------------
 
     def load(self) -> Memory:
@@ -326,7 +204,7 @@ class DeviceStore:
             StorageError: the database cannot be read.
         """
         with _typed_errors("reading the database"):
-            active = self._active()
+            active = device_rows.active_round(self._connection)
             if active is None and not self._read_only:
                 self._abandon()
             used = frozenset(row[0] for row in self._connection.execute("SELECT round_id FROM rounds"))
@@ -362,31 +240,6 @@ class DeviceStore:
             " upload_sha256 = NULL, upload_size = NULL WHERE client IS NOT NULL"
         )
 
-    def _active(self) -> RoundRecord | None:
-        row = self._connection.execute(
-            "SELECT plan, manifest, phase, client, upload_sha256, upload_size, uploaded FROM rounds"
-            " WHERE client IS NOT NULL"
-        ).fetchone()
-        if row is None:
-            return None
-        plan, manifest, phase, client, sha256, size, uploaded = row
-        try:
-            document = SignedDocument.model_validate_json(plan)
-            return RoundRecord(
-                document=document,
-                assignment=assignment_of(
-                    Plan.from_bytes(document.payload).task,
-                    None if manifest is None else ModelManifest.from_bytes(manifest),
-                ),
-                client=load_state(phase, client),
-                upload=BlobRef(sha256=sha256, size=size) if sha256 else None,
-                uploaded=bool(uploaded),
-            )
-        except (ValueError, KeyError, MalformedMessage):
-            # Written by a client that kept rounds otherwise. Leaving one is always safe; its id stays used.
-            _LOG.warning("unreadable-round phase=%s", phase)
-            return None
-
     def versions(self) -> tuple[StoredVersion, ...]:
         """Every version this device remembers; a good one whose files are gone is a candidate again.
 
@@ -394,29 +247,7 @@ class DeviceStore:
             StorageError: the database cannot be read.
         """
         with _typed_errors("reading the versions"):
-            served = "served" if self._schema() >= 3 else "0"
-            rows = self._connection.execute(
-                f"SELECT document, manifest, status, reason, {served} AS served FROM versions"  # noqa: S608
-                " ORDER BY model, served, version"
-            ).fetchall()
-        versions = []
-        for document, data, stored, reason, order in rows:
-            try:
-                signed = SignedDocument.model_validate_json(document)
-                manifest, status = ModelManifest.from_bytes(data), VersionStatus(stored)
-            except ValueError:
-                # Written by a client that knew other manifests: it is announced again, if it still counts.
-                _LOG.warning("unreadable-version")
-                continue
-            whole = self.blobs.has(manifest.graph) and self.blobs.has(manifest.weights)
-            if status is VersionStatus.GOOD and not whole:
-                status = VersionStatus.CANDIDATE
-            versions.append(StoredVersion(signed, manifest, status, reason, order))
-        return tuple(versions)
-
-    def _schema(self) -> int:
-        """Of the database: an older one, as long as it is only read."""
-        return int(self._connection.execute("PRAGMA user_version").fetchone()[0])
+            return device_rows.versions(self._connection, self.blobs)
 
     def standings(self) -> tuple[StoredStanding, ...]:
         """What this device was told to have, as the fleet and by itself.
@@ -425,24 +256,7 @@ class DeviceStore:
             StorageError: the database cannot be read.
         """
         with _typed_errors("reading what is assigned"):
-            if self._schema() < 3:
-                return ()
-            rows = self._connection.execute("SELECT assignment, manifest FROM standings").fetchall()
-        standings = []
-        for text, manifest in rows:
-            try:
-                document = SignedDocument.model_validate_json(text)
-                assignment = VersionAssignment.from_bytes(document.payload)
-                version = None
-                if manifest is not None:
-                    signed = SignedDocument.model_validate_json(manifest)
-                    version = Version(signed, ModelManifest.from_bytes(signed.payload))
-            except (ValueError, MalformedMessage):
-                # Written by a client that knew others: it is announced again, if it still counts.
-                _LOG.warning("unreadable-assignment")
-                continue
-            standings.append(StoredStanding(assignment, version))
-        return tuple(standings)
+            return device_rows.standings(self._connection)
 
     def local(self) -> tuple[SaveLocal, ...]:
         """This device's local parameters, by model.
@@ -451,10 +265,7 @@ class DeviceStore:
             StorageError: the database cannot be read.
         """
         with _typed_errors("reading the local parameters"):
-            if self._schema() < 2:
-                return ()  # read-only, and no newer process has written yet
-            rows = self._connection.execute("SELECT model, layout, sha256, size FROM local").fetchall()
-        return tuple(SaveLocal(model, layout, BlobRef(sha256=a, size=n)) for model, layout, a, n in rows)
+            return device_rows.local(self._connection)
 
     def pending(self) -> tuple[PendingUpdate, ...]:
         """The updates that wait for a buffer, by model.
@@ -463,23 +274,7 @@ class DeviceStore:
             StorageError: the database cannot be read.
         """
         with _typed_errors("reading the pending updates"):
-            if self._schema() < 4:
-                return ()
-            rows = self._connection.execute(
-                "SELECT document, manifest, sha256, size, at FROM pending ORDER BY model"
-            ).fetchall()
-        found = []
-        for text, manifest, sha256, size, at in rows:
-            try:
-                document = SignedDocument.model_validate_json(text)
-                plan, version = Plan.from_bytes(document.payload), ModelManifest.from_bytes(manifest)
-            except (ValueError, MalformedMessage):
-                # Written by a client that knew other orders: it trains anew.
-                _LOG.warning("unreadable-pending-update")
-                continue
-            blob = BlobRef(sha256=sha256, size=size)
-            found.append(PendingUpdate(document, plan, version, blob, at))
-        return tuple(found)
+            return device_rows.pending(self._connection)
 
     def ledger(self) -> tuple[LedgerEntry, ...]:
         """Every contribution, in order.
@@ -504,10 +299,6 @@ class DeviceStore:
                 (limit,),
             ).fetchall()
         return tuple(RoundSummary(*row) for row in rows)
-
-
-def _manifest_bytes(assignment: Assignment) -> bytes | None:
-    return None if isinstance(assignment, Answering) else assignment.manifest.to_bytes()
 
 
 @contextlib.contextmanager
