@@ -40,7 +40,7 @@ from aggregator import main as covey
 from aggregator.operations import RoundView
 from aggregator.settings import CampaignRequest
 from deploy.demo.processes import ChildProcess
-from edge_client.main import enrol, initialise, set_policy
+from edge_client.device_setup import enrol, initialise, set_policy
 from edge_client.policy import DevicePolicy
 from models import zoo
 from models.datasets import watch

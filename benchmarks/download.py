@@ -35,7 +35,7 @@ from rich.table import Table
 
 from aggregator import main as covey
 from benchmarks.load import cpu_seconds, resident_mb
-from edge_client.main import enrol, initialise
+from edge_client.device_setup import enrol, initialise
 from models.manifest import ModelManifest
 from protocol.fields import BlobRef
 from tests.aggregator_devices import model_files

@@ -29,6 +29,18 @@ exit codes: 0 done, 1 failed, 2 wrong usage, 3 not initialised or not enrolled,
 """
 
 
+class CommandFailed(Exception):
+    """A command cannot do its work; the message says what to do.
+
+    Attributes:
+        code: the exit code.
+    """
+
+    def __init__(self, message: str, code: int = EXIT_FAILED) -> None:
+        super().__init__(message)
+        self.code = code
+
+
 def parser() -> argparse.ArgumentParser:
     """The parser of `covey-edge`."""
     top = argparse.ArgumentParser(

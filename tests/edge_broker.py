@@ -22,7 +22,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from paho.mqtt.enums import CallbackAPIVersion, MQTTProtocolVersion
 
 from deploy.broker import BrokerProcess
-from edge_client.main import enrol, initialise, set_policy
+from edge_client.device_setup import enrol, initialise, set_policy
 from edge_client.policy import DevicePolicy
 from models.manifest import ModelManifest
 from protocol import topics

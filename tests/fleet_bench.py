@@ -15,7 +15,7 @@ from aggregator import main as covey
 from aggregator.adapters.tls import TlsFiles
 from aggregator.fleet import access
 from edge_client.adapters.credentials import tls_files
-from edge_client.main import enrol, initialise, set_policy
+from edge_client.device_setup import enrol, initialise, set_policy
 from edge_client.policy import DevicePolicy
 from tests.aggregator_process import COMMAND
 from tests.fleet_broker import FleetBroker, Peer, free_port

@@ -20,7 +20,7 @@ from aggregator.operations import Operator
 from deploy.demo.accidents import Action
 from deploy.demo.options import DemoError
 from deploy.demo.processes import ChildProcess, ProcessGroup
-from edge_client import main as edge
+from edge_client.device_setup import enrol, initialise, set_policy
 from edge_client.policy import DevicePolicy
 from models.examples import Examples
 from protocol.dp.parameters import PrivacyMode
@@ -144,8 +144,8 @@ def fleet(
                 data.mkdir(parents=True)
                 if person.name not in running.held_out:
                     person.save(data / "recordings.npz")
-                edge.enrol(place / "state", operator.enrol(edge.initialise(place / "state", person.name)))
-                edge.set_policy(place / "state", policy)
+                enrol(place / "state", operator.enrol(initialise(place / "state", person.name)))
+                set_policy(place / "state", policy)
                 command: list[str | Path] = [_SCRIPTS / "covey-edge", "run", "--state", place / "state"]
                 running.devices[person.name] = processes.start(
                     f"{name}-{person.name}",

@@ -30,7 +30,7 @@ from deploy.broker import find_mosquitto
 from deploy.bundle.build import TARGETS, build_bundle
 from deploy.image.build import build_image
 from deploy.image.root import RootRecipe, default_cache, root_archive
-from edge_client.main import enrol, initialise, set_policy
+from edge_client.device_setup import enrol, initialise, set_policy
 from edge_client.policy import DevicePolicy
 from models import zoo
 from models.datasets import watch

@@ -19,7 +19,7 @@ from aggregator.settings import CampaignRequest, Mode
 from aggregator.web.schemas import Round
 from deploy.broker import BrokerProcess
 from edge_client.adapters.store import DeviceStore
-from edge_client.main import enrol, initialise, set_policy
+from edge_client.device_setup import enrol, initialise, set_policy
 from edge_client.policy import DevicePolicy
 from models import zoo
 from models.examples import Examples

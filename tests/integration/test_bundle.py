@@ -52,10 +52,10 @@ def test_the_bundle_is_small_whole_and_runs_on_debian_arm64(bundle: Path, tmp_pa
 
 _TRY = """
 import platform, subprocess, sys
-from edge_client import main
+from edge_client.commands import running
 from edge_client.adapters import mqtt, tflite, worker
 import edge_client.daemon
-print(platform.machine(), main.runtime_name())
+print(platform.machine(), running.runtime_name())
 """
 
 

@@ -22,7 +22,7 @@ import yaml
 
 from aggregator import main as covey
 from deploy.broker import find_mosquitto
-from edge_client.main import enrol, initialise
+from edge_client.device_setup import enrol, initialise
 from tests.databases import find_postgresql, postgresql
 from tests.edge_broker import Device, running, wait_for
 from tests.fleet_broker import FleetBroker, free_port

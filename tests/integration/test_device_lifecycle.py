@@ -17,7 +17,7 @@ pytest.importorskip("fastapi")
 from aggregator import main as covey
 from deploy.broker import find_mosquitto
 from edge_client.adapters.credentials import CERTIFICATE, KEY
-from edge_client.main import initialise
+from edge_client.device_setup import initialise
 from models import zoo
 from protocol import topics
 from protocol.enrolment import EnrolmentRequest

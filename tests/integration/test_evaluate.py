@@ -14,7 +14,7 @@ import pytest
 from aggregator import main as covey
 from deploy.broker import BrokerProcess
 from edge_client.adapters.tflite import TfliteTrainer
-from edge_client.main import enrol, initialise, set_policy
+from edge_client.device_setup import enrol, initialise, set_policy
 from edge_client.policy import DevicePolicy
 from models import zoo
 from models.examples import Examples

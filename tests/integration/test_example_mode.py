@@ -15,7 +15,7 @@ from aggregator import main as covey
 from aggregator.operations import RoundView
 from aggregator.settings import CampaignRequest
 from deploy.broker import BrokerProcess
-from edge_client.main import enrol, initialise, set_policy
+from edge_client.device_setup import enrol, initialise, set_policy
 from edge_client.policy import DevicePolicy
 from models import zoo
 from models.weights import decode_weights, encode_weights

@@ -18,7 +18,7 @@ from aggregator.fleet import access
 from aggregator.fleet.authority import EnrolmentRefused
 from aggregator.fleet.broker import AGGREGATOR
 from deploy.broker import find_mosquitto
-from edge_client.main import initialise
+from edge_client.device_setup import initialise
 from models import zoo
 from protocol import topics
 from protocol.identity import create_ca, create_request, issue_certificate

@@ -19,8 +19,8 @@ from paho.mqtt.enums import CallbackAPIVersion
 from aggregator import main as covey
 from deploy.broker import BrokerProcess
 from edge_client.adapters.readings import save_fields
+from edge_client.device_setup import enrol, initialise, set_policy
 from edge_client.fields import DeclaredFields, field_source
-from edge_client.main import enrol, initialise, set_policy
 from edge_client.policy import DevicePolicy
 from protocol.codec import decode_from_device
 from protocol.dp.parameters import PrivacyMode

@@ -21,7 +21,7 @@ from aggregator.fleet.authority import issued_certificate
 from deploy.broker import find_mosquitto
 from edge_client.adapters.credentials import CERTIFICATE, KEY, load_credentials
 from edge_client.adapters.trial import try_certificate
-from edge_client.main import enrol
+from edge_client.device_setup import enrol
 from edge_client.renewing import Trial
 from models import zoo
 from protocol.broker_address import BrokerAddress

@@ -20,7 +20,7 @@ from aggregator.operations import Operator
 from aggregator.rollout.waves import ordered
 from aggregator.rollout_operations import RolloutRequest, RolloutView
 from deploy.broker import BrokerProcess
-from edge_client.main import enrol, initialise, set_policy
+from edge_client.device_setup import enrol, initialise, set_policy
 from edge_client.policy import DevicePolicy
 from models import zoo
 from protocol import topics

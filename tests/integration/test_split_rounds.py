@@ -11,8 +11,8 @@ from aggregator.operations import RoundView
 from aggregator.queries import QueryRequest
 from deploy.broker import BrokerProcess
 from edge_client.adapters.readings import save_fields
+from edge_client.device_setup import enrol, initialise, set_policy
 from edge_client.fields import DeclaredFields, field_source
-from edge_client.main import enrol, initialise, set_policy
 from edge_client.policy import DevicePolicy
 from protocol.dp.parameters import PrivacyMode
 from protocol.identity import SignedDocument

@@ -19,6 +19,7 @@ from edge_client.adapters.readings import FieldReader
 from edge_client.adapters.store import DeviceStore
 from edge_client.adapters.worker import Worker, fault_of
 from edge_client.cli import byte_rate
+from edge_client.commands.running import runtime_name
 from edge_client.events import (
     Event,
     SaveVersion,
@@ -30,7 +31,7 @@ from edge_client.events import (
     VersionTested,
     WorkFailed,
 )
-from edge_client.main import main, runtime_name
+from edge_client.main import main
 from edge_client.prediction import prediction_of
 from edge_client.training import TrainingConfig
 from models import zoo
@@ -152,6 +153,8 @@ def test_the_policy_is_shown_and_installed(tmp_path: Path, capsys: pytest.Captur
 def test_a_device_never_imports_what_it_must_not() -> None:
     code = (
         "import sys, edge_client.main, edge_client.daemon, edge_client.report, edge_client.adapters.tflite;"
+        "import edge_client.commands as c, importlib, pkgutil;"
+        "[importlib.import_module(f'{c.__name__}.{m.name}') for m in pkgutil.iter_modules(c.__path__)];"
         "banned = {'tensorflow', 'aggregator', 'deploy', 'dp_accounting', 'scipy', 'rich', 'typer'};"
         "print(sorted(banned & set(sys.modules)))"
     )

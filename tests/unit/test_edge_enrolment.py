@@ -18,7 +18,7 @@ from edge_client.adapters.credentials import (
     save_policy,
     tls_files,
 )
-from edge_client.main import enrol, initialise, set_policy
+from edge_client.device_setup import enrol, initialise, set_policy
 from edge_client.policy import DevicePolicy
 from protocol.enrolment import EnrolmentBundle
 from protocol.errors import BadSignature, MalformedMessage

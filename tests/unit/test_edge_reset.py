@@ -15,8 +15,9 @@ from edge_client.adapters.credentials import CA, CERTIFICATE, ENROLMENT, KEY, RE
 from edge_client.adapters.files import StorageError
 from edge_client.adapters.resetting import reset_device
 from edge_client.adapters.store import DeviceStore
+from edge_client.commands.state_lock import LOCK, locked
 from edge_client.events import SaveLocal, SaveRound
-from edge_client.main import LOCK, _locked, main
+from edge_client.main import main
 from tests.edge_broker import Fleet
 from tests.edge_fleet import NOW, PERMISSIVE
 from tests.unit.test_edge_cli import install_watch
@@ -95,7 +96,7 @@ def test_nothing_goes_unasked_or_while_a_client_runs(
     argv = [sys.executable, "-m", "edge_client.main", "reset", "--state", str(state)]
     done = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
     assert done.returncode == 2 and "--yes" in done.stderr
-    lock = _locked(state)
+    lock = locked(state)
     assert reset(state, "--yes") == 4 and reset(state, "--recordings") == 4
     lock.release()
     assert reset(tmp_path / "nowhere", "--yes") == 3

@@ -21,6 +21,7 @@ from edge_client.adapters.store import DeviceStore
 from edge_client.adapters.tflite import TfliteTrainer
 from edge_client.adapters.worker import Worker
 from edge_client.cli import EXIT_RUNNING
+from edge_client.commands.state_lock import LOCK
 from edge_client.events import (
     Event,
     SaveLocal,
@@ -30,7 +31,7 @@ from edge_client.events import (
     TrainingFinished,
     VersionStatus,
 )
-from edge_client.main import LOCK, main
+from edge_client.main import main
 from edge_client.training import Examples, ModelRejected, TrainingConfig
 from models.architectures import ARCHITECTURES
 from models.export import ExportedModel

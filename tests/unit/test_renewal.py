@@ -16,7 +16,7 @@ from edge_client.adapters import renewal_files
 from edge_client.adapters.credentials import Credentials, load_credentials
 from edge_client.adapters.renewal_files import RenewalFiles
 from edge_client.adapters.tls import TlsFiles
-from edge_client.main import enrol, initialise
+from edge_client.device_setup import enrol, initialise
 from edge_client.renewing import FIRST_WAIT_SECONDS, SETTLED_SECONDS, Renewer, Trial
 from protocol.enrolment import EnrolmentBundle
 from protocol.errors import BadSignature
