@@ -18,7 +18,14 @@ import json
 import ssl
 from typing import Any
 
-from edge_client.enrolling import EnrolmentFailed, Unreachable, WrongClock, WrongTrust, refusal
+from edge_client.enrolling import (
+    EnrolmentFailed,
+    TicketRefused,
+    Unreachable,
+    WrongClock,
+    WrongTrust,
+    refusal,
+)
 from protocol.enrolment import (
     ENROLMENTS_PATH,
     MAX_ANSWER_BYTES,
@@ -97,7 +104,11 @@ def _trust(ticket: EnrolmentTicket, timeout: float) -> bytes:
     finally:
         connection.close()
     if response.status != 200:
-        raise _refusal(response, content)
+        refused = _refusal(response, content)
+        if isinstance(refused, TicketRefused):
+            # Whoever answers here has proved nothing: they cannot say that the ticket is over.
+            raise WrongTrust(f"who answers at {ticket.url} does not say who it is; the ticket was not sent")
+        raise refused
     if not hmac.compare_digest(hashlib.sha256(content).hexdigest(), ticket.trust_sha256):
         raise WrongTrust(
             f"who answers at {ticket.url} is not the fleet that made this ticket: another service, or "

@@ -201,14 +201,32 @@ def test_answers_that_are_none_are_refused(fleet: Door, tmp_path: Path) -> None:
     assert not (tmp_path / "edge" / "enrolment.json").exists()
 
 
+def test_somebody_on_the_way_cannot_make_a_device_give_its_ticket_up(fleet: Door, tmp_path: Path) -> None:
+    """Who answers the first question has proved nothing: only the service may say that a ticket is over."""
+    stranger = Authority.create("stranger", now=int(time.time()), serial=9)
+    files = server_files(tmp_path / "liar", stranger, now=time.time())
+    ticket = fleet.ticket(tmp_path)
+    text = ticket.read_text()
+    for status, code in ((404, "token-revoked"), (410, "token-expired"), (422, "enrolment-refused")):
+        problem = json.dumps({"code": code, "detail": "throw it away"}).encode()
+        with liar(files, problem, 201, b"", trust_status=status) as url:
+            ticket.write_text(text.replace(fleet.url, url))
+            exit_code, err = come_in(tmp_path / "edge", ticket)
+        assert exit_code == 1, (code, err)
+    ticket.write_text(text)
+    assert come_in(tmp_path / "edge", ticket)[0] == 0
+
+
 @contextmanager
-def liar(files: CertificateFiles, ca: bytes, status: int, body: bytes) -> Iterator[str]:
-    """A server with a certificate of the fleet, which answers whatever it likes."""
+def liar(
+    files: CertificateFiles, ca: bytes, status: int, body: bytes, *, trust_status: int = 200
+) -> Iterator[str]:
+    """A server with a certificate of its own, which answers whatever it likes."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             assert self.path == TRUST_PATH
-            self.answer(200, ca)
+            self.answer(trust_status, ca)
 
         def do_POST(self) -> None:
             assert self.path == ENROLMENTS_PATH
