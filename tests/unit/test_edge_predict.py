@@ -9,6 +9,7 @@ import socket
 import stat
 import threading
 import time
+import tracemalloc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -312,6 +313,21 @@ def test_whatever_comes_in_something_typed_goes_out(state: Path) -> None:
 
     answer = json.loads(PredictionService(broken).answer(good))
     assert answer["error"] == {"code": "unavailable", "message": "RuntimeError"}
+
+
+def test_a_request_takes_no_memory_out_of_proportion(state: Path) -> None:
+    """NumPy would give every text of a list the room of the longest one."""
+    answering = service(state)
+    request = json.dumps({"inputs": ["x" * 50_000, *["y"] * 1_000]}).encode()
+    answering.answer(request)
+    tracemalloc.start()
+    try:
+        answer = json.loads(answering.answer(request))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert answer["error"]["code"] == "bad-input"
+    assert peak < 50 * len(request), peak
 
 
 # --- the socket ------------------------------------------------------------------------------------------
