@@ -232,6 +232,22 @@ def test_a_card_for_another_system_says_which_bundle_it_needs(tmp_path: Path) ->
     assert done.returncode != 0 and "bookworm-arm64.tar.xz" in done.stderr
 
 
+def test_root_does_not_follow_a_link_of_the_clients(tmp_path: Path) -> None:
+    """The state directory is the client's: its enrolment may be a link to what only root may read."""
+    root = device(tmp_path / "root", bundle(tmp_path), ticket())
+    (tmp_path / "shadow").write_text("root's secret\n")
+    root.state.mkdir(parents=True)
+    (root.state / "enrolment.json").symlink_to(tmp_path / "shadow")
+    # The client's user may not read what the link leads to.
+    (root.folder / "programs/setpriv").write_text(
+        '#!/bin/sh\nshift 3\nfor last; do :; done\n[ -L "$last" ] && exit 1\nexec "$@"\n'
+    )
+    done = root.setup()
+    copy = root.folder / "etc/covey/enrolment.json"
+    assert done.returncode != 0 and not copy.exists()
+    assert "secret" not in "".join(path.read_text() for path in copy.parent.iterdir())
+
+
 def test_an_old_card_does_not_take_an_update_back(tmp_path: Path) -> None:
     root = device(tmp_path / "root", bundle(tmp_path), ticket())
     assert root.setup().returncode == 0

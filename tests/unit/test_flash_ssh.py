@@ -48,6 +48,14 @@ def bundles(folder: Path, *, signed: bool = True) -> tuple[Path, ...]:
     return tuple(folder / name for name in names)
 
 
+def test_root_reads_nothing_in_the_clients_directory() -> None:
+    """The client could have put a link there, to a file of root's or to one without an end."""
+    device = Device()
+    install(device, {}, lambda request: b"bundle", ticket=False)
+    (script,) = (script for script, _ in device.told if "device.csr" in script)  # type: ignore[attr-defined]
+    assert script.startswith("exec setpriv --reuid=covey --regid=covey --clear-groups head -c ")
+
+
 def test_a_script_reaches_the_device_as_it_was_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
