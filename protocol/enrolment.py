@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from cryptography.x509.oid import NameOID
-from pydantic import Field, ValidationError
+from pydantic import AfterValidator, Field, ValidationError
 
 from protocol.errors import BadSignature, MalformedMessage
 from protocol.fields import PROTOCOL_VERSION, Bytes32, Certificate, Schema, Sha256, Slug, UnixTime
@@ -34,7 +34,17 @@ _API = rf"https://{_HOST}(?::[0-9]{{1,5}})?"
 _FORM = r"[0-9a-f]{12}_[0-9a-f]{64}"
 _TICKET = re.compile(rf"covey\+({_API})/([a-z0-9][a-z0-9-]{{0,62}})#({_FORM})\.([0-9a-f]{{64}})")
 
-ApiUrl = Annotated[str, Field(max_length=280, pattern=f"^{_API}$")]
+
+def _reachable(url: str) -> str:
+    """Refuses what looks like an address, and that no socket takes."""
+    parts = urlsplit(url)
+    if parts.port == 0:
+        raise ValueError("no port 0")
+    (parts.hostname or "").encode("idna")
+    return url
+
+
+ApiUrl = Annotated[str, Field(max_length=280, pattern=f"^{_API}$"), AfterValidator(_reachable)]
 EnrolmentSecret = Annotated[str, Field(pattern=f"^{_FORM}$", repr=False)]
 """An enrolment token: its public id, and 256 random bits, both in hexadecimal."""
 BrokerUrl = Annotated[str, Field(max_length=280, pattern=rf"^mqtts?://{_HOST}(?::[0-9]{{1,5}})?$")]
@@ -152,7 +162,9 @@ class EnrolmentTicket(Schema):
         try:
             return cls(url=found[1], name=found[2], token=found[3], trust_sha256=found[4])
         except ValidationError as error:
-            raise MalformedMessage("not an enrolment ticket: a part of it is too long") from error
+            raise MalformedMessage(
+                "not an enrolment ticket: a part of it is too long, or no address"
+            ) from error
 
     @property
     def address(self) -> tuple[str, int]:

@@ -55,6 +55,10 @@ def test_a_ticket_does_not_show_its_token() -> None:
         ("covey+", ""),
         ("#", "#\n"),
         (":8443", ":8443/api"),
+        (":8443", ":99999"),
+        (":8443", ":0"),
+        ("hub.example", "[::1:]"),
+        ("hub.example", "hub..example"),
     ],
 )
 def test_what_is_no_ticket_is_refused_and_not_repeated(change: tuple[str, str]) -> None:
