@@ -12,7 +12,7 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from protocol import topics
@@ -199,3 +199,12 @@ def test_a_strict_verifier_takes_the_fleets_certificates(tmp_path: Path) -> None
             with contextlib.suppress(ssl.SSLWantReadError):
                 side.do_handshake()
     assert client.version() == "TLSv1.3"
+
+
+def test_a_request_with_a_key_of_small_order_proves_nothing() -> None:
+    """Under the neutral element, R = A and S = 0 verify by OpenSSL for every message."""
+    key = Ed25519PrivateKey.generate()
+    neutral = bytes([1]) + bytes(31)
+    request = create_request(key, "barn-1").replace(key.public_key().public_bytes_raw(), neutral)
+    with pytest.raises(BadSignature, match="possession"):
+        open_request(request[:-64] + neutral + bytes(32))
