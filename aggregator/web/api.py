@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from importlib.metadata import version
+from typing import Any
 
 from fastapi import APIRouter, FastAPI
 from starlette.datastructures import Headers, MutableHeaders
@@ -28,6 +29,7 @@ from aggregator.web.console.shell import Shell
 from aggregator.web.context import Context
 from aggregator.web.limits import BodyLimit
 from aggregator.web.schemas import PREFIX, Problem
+from aggregator.web.specification import as_text
 
 DESCRIPTION = """\
 Everything that `covey` commands do, over HTTP. Errors are problems by RFC 9457 with a stable `code`. Lists
@@ -38,7 +40,7 @@ come in pages: give `next` as `cursor` for the following one. A `GET` that bring
 
 def create_app(context: Context) -> FastAPI:
     """Makes the application of one aggregator."""
-    app = FastAPI(
+    app = _Specified(
         title="Covey aggregator",
         version=version("covey"),
         description=DESCRIPTION,
@@ -92,6 +94,15 @@ def create_app(context: Context) -> FastAPI:
     if context.metrics is not None:
         app.add_middleware(MeteredApi, metrics=context.metrics)
     return app
+
+
+class _Specified(FastAPI):
+    """An application whose specification is about what travels."""
+
+    def openapi(self) -> dict[str, Any]:
+        if self.openapi_schema is None:
+            self.openapi_schema = as_text(super().openapi())
+        return self.openapi_schema
 
 
 class EntityTags:

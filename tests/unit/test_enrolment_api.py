@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 from collections.abc import Iterator
@@ -160,6 +161,24 @@ def test_expired_revoked_and_made_up_tickets_let_nobody_in(bench: Api) -> None:
 def test_what_is_no_request_is_refused(bench: Api, content: bytes) -> None:
     response = bench.call("POST", ENROLMENTS_PATH, None, content=content)
     assert (response.status_code, code(response)) == (422, "invalid-request")
+
+
+def test_the_specification_bounds_the_request_as_the_check_does(bench: Api) -> None:
+    document = bench.app.openapi()
+    body = document["paths"][ENROLMENTS_PATH]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    declared = body["properties"]["request"]
+    for size in (63, 64, 65, 66, 2047, 2048, 2049, 2050):
+        padded = base64.urlsafe_b64encode(bytes(size)).decode()
+        for text in {padded, padded.rstrip("=")}:
+            within = declared["minLength"] <= len(text) <= declared["maxLength"]
+            asked = {"token": f"{'0' * 12}_{'0' * 64}", "request": text}
+            answer = bench.call("POST", ENROLMENTS_PATH, who=None, json=asked)
+            if 64 <= size <= 2048:
+                # The right length, and no signing request.
+                assert within and code(answer) == "enrolment-refused"
+            else:
+                # 2,049 bytes without padding are as long as 2,048 with it: no length tells them apart.
+                assert within == (len(text) == 2732) and code(answer) == "invalid-request"
 
 
 def test_a_request_that_is_too_large_is_not_read(bench: Api) -> None:
