@@ -52,6 +52,8 @@ class Settings(BaseModel):
     """What `aggregator.json` holds.
 
     Attributes:
+        fleet: its name, which is in every certificate and every plan.
+        broker: where the fleet meets.
         database: URL of a PostgreSQL database; None for SQLite in the state directory.
         objects: address of an object store, such as `s3://bucket/prefix`; None for the registry directory.
         objects_endpoint: URL of its server; Amazon's when None.

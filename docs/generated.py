@@ -11,9 +11,10 @@ import inspect
 import json
 import re
 import textwrap
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from importlib import import_module
 from itertools import pairwise
-from typing import Any, cast, get_args
+from typing import Any, cast, get_args, get_origin
 from unittest.mock import Mock
 
 import typer.main
@@ -27,6 +28,7 @@ from aggregator.web.api import create_app
 from aggregator.web.context import Context
 from edge_client import cli as edge_cli
 from edge_client import configuration, policy
+from edge_client.adapters import sources
 from protocol import enrolment, messages, plan, topics, transcript
 from protocol.client_release import ClientRelease
 from protocol.conditions import Conditions
@@ -86,12 +88,46 @@ def _configuration() -> str:
         "# Configuration\n",
         "## The aggregator: `aggregator.json` in its state directory\n",
         _fields(state.Settings),
+        *_nested(state.Settings, _json_key),
         "## The device: `edge.toml`\n",
-        *_models(configuration, base=configuration.Section, level=3),
+        f"{_summary(configuration.EdgeConfiguration)}\n",
+        *_nested(configuration.EdgeConfiguration, _toml_table),
+        *(_model(_keys(source), 3, f'`[[data]]` with `source = "{source}"`') for source in sources.BUILTIN),
         "## The device's owner: `policy.json`\n",
         _fields(policy.DevicePolicy),
     ]
     return "\n".join(parts)
+
+
+def _nested(schema: type[BaseModel], title: Callable[[str, bool], str], prefix: str = "") -> Iterator[str]:
+    """A section for each setting that holds settings, and for those in it, by their place in the file."""
+    for name, field in schema.model_fields.items():
+        for inner in _schemas_of(field.annotation):
+            place = prefix + name
+            yield _model(inner, 3, title(place, get_origin(field.annotation) is tuple))
+            yield from _nested(inner, title, f"{place}.")
+
+
+def _json_key(place: str, repeated: bool) -> str:
+    return f"list `{place}`" if repeated else f"`{place}`"
+
+
+def _toml_table(place: str, repeated: bool) -> str:
+    return f"`[[{place}]]`" if repeated else f"`[{place}]`"
+
+
+def _schemas_of(annotation: Any) -> Iterator[type[BaseModel]]:
+    if inspect.isclass(annotation) and issubclass(annotation, BaseModel):
+        yield annotation
+    for part in get_args(annotation):
+        yield from _schemas_of(part)
+
+
+def _keys(source: str) -> type[BaseModel]:
+    """The keys of a built-in source: the one kind of table that its module defines."""
+    module = import_module(sources.BUILTIN[source][0])
+    (found,) = _defined(module, configuration.Section)
+    return found
 
 
 def _messages() -> str:
@@ -111,45 +147,51 @@ def _messages() -> str:
     ):
         parts.append(f"\n## {title}\n")
         known = {*get_args(messages.FromDevice), *get_args(messages.ToDevice)}
-        parts += _models(module, base=BaseModel, level=3, but=known)
+        parts += _models(module, level=3, but=known)
     parts.append("\n## Versions and conditions\n")
     parts += [_model(schema, 3) for schema in (VersionAssignment, ClientRelease, Conditions)]
     return "\n".join(parts)
 
 
-def _models(module: Any, *, base: type[BaseModel], level: int, but: Iterable[type] = ()) -> list[str]:
+def _models(module: Any, *, level: int, but: Iterable[type] = ()) -> list[str]:
     """The public schemas that a module defines."""
+    return [_model(found, level) for found in _defined(module, BaseModel) if found not in set(but)]
+
+
+def _defined(module: Any, base: type[BaseModel]) -> list[type[BaseModel]]:
     return [
-        _model(found, level)
+        found
         for name, found in vars(module).items()
         if inspect.isclass(found)
         and issubclass(found, base)
-        and found is not base
         and found.__module__ == module.__name__
         and not name.startswith("_")
-        and found not in set(but)
     ]
 
 
-def _model(schema: type[BaseModel], level: int) -> str:
-    summary = (inspect.getdoc(schema) or "").split("\n\nAttributes:")[0]
-    return f"{'#' * level} `{schema.__name__}`\n\n{summary}\n\n{_fields(schema)}"
+def _model(schema: type[BaseModel], level: int, title: str = "") -> str:
+    title = title or f"`{schema.__name__}`"
+    return f"{'#' * level} {title}\n\n{_summary(schema)}\n\n{_fields(schema)}"
+
+
+def _summary(schema: type[BaseModel]) -> str:
+    return (inspect.getdoc(schema) or "").split("\n\nAttributes:")[0]
 
 
 def _fields(schema: type[BaseModel]) -> str:
     shapes = schema.model_json_schema()
     told = _told(schema)
     required = set(shapes.get("required", ()))
-    rows = []
-    for name, shape in shapes.get("properties", {}).items():
-        default = (
-            "required"
-            if name in required
-            else f"`{json.dumps(shape['default'])}`"
-            if "default" in shape
-            else ""
+    kinds = shapes.get("$defs", {})
+    rows = [
+        (
+            f"`{name}`",
+            _shape(shape, kinds),
+            "required" if name in required else _default(shape),
+            told.get(name, ""),
         )
-        rows.append((f"`{name}`", _shape(shape), default, told.get(name, "")))
+        for name, shape in shapes.get("properties", {}).items()
+    ]
     return _table(("field", "value", "default", "meaning"), rows) if rows else "No fields.\n"
 
 
@@ -169,20 +211,30 @@ def _told(schema: type[BaseModel]) -> dict[str, str]:
     return told
 
 
-def _shape(shape: dict[str, Any]) -> str:
-    """A JSON schema in a few words."""
+def _default(shape: dict[str, Any]) -> str:
+    if "default" not in shape:
+        return ""
+    # Settings that are left out have the defaults in their own table.
+    return "`{}`" if isinstance(shape["default"], dict) else f"`{json.dumps(shape['default'])}`"
+
+
+def _shape(shape: dict[str, Any], kinds: dict[str, Any]) -> str:
+    """A JSON schema in a few words; `kinds` has those that it refers to."""
     if "$ref" in shape:
-        return f"`{shape['$ref'].rsplit('/', 1)[1]}`"
+        name = shape["$ref"].rsplit("/", 1)[1]
+        return _shape(kinds[name], kinds) if "enum" in kinds[name] else f"`{name}`"
     for key in ("anyOf", "oneOf"):
         if key in shape:
-            return " or ".join(dict.fromkeys(_shape(each) for each in shape[key]))
+            return " or ".join(dict.fromkeys(_shape(each, kinds) for each in shape[key]))
     if "const" in shape:
         return f"`{shape['const']}`"
     if "enum" in shape:
         return ", ".join(f"`{value}`" for value in shape["enum"])
     kind = str(shape.get("type", "any"))
     if kind == "array":
-        kind = f"list of {_shape(shape.get('items', {}))}"
+        kind = f"list of {_shape(shape.get('items', {}), kinds)}"
+    if isinstance(shape.get("additionalProperties"), dict):
+        kind = f"names, each with {_shape(shape['additionalProperties'], kinds)}"
     if shape.get("format") in ("binary", "base64", "base64url"):
         kind = "bytes"
     words = {

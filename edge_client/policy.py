@@ -49,6 +49,7 @@ class DevicePolicy(BaseModel):
     allowed_signers: frozenset[Sha256] | None = None
     """Key ids of those whose plans it follows; every plan signer of its enrolment when absent."""
     maximum_local_epochs: Annotated[int, Field(ge=1)] = 20
+    """Passes over its examples that a plan may ask for in one round."""
     maximum_rounds_per_day: Annotated[int, Field(ge=1)] = 500
     """Contributions in any 24 hours."""
     maximum_epsilon: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = 30.0
@@ -59,9 +60,11 @@ class DevicePolicy(BaseModel):
     """What all contributions of one period may cost one example of this device, at `delta`, for another round
     in mode `example`. That mode hides examples and not the device: `privacy_modes` has to list it."""
     epsilon_period_days: Annotated[int, Field(ge=1, le=3650)] = 30
+    """How far back the limits of epsilon count."""
     delta: Annotated[float, Field(gt=0, lt=0.1, allow_inf_nan=False)] = 1e-5
     """The delta of `maximum_epsilon`; the plan's own has no say in it."""
     maximum_clip_norm: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """Largest L2 norm that a plan may clip updates to. None is no limit."""
     maximum_plan_seconds: Annotated[int, Field(ge=1)] = 7 * DAY
     """Longest life of a plan: a device is bound to one round at a time."""
     clock_skew_seconds: Annotated[int, Field(ge=0, le=DAY)] = 300
@@ -70,6 +73,7 @@ class DevicePolicy(BaseModel):
     """Epochs of fine-tuning every new version on this device's own data while no round runs; 0 for never. It
     is what `covey-edge personalise` does, and nothing of it is sent."""
     personal_learning_rate: Annotated[float, Field(gt=0, le=100)] = 0.1
+    """Step of that fine-tuning."""
 
     @field_validator("privacy_modes", "allowed_signers", mode="before")
     @classmethod
