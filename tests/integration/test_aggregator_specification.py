@@ -16,6 +16,7 @@ pytest.importorskip("fastapi")
 pytest.importorskip("schemathesis")
 
 import schemathesis
+from schemathesis.config import SchemathesisConfig
 from schemathesis.generation import GenerationMode
 from schemathesis.specs.openapi.checks import negative_data_rejection, positive_data_acceptance
 
@@ -29,6 +30,9 @@ from tests.aggregator_devices import model_files
 from tests.api_bench import GENEROUS, Api, api, csr
 
 LIMITS = Limits(per_address=GENEROUS, per_principal=GENEROUS, failures=GENEROUS)
+# Text that is longer than its field may be is at times more than is read: 413 refuses it, too.
+REFUSED = [400, 401, 403, 404, 405, 406, 409, 413, 415, 422, 428, 429, "5xx"]
+CONFIG = SchemathesisConfig.from_dict({"checks": {"negative_data_rejection": {"expected-statuses": REFUSED}}})
 
 
 def healthy() -> Vitals:
@@ -86,7 +90,7 @@ def exercise(schema: Any, token: str) -> set[str]:
 
 
 def test_the_service_answers_as_its_specification_says(bench: Api) -> None:
-    schema = schemathesis.openapi.from_asgi(f"{PREFIX}/openapi.json", bench.app)
+    schema = schemathesis.openapi.from_asgi(f"{PREFIX}/openapi.json", bench.app, config=CONFIG)
     # A stream has no end to wait for.
     seen = exercise(schema.exclude(path=f"{PREFIX}/events"), bench.tokens[Role.ADMIN])
     assert len(seen) > 20
@@ -94,6 +98,6 @@ def test_the_service_answers_as_its_specification_says(bench: Api) -> None:
 
 def test_and_so_it_does_on_a_real_socket(bench: Api) -> None:
     with ApiServer(bench.app, ListenAddress.parse("127.0.0.1:0")) as server:
-        schema = schemathesis.openapi.from_url(f"{server.url}{PREFIX}/openapi.json")
+        schema = schemathesis.openapi.from_url(f"{server.url}{PREFIX}/openapi.json", config=CONFIG)
         seen = exercise(schema.include(path=f"{PREFIX}/devices"), bench.tokens[Role.ADMIN])
     assert seen == {f"GET {PREFIX}/devices", f"POST {PREFIX}/devices"}
