@@ -15,6 +15,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 pytest.importorskip("fastapi")
 
 from aggregator import main as covey
+from aggregator.adapters import keyfiles
 from deploy.broker import find_mosquitto
 from edge_client.adapters.credentials import CERTIFICATE, KEY
 from edge_client.device_setup import initialise
@@ -27,7 +28,10 @@ from tests.edge_broker import Device, Fleet, running, wait_for
 from tests.fleet_bench import Bench, fleet_bench, run
 from tests.fleet_broker import Peer
 
-pytestmark = pytest.mark.skipif(find_mosquitto() is None, reason="mosquitto is not installed")
+pytestmark = [
+    pytest.mark.e2e,
+    pytest.mark.skipif(find_mosquitto() is None, reason="mosquitto is not installed"),
+]
 
 SECONDS = 8.0
 """Within which somebody must be cut off; on a machine with nothing else to do it takes one or two."""
@@ -113,7 +117,7 @@ def test_who_takes_a_name_over_has_it_alone(bench: Bench, service: ServiceProces
                 amount=1, name="barn-1", seconds=60, replaces=True, url="https://hub:8443", created_by="test"
             )
             request = EnrolmentRequest(token=made.ticket.token, request=create_request(key, "barn-1"))
-            bundle = operator.enrol_by_ticket(request)
+            bundle = operator.enrol_by_ticket(request, lambda: keyfiles.load(bench.state / "keys"))
         new = bench.state.parent / "new"
         initialise(new, "barn-1")
         pem = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
@@ -131,7 +135,6 @@ def test_who_takes_a_name_over_has_it_alone(bench: Bench, service: ServiceProces
         assert successor.connect() and successor.subscribe(topics.downlinks("barn-1"))
 
 
-@pytest.mark.e2e
 def test_a_round_goes_on_without_a_device_that_is_revoked(bench: Bench, service: ServiceProcess) -> None:
     manifest = zoo.load("watch").manifest
     data = Fleet(bench.state.parent)

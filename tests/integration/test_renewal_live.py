@@ -30,7 +30,10 @@ from tests.aggregator_process import ServiceProcess
 from tests.edge_broker import Device, Fleet, running, wait_for
 from tests.fleet_bench import Bench, fleet_bench, run
 
-pytestmark = pytest.mark.skipif(find_mosquitto() is None, reason="mosquitto is not installed")
+pytestmark = [
+    pytest.mark.e2e,
+    pytest.mark.skipif(find_mosquitto() is None, reason="mosquitto is not installed"),
+]
 DAY = 86_400
 
 
