@@ -24,8 +24,10 @@ collect_ignore_glob = (
                 "console",
                 "dp_example",
                 "dp_tree",
+                "enrolment_api",
                 "query_answers",
                 "query_cli",
+                "retention",
                 "round_losses",
                 "selection",
             )

@@ -51,6 +51,10 @@ class StateWatch:
                 self._connection.close()
         self._connection = None
 
+    def __del__(self) -> None:
+        """A predictor that is forgotten leaves no file open."""
+        self.close()
+
     def _files(self) -> list[tuple[str, int, int]]:
         # Each is replaced as a whole, and so by another inode.
         try:

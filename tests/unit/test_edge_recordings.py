@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +117,7 @@ def test_what_changed_is_not_mixed_with_what_was(tmp_path: Path, schema: Recordi
 
 
 def test_what_is_no_recording_is_refused_and_left_as_it_is(tmp_path: Path) -> None:
-    with sqlite3.connect(tmp_path / DATABASE) as connection:
+    with closing(sqlite3.connect(tmp_path / DATABASE)) as connection, connection:
         connection.execute("CREATE TABLE other (x)")
     connection.close()
     with pytest.raises(StorageError, match="no recording"):

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import tomllib
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -249,7 +250,7 @@ def test_limits_on_files_use_the_latest_and_delete_nothing(tmp_path: Path) -> No
 
 
 def database(path: Path, rows: list[tuple[Any, ...]]) -> None:
-    with sqlite3.connect(path) as connection:
+    with closing(sqlite3.connect(path)) as connection, connection:
         connection.execute('CREATE TABLE "my readings" (at, x REAL, "y ""axis""" REAL, what TEXT)')
         connection.executemany('INSERT INTO "my readings" VALUES (?, ?, ?, ?)', rows)
     connection.close()
@@ -283,7 +284,7 @@ def test_a_table_that_changed_says_what_is_missing(tmp_path: Path) -> None:
     database(path, [(NOW + i, 1.0, 1.0, "left") for i in range(4)])
     source = table_source(path)
     assert len(source.load(taking(4, 2))) == 1
-    with sqlite3.connect(path) as connection:
+    with closing(sqlite3.connect(path)) as connection, connection:
         connection.execute('ALTER TABLE "my readings" RENAME COLUMN x TO acceleration')
     connection.close()
     with pytest.raises(InvalidExamples, match=r"no x in my readings .* acceleration"):
