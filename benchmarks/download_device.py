@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from edge_client import main as edge
+from edge_client.adapters import memory as process_memory
 
 PAUSE_SECONDS = 0.5
 TIMEOUT_SECONDS = 30.0
@@ -113,8 +113,7 @@ def run(state: Path, url: str, blob: BlobRef) -> None:
 
 if __name__ == "__main__":
     # In the order of `covey-edge run`, so that memory is what it is there.
-    edge._save_memory()
-    edge._import_paho()
+    process_memory.settle()
     from edge_client.adapters.blobs import Blobs
     from edge_client.adapters.credentials import load_credentials, tls_files
     from edge_client.adapters.mqtt import Inbound, LinkSettings, LinkUp, MqttLink

@@ -6,6 +6,8 @@ import json
 import subprocess
 import sys
 
+import numpy as np
+
 from edge_client.adapters.memory import DEFERRED, library_pages
 
 
@@ -24,8 +26,9 @@ def test_the_device_loads_none_of_what_is_deferred() -> None:
         "print(json.dumps(sorted(sys.modules)))"
     )
     modules = set(json.loads(loaded))
-    # A newer NumPy does not ask for all of them.
-    assert DEFERRED.keys() & modules
+    # NumPy 2 does not ask for its own parts before they are touched.
+    own = {"numpy"} if int(np.__version__.split(".")[0]) >= 2 else set()
+    assert {name for name in DEFERRED if name.split(".")[0] not in own} <= modules
     assert not modules & {"csv", "http", "numpy.ma.core", "numpy.fft.helper"}
 
 
