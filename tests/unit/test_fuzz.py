@@ -14,8 +14,11 @@ pytest.importorskip("atheris", reason="has no wheel for this Python")
 
 def fuzz(directory: Path, target: str, *options: str) -> subprocess.CompletedProcess[str]:
     root = Path(__file__).resolve().parents[2]
+    # A program keeps the peak memory of the process that it replaced, here of pytest, and libFuzzer would
+    # take it for its own: so a shell starts it, and stays, as there is an `exit` to come.
+    command = [sys.executable, "-m", "tests.fuzz_wire", "--target", target, "--", *options]
     return subprocess.run(
-        [sys.executable, "-m", "tests.fuzz_wire", "--target", target, "--", *options],
+        ["/bin/sh", "-c", '"$@"; exit $?', "sh", *command],
         cwd=directory,
         env={"PYTHONPATH": str(root), "PATH": ""},
         capture_output=True,
