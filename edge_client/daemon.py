@@ -22,20 +22,30 @@ from edge_client.adapters.store import DeviceStore
 from edge_client.adapters.tls import TlsFiles
 from edge_client.adapters.uses import VersionUses
 from edge_client.adapters.worker import Worker
+from edge_client.durable import DURABLE
 from edge_client.events import (
-    DURABLE,
-    Announce,
     ConditionsChanged,
     Connected,
-    Evaluate,
     Event,
     Fault,
     FieldsDeclared,
+    MessageReceived,
+    Stamp,
+    Started,
+    Ticked,
+    VersionFailed,
+    WorkFailed,
+)
+from edge_client.fields import InvalidFields
+from edge_client.inbox import Inbox, Stop
+from edge_client.library import download_limit
+from edge_client.outputs import (
+    Announce,
+    Evaluate,
     FindBlob,
     KeepBlobs,
     Level,
     MaskInput,
-    MessageReceived,
     Note,
     Output,
     Personalise,
@@ -44,17 +54,9 @@ from edge_client.events import (
     ReadUpdate,
     Send,
     SendChunks,
-    Stamp,
-    Started,
     TestVersion,
-    Ticked,
     Train,
-    VersionFailed,
-    WorkFailed,
 )
-from edge_client.fields import InvalidFields
-from edge_client.inbox import Inbox, Stop
-from edge_client.library import download_limit
 from edge_client.profile import Profile
 from edge_client.renewing import Renewer
 from edge_client.session import SessionState, handle, restore

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from edge_client.events import PendingUpdate, SaveLocal, VersionStatus
+from edge_client.durable import PendingUpdate, SaveLocal, VersionStatus
 from models.manifest import ModelManifest
 from protocol.fields import BlobRef
 from protocol.identity import SignedDocument

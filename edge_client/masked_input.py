@@ -2,18 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
-from edge_client.events import Contribution
 from edge_client.training import LocalUpdate
 from protocol.dp.clipping import clip
 from protocol.dp.mechanism import EncodingParameters, encode
 from protocol.secagg.masking import Mask, masked_slices
 from protocol.secagg.packing import SlicePacker
 from protocol.secagg.prg import SLICE_WORDS
+
+
+@dataclass(frozen=True)
+class Contribution:
+    """What this device adds to the sum, before clipping, noise and masking. It never leaves it as is.
+
+    Attributes:
+        vector: an update or an answer, finite float32, shape (d,).
+        metrics: the metrics that there are, by name.
+        local: the parameters that stay here after training, if the model has any.
+    """
+
+    vector: NDArray[np.float32]
+    metrics: Mapping[str, float]
+    local: NDArray[np.float32] | None = None
 
 
 def contribution_of(update: LocalUpdate) -> Contribution:

@@ -17,24 +17,8 @@ from dataclasses import replace
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
-from edge_client.events import (
-    Announce,
-    BlobFound,
-    Fault,
-    FindBlob,
-    ForgetVersion,
-    Output,
-    Outputs,
-    SaveVersion,
-    Send,
-    Stamp,
-    StoreChunk,
-    TestVersion,
-    VersionStatus,
-    VersionTested,
-    note,
-    warning,
-)
+from edge_client.durable import ForgetVersion, SaveVersion, StoreChunk, VersionStatus
+from edge_client.events import BlobFound, Fault, Stamp, VersionTested
 from edge_client.library import (
     ASK_AGAIN_SECONDS,
     Fetching,
@@ -46,6 +30,7 @@ from edge_client.library import (
     blamed,
     served,
 )
+from edge_client.outputs import Announce, FindBlob, Output, Outputs, Send, TestVersion, note, warning
 from models.manifest import ModelManifest
 from protocol.identity import SignedDocument
 from protocol.messages import BlobChunk, BlobNeed

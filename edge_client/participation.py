@@ -17,30 +17,23 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import assert_never
 
-from edge_client.events import (
-    CloseRound,
-    Contribution,
-    DropPending,
+from edge_client.durable import CloseRound, DropPending, RoundRecord, SaveContribution, SaveLocal, SaveRound
+from edge_client.events import Fault, Stamp
+from edge_client.ledger import LedgerEntry
+from edge_client.library import Library
+from edge_client.masked_input import Contribution, contribution_of, weighted
+from edge_client.outputs import (
     Evaluate,
-    Fault,
     MaskInput,
     Outputs,
     ReadField,
     ReadUpdate,
-    RoundRecord,
-    SaveContribution,
-    SaveLocal,
-    SaveRound,
     Send,
     SendChunks,
-    Stamp,
     Train,
     note,
     warning,
 )
-from edge_client.ledger import LedgerEntry
-from edge_client.library import Library
-from edge_client.masked_input import contribution_of, weighted
 from edge_client.profile import Profile
 from edge_client.training import Evaluation, HiddenExamples, LocalUpdate, TrainingConfig
 from models.assignment import Answering, Assignment, Evaluating, Training, described

@@ -11,7 +11,7 @@ from typing import Annotated
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from edge_client.events import Contribution
+from edge_client.masked_input import Contribution
 
 _MAX_HEAD = 4096
 

@@ -14,22 +14,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from edge_client.events import (
-    DropPending,
-    Fault,
-    Output,
-    Outputs,
-    PendingUpdate,
-    PreparationFailed,
-    PrepareUpdate,
-    SavePending,
-    Send,
-    Stamp,
-    UpdatePrepared,
-    note,
-    warning,
-)
+from edge_client.durable import DropPending, PendingUpdate, SavePending
+from edge_client.events import Fault, PreparationFailed, Stamp, UpdatePrepared
 from edge_client.library import Library
+from edge_client.outputs import Output, Outputs, PrepareUpdate, Send, note, warning
 from edge_client.participation import training_config
 from models.assignment import Training
 from protocol.identity import SignedDocument

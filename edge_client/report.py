@@ -21,7 +21,7 @@ from edge_client.adapters.credentials import POLICY, load_credentials, load_poli
 from edge_client.adapters.last_good import LastGood, with_version
 from edge_client.adapters.store import DATABASE, DeviceStore
 from edge_client.adapters.uses import VersionUses
-from edge_client.events import VersionStatus
+from edge_client.durable import VersionStatus
 from edge_client.ledger import DAY, History, LedgerEntry
 from edge_client.local import Prediction
 from edge_client.personalisation import Personal, PersonalConfig

@@ -11,30 +11,20 @@ from dataclasses import dataclass, field, replace
 from typing import assert_never
 
 from edge_client import models, participation, preparation, standing
+from edge_client.durable import DropPending, PendingUpdate, RoundRecord, SaveContribution, SaveLocal
 from edge_client.events import (
-    Announce,
     BlobFound,
     ConditionsChanged,
     Connected,
-    DropPending,
     Evaluated,
     Event,
     Fault,
     FieldRead,
     FieldsDeclared,
     InputWritten,
-    KeepBlobs,
     MessageReceived,
-    Note,
-    Outputs,
-    PendingUpdate,
-    Personalise,
     Personalised,
     PreparationFailed,
-    RoundRecord,
-    SaveContribution,
-    SaveLocal,
-    Send,
     Stamp,
     Started,
     Ticked,
@@ -44,8 +34,6 @@ from edge_client.events import (
     VersionFailed,
     VersionTested,
     WorkFailed,
-    note,
-    warning,
 )
 from edge_client.invitation import (
     MAX_DETAIL,
@@ -61,6 +49,7 @@ from edge_client.invitation import (
 from edge_client.ledger import DAY, DaySpent, History
 from edge_client.library import Library, StoredStanding, StoredVersion, Version
 from edge_client.library import restore as restore_library
+from edge_client.outputs import Announce, KeepBlobs, Note, Outputs, Personalise, Send, note, warning
 from edge_client.participation import ActiveRound, RoundRequest, Step
 from edge_client.personalisation import PersonalConfig
 from edge_client.policy import DevicePolicy

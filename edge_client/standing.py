@@ -9,18 +9,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from edge_client.events import (
-    FindBlob,
-    Outputs,
-    SaveStanding,
-    SaveVersion,
-    Stamp,
-    VersionStatus,
-    note,
-    warning,
-)
+from edge_client.durable import SaveStanding, SaveVersion, VersionStatus
+from edge_client.events import Stamp
 from edge_client.library import Library, Ready, Shelf, Standing, Version, placed
 from edge_client.models import fetch, forget, open_manifest, serve
+from edge_client.outputs import FindBlob, Outputs, note, warning
 from edge_client.profile import Profile
 from protocol.errors import MalformedMessage
 from protocol.messages import MAX_MODELS, ModelAnnouncement

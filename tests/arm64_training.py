@@ -21,7 +21,8 @@ from edge_client.adapters.blobs import Blobs
 from edge_client.adapters.data import NpzDirectory
 from edge_client.adapters.readings import FieldReader
 from edge_client.adapters.worker import Worker
-from edge_client.events import Event, Train, TrainingFinished
+from edge_client.events import Event, TrainingFinished
+from edge_client.outputs import Train
 from edge_client.training import TrainingConfig
 from models import zoo
 from models.weights import encode_weights

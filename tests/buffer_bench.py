@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from aggregator.operations import RoundView
 from aggregator.settings import CampaignRequest, Mode
-from edge_client.events import Connected, PrepareUpdate, Train
+from edge_client.events import Connected
+from edge_client.outputs import PrepareUpdate, Train
 from edge_client.profile import Profile
 from models.weights import decode_weights
 from protocol import topics

@@ -16,32 +16,12 @@ import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from numpy.typing import NDArray
 
-from edge_client.events import (
+from edge_client.durable import (
     DURABLE,
-    Announce,
-    BlobFound,
     CloseRound,
-    Connected,
     DropPending,
-    Evaluate,
-    Evaluated,
-    Event,
-    Fault,
-    FieldRead,
-    FieldsDeclared,
-    FindBlob,
     ForgetVersion,
-    InputWritten,
-    KeepBlobs,
-    MaskInput,
-    MessageReceived,
-    Note,
     PendingUpdate,
-    Personalise,
-    Personalised,
-    PrepareUpdate,
-    ReadField,
-    ReadUpdate,
     RoundRecord,
     SaveContribution,
     SaveLocal,
@@ -49,14 +29,22 @@ from edge_client.events import (
     SaveRound,
     SaveStanding,
     SaveVersion,
-    Send,
-    SendChunks,
+    StoreChunk,
+)
+from edge_client.events import (
+    BlobFound,
+    Connected,
+    Evaluated,
+    Event,
+    Fault,
+    FieldRead,
+    FieldsDeclared,
+    InputWritten,
+    MessageReceived,
+    Personalised,
     Stamp,
     Started,
-    StoreChunk,
-    TestVersion,
     Ticked,
-    Train,
     TrainingFinished,
     UpdatePrepared,
     UpdateRead,
@@ -65,6 +53,22 @@ from edge_client.events import (
 from edge_client.ledger import History
 from edge_client.library import StoredStanding, StoredVersion, Version
 from edge_client.masked_input import contribution_of, packed_slices, weighted
+from edge_client.outputs import (
+    Announce,
+    Evaluate,
+    FindBlob,
+    KeepBlobs,
+    MaskInput,
+    Note,
+    Personalise,
+    PrepareUpdate,
+    ReadField,
+    ReadUpdate,
+    Send,
+    SendChunks,
+    TestVersion,
+    Train,
+)
 from edge_client.pending_file import dump_update, load_update
 from edge_client.policy import DevicePolicy
 from edge_client.profile import Profile

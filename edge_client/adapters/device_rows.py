@@ -11,7 +11,7 @@ import sqlite3
 from typing import assert_never
 
 from edge_client.adapters.blobs import Blobs
-from edge_client.events import (
+from edge_client.durable import (
     CloseRound,
     DropPending,
     ForgetVersion,

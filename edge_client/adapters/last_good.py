@@ -14,7 +14,8 @@ from edge_client.adapters.credentials import load_credentials
 from edge_client.adapters.files import StorageError
 from edge_client.adapters.store import DATABASE, DeviceStore
 from edge_client.adapters.uses import VersionUses
-from edge_client.events import Fault, VersionStatus
+from edge_client.durable import VersionStatus
+from edge_client.events import Fault
 from edge_client.library import Library
 from edge_client.personalisation import Personal
 from edge_client.prediction import NoModel, PredictionFailed

@@ -31,7 +31,7 @@ from edge_client.adapters.files import (
     private_directory,
     storage_errors,
 )
-from edge_client.events import (
+from edge_client.durable import (
     CloseRound,
     DropPending,
     Durable,

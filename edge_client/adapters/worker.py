@@ -22,22 +22,13 @@ from edge_client.adapters.model_check import check_in_child
 from edge_client.adapters.readings import FieldReader
 from edge_client.adapters.uses import VersionUses
 from edge_client.events import (
-    Contribution,
-    Evaluate,
     Evaluated,
     Event,
     Fault,
     FieldRead,
     InputWritten,
-    MaskInput,
-    Personalise,
     Personalised,
     PreparationFailed,
-    PrepareUpdate,
-    ReadField,
-    ReadUpdate,
-    TestVersion,
-    Train,
     TrainingFinished,
     UpdatePrepared,
     UpdateRead,
@@ -45,7 +36,17 @@ from edge_client.events import (
     WorkFailed,
 )
 from edge_client.fields import InvalidFields, UnreadableField
-from edge_client.masked_input import contribution_of, packed_slices, weighted
+from edge_client.masked_input import Contribution, contribution_of, packed_slices, weighted
+from edge_client.outputs import (
+    Evaluate,
+    MaskInput,
+    Personalise,
+    PrepareUpdate,
+    ReadField,
+    ReadUpdate,
+    TestVersion,
+    Train,
+)
 from edge_client.pausing import Gate, TrainingStopped
 from edge_client.pending_file import InvalidUpdate, dump_update, load_update
 from edge_client.personalisation import personalise

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 from edge_client.adapters.store import DeviceStore
-from edge_client.events import SaveContribution
+from edge_client.durable import SaveContribution
 from edge_client.policy import DevicePolicy, check_epsilon
 from edge_client.session import restore
 from protocol.dp.parameters import PrivacyMode

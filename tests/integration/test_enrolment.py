@@ -32,8 +32,8 @@ from aggregator.web.server import CertificateFiles
 from deploy.broker import find_mosquitto
 from edge_client.adapters.credentials import load_credentials
 from edge_client.adapters.store import DeviceStore
+from edge_client.durable import SaveContribution
 from edge_client.enrolling import LONGEST_WAIT_SECONDS, wait_seconds
-from edge_client.events import SaveContribution
 from protocol.enrolment import ENROLMENTS_PATH, MAX_ANSWER_BYTES, TRUST_PATH, EnrolmentTicket
 from protocol.identity import key_id
 from tests.aggregator_process import ServiceProcess

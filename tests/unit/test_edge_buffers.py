@@ -16,23 +16,19 @@ from edge_client.adapters.files import StorageError
 from edge_client.adapters.readings import FieldReader
 from edge_client.adapters.store import DeviceStore
 from edge_client.adapters.worker import Worker
+from edge_client.durable import DropPending, SavePending, SaveRound
 from edge_client.events import (
     ConditionsChanged,
     Connected,
-    Contribution,
-    DropPending,
     Event,
     Fault,
-    MaskInput,
     PreparationFailed,
-    PrepareUpdate,
-    ReadUpdate,
-    SavePending,
-    SaveRound,
     UpdatePrepared,
     UpdateRead,
     WorkFailed,
 )
+from edge_client.masked_input import Contribution
+from edge_client.outputs import MaskInput, PrepareUpdate, ReadUpdate
 from edge_client.pending_file import InvalidUpdate, dump_update, load_update
 from edge_client.report import status, status_text
 from edge_client.training import Examples, LocalTrainer, LocalUpdate, TrainingConfig

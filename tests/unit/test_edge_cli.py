@@ -20,18 +20,10 @@ from edge_client.adapters.store import DeviceStore
 from edge_client.adapters.worker import Worker, fault_of
 from edge_client.cli import byte_rate
 from edge_client.commands.running import runtime_name
-from edge_client.events import (
-    Event,
-    SaveVersion,
-    StoreChunk,
-    TestVersion,
-    Train,
-    TrainingFinished,
-    VersionStatus,
-    VersionTested,
-    WorkFailed,
-)
+from edge_client.durable import SaveVersion, StoreChunk, VersionStatus
+from edge_client.events import Event, TrainingFinished, VersionTested, WorkFailed
 from edge_client.main import main
+from edge_client.outputs import TestVersion, Train
 from edge_client.prediction import prediction_of
 from edge_client.training import TrainingConfig
 from models import zoo

@@ -20,8 +20,10 @@ from edge_client.adapters.readings import FieldReader
 from edge_client.adapters.store import DeviceStore
 from edge_client.adapters.worker import Worker
 from edge_client.daemon import Daemon
-from edge_client.events import Durable, Fault, Train, VersionTested, WorkFailed, note
+from edge_client.durable import Durable
+from edge_client.events import Fault, VersionTested, WorkFailed
 from edge_client.inbox import Inbox, Stop
+from edge_client.outputs import Train, note
 from edge_client.profile import Profile
 from edge_client.training import TrainingConfig
 from models import zoo

@@ -10,8 +10,10 @@ import pytest
 from edge_client import report
 from edge_client.adapters.store import DeviceStore
 from edge_client.device_setup import enrol, initialise, set_policy
-from edge_client.events import Event, SaveContribution, Train
+from edge_client.durable import SaveContribution
+from edge_client.events import Event
 from edge_client.ledger import DAY, History
+from edge_client.outputs import Train
 from edge_client.policy import DevicePolicy, check_epsilon
 from models.manifest import ModelManifest, SignatureSpec
 from protocol.dp.accounting import spend

@@ -14,16 +14,10 @@ from edge_client.adapters.data import NpzDirectory
 from edge_client.adapters.readings import MAX_FILE_BYTES, FieldReader, load_fields, save_fields
 from edge_client.adapters.store import DeviceStore
 from edge_client.adapters.worker import Worker
-from edge_client.events import (
-    ConditionsChanged,
-    Event,
-    Fault,
-    FieldRead,
-    ReadField,
-    WorkFailed,
-)
+from edge_client.events import ConditionsChanged, Event, Fault, FieldRead, WorkFailed
 from edge_client.fields import DeclaredFields, InvalidFields, UnreadableField, field_source
 from edge_client.main import main
+from edge_client.outputs import ReadField
 from edge_client.participation import WorkingNow
 from edge_client.policy import DevicePolicy
 from protocol.dp.parameters import PrivacyMode, PrivacyParameters

@@ -17,8 +17,10 @@ from edge_client.adapters.files import StorageError
 from edge_client.adapters.readings import FieldReader
 from edge_client.adapters.store import DATABASE, DeviceStore
 from edge_client.adapters.worker import Worker
-from edge_client.events import Event, InputWritten, MaskInput, SaveLocal, Train, TrainingFinished
+from edge_client.durable import SaveLocal
+from edge_client.events import Event, InputWritten, TrainingFinished
 from edge_client.masked_input import contribution_of, packed_slices
+from edge_client.outputs import MaskInput, Train
 from edge_client.training import Examples, LocalTrainer, LocalUpdate, TrainingConfig
 from models.manifest import ModelManifest
 from protocol.fields import BlobRef

@@ -18,8 +18,9 @@ from edge_client.adapters.personal import PersonalFiles
 from edge_client.adapters.readings import FieldReader
 from edge_client.adapters.store import DeviceStore
 from edge_client.adapters.worker import Worker
-from edge_client.events import ConditionsChanged, Event, Fault, Personalise, Personalised
+from edge_client.events import ConditionsChanged, Event, Fault, Personalised
 from edge_client.main import main
+from edge_client.outputs import Personalise
 from edge_client.personalisation import (
     MINIMUM_HELD_OUT,
     Personal,

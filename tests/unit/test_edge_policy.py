@@ -11,7 +11,8 @@ import pytest
 from edge_client import report
 from edge_client.adapters.store import DeviceStore
 from edge_client.device_setup import enrol, initialise, set_policy
-from edge_client.events import ConditionsChanged, Fault, SaveContribution, VersionTested
+from edge_client.durable import SaveContribution
+from edge_client.events import ConditionsChanged, Fault, VersionTested
 from edge_client.ledger import DAY, DaySpent, History, LedgerEntry
 from edge_client.policy import DevicePolicy, InvalidPolicy, Proposal, check, check_epsilon
 from protocol.dp.events import DPEvent, event_for

@@ -28,7 +28,7 @@ from edge_client.adapters.tflite import TfliteTrainer
 from edge_client.adapters.uses import VersionUses
 from edge_client.adapters.worker import tflite_trainer
 from edge_client.configuration import EdgeConfiguration, InvalidConfiguration, PredictSettings
-from edge_client.events import SaveVersion, StoreChunk, VersionStatus
+from edge_client.durable import SaveVersion, StoreChunk, VersionStatus
 from edge_client.local import Predictor, SocketPredictor
 from edge_client.main import main
 from edge_client.personalisation import Personal, PersonalRecord

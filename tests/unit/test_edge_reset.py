@@ -16,7 +16,7 @@ from edge_client.adapters.files import StorageError
 from edge_client.adapters.resetting import reset_device
 from edge_client.adapters.store import DeviceStore
 from edge_client.commands.state_lock import LOCK, locked
-from edge_client.events import SaveLocal, SaveRound
+from edge_client.durable import SaveLocal, SaveRound
 from edge_client.main import main
 from tests.edge_broker import Fleet
 from tests.edge_fleet import NOW, PERMISSIVE

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from edge_client.events import Connected, Fault, MaskInput, Train, TrainingFinished, VersionTested, WorkFailed
+from edge_client.events import Connected, Fault, TrainingFinished, VersionTested, WorkFailed
+from edge_client.outputs import MaskInput, Train
 from edge_client.training import LocalUpdate
 from protocol.dp.parameters import AdaptiveClipping
 from protocol.errors import MalformedMessage

@@ -17,7 +17,7 @@ from edge_client.adapters.blobs import MAP_EVERY
 from edge_client.adapters.device_schema import UnknownSchema
 from edge_client.adapters.files import Lock, StorageError, StorageFull, write_durably
 from edge_client.adapters.store import DATABASE, DeviceStore
-from edge_client.events import (
+from edge_client.durable import (
     CloseRound,
     ForgetVersion,
     RoundRecord,
@@ -32,16 +32,7 @@ from protocol.messages import CHUNK_BYTES
 from protocol.plan import MeanQuestion, QueryTask
 from protocol.secagg.client_state import InputSent, dump_state
 from protocol.transfer import describe
-from tests.edge_fleet import (
-    NOW,
-    Aggregator,
-    FakeDevice,
-    announcement,
-    invitation,
-    manifest,
-    plan,
-    weights,
-)
+from tests.edge_fleet import NOW, Aggregator, FakeDevice, announcement, invitation, manifest, plan, weights
 
 ROUND = "a" * 32
 
@@ -252,7 +243,7 @@ import sys
 from pathlib import Path
 sys.path.insert(0, {root!r})
 from edge_client.adapters.store import DeviceStore
-from edge_client.events import SaveContribution
+from edge_client.durable import SaveContribution
 from tests.edge_fleet import NOW
 from tests.unit.test_edge_store import committed_round
 _, contribution, upload = committed_round()

@@ -16,16 +16,10 @@ from edge_client.adapters.data import NpzDirectory
 from edge_client.adapters.store import DeviceStore
 from edge_client.adapters.uses import VersionUses
 from edge_client.adapters.worker import tflite_trainer
-from edge_client.events import (
-    Fault,
-    Personalise,
-    Personalised,
-    SaveVersion,
-    StoreChunk,
-    VersionFailed,
-    VersionStatus,
-)
+from edge_client.durable import SaveVersion, StoreChunk, VersionStatus
+from edge_client.events import Fault, Personalised, VersionFailed
 from edge_client.local import Predictor, TrainerFactory
+from edge_client.outputs import Personalise
 from edge_client.personalisation import PersonalConfig
 from edge_client.prediction import PredictionFailed
 from edge_client.session import UNUSABLE

@@ -19,8 +19,10 @@ from edge_client.adapters.mqtt import Inbound, LinkUp
 from edge_client.adapters.readings import FieldReader
 from edge_client.adapters.store import DeviceStore
 from edge_client.daemon import Daemon
-from edge_client.events import Fault, Started, TestVersion, VersionStatus, VersionTested
+from edge_client.durable import VersionStatus
+from edge_client.events import Fault, Started, VersionTested
 from edge_client.inbox import Inbox
+from edge_client.outputs import TestVersion
 from edge_client.profile import Profile
 from models.manifest import ModelManifest
 from protocol.codec import decode_from_device, encode

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from edge_client import report
 from edge_client.adapters.store import DeviceStore
 from edge_client.device_setup import enrol, initialise
-from edge_client.events import Evaluate, SaveContribution
+from edge_client.durable import SaveContribution
 from edge_client.ledger import LedgerEntry
+from edge_client.outputs import Evaluate
 from protocol.dp.parameters import MetricSlot, PrivacyMode, PrivacyParameters
 from protocol.errors import MalformedMessage
 from protocol.evaluation import NonFiniteFigure, evaluation_vector, mean_figures

@@ -22,16 +22,10 @@ from edge_client.adapters.tflite import TfliteTrainer
 from edge_client.adapters.worker import Worker
 from edge_client.cli import EXIT_RUNNING
 from edge_client.commands.state_lock import LOCK
-from edge_client.events import (
-    Event,
-    SaveLocal,
-    SaveVersion,
-    StoreChunk,
-    Train,
-    TrainingFinished,
-    VersionStatus,
-)
+from edge_client.durable import SaveLocal, SaveVersion, StoreChunk, VersionStatus
+from edge_client.events import Event, TrainingFinished
 from edge_client.main import main
+from edge_client.outputs import Train
 from edge_client.training import Examples, ModelRejected, TrainingConfig
 from models.architectures import ARCHITECTURES
 from models.export import ExportedModel

@@ -9,7 +9,9 @@ from edge_client.adapters.data import NpzDirectory
 from edge_client.adapters.readings import FieldReader
 from edge_client.adapters.store import DeviceStore
 from edge_client.adapters.worker import Worker
-from edge_client.events import Event, StoreChunk, TestVersion, VersionTested
+from edge_client.durable import StoreChunk
+from edge_client.events import Event, VersionTested
+from edge_client.outputs import TestVersion
 from edge_client.training import ModelRejected
 from models import zoo
 from models.weights import encode_weights
