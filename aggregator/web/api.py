@@ -24,7 +24,7 @@ from aggregator.web import (
     rollout_routes,
     round_routes,
 )
-from aggregator.web.console import acting, assets, lifecycle, pages, pinning, rollouts
+from aggregator.web.console import assets, campaigns, devices, pages, pinning, rollouts
 from aggregator.web.console.shell import Shell
 from aggregator.web.context import Context
 from aggregator.web.limits import BodyLimit
@@ -76,10 +76,10 @@ def create_app(context: Context) -> FastAPI:
     for router in (
         pages.looking,
         pages.anybody,
-        acting.asking,
-        acting.acting,
-        lifecycle.asking,
-        lifecycle.acting,
+        devices.asking,
+        devices.acting,
+        campaigns.asking,
+        campaigns.acting,
         rollouts.asking,
         rollouts.acting,
         pinning.asking,

@@ -285,6 +285,26 @@ def test_buttons_ask_and_leave_the_same_trace_as_the_api(bench: Api) -> None:
     assert refused.status_code == 409 and "covey model publish" in refused.text
 
 
+def test_every_turn_of_a_device_asks_in_its_own_words(bench: Api) -> None:
+    seed_fleet(bench.context.operator, 3)
+    bench.context.operator.exclude("barn-00001", "its <b>shares</b> did not fit")
+    browser = sign_in(bench, Role.OPERATOR)
+    for turn, question, consequence, reason in (
+        ("exclude", "Exclude barn-00001?", "until somebody includes it again", True),
+        ("include", "Include barn-00001 again?", "its &lt;b&gt;shares&lt;/b&gt; did not fit", False),
+        ("revoke", "Revoke barn-00001?", "stolen or that lies", True),
+        ("retire", "Retire barn-00001?", "broken, sold or put away", False),
+    ):
+        where = f"/fleet/barn-00001/{turn}"
+        asks = page(bench, where, browser)
+        assert question in asks and consequence in asks, turn
+        assert f'action="{where}"' in asks and ('name="reason"' in asks) == reason, turn
+        assert ('<button class="danger">' in asks) == (turn != "include"), turn
+        page(bench, f"/fleet/barn-99999/{turn}", browser, 404)
+    page(bench, "/fleet/barn-00001/explode", browser, 422)
+    assert bench.context.operator.audit_log() == (), "asking changes nothing"
+
+
 def test_a_version_is_pinned_and_let_go_by_buttons(bench: Api) -> None:
     operator = bench.context.operator
     seed_fleet(operator, 3)

@@ -33,6 +33,25 @@ class Field:
 REASON = Field("reason", "Reason, for those who look later", "by the operator", required=True)
 
 
+@dataclass(frozen=True)
+class Turn:
+    """A button about something that is there.
+
+    Attributes:
+        verb: what it does.
+        consequence: of a yes.
+        button: what the button of the form says; the verb by default.
+        again: it undoes another turn, so that the question ends with "again".
+    """
+
+    verb: str
+    consequence: str
+    fields: tuple[Field, ...] = ()
+    button: str = ""
+    danger: bool = False
+    again: bool = False
+
+
 def ask(request: Request, by: Admitted, title: str, consequence: str, **more: Any) -> Response:
     """A form that says what will happen.
 
@@ -45,3 +64,26 @@ def ask(request: Request, by: Admitted, title: str, consequence: str, **more: An
     """
     values = {"fields": (), "danger": False, "action": request.url.path} | more
     return page(request, "confirm.html", by, title=title, consequence=consequence, **values)
+
+
+def ask_turn(request: Request, by: Admitted, turn: Turn, what: str, back: str, more: str = "") -> Response:
+    """Asks whether something that is there is to take a turn; the answer goes to the page's own address.
+
+    Args:
+        request: of the page.
+        by: who asks.
+        turn: what would be done.
+        what: to what.
+        back: where a no leads.
+        more: what else is to be known of this one.
+    """
+    return ask(
+        request,
+        by,
+        f"{turn.verb} {what}{' again' if turn.again else ''}?",
+        f"{turn.consequence} {more}".rstrip(),
+        fields=turn.fields,
+        button=turn.button or turn.verb,
+        danger=turn.danger,
+        back=back,
+    )

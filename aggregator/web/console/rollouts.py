@@ -11,7 +11,7 @@ from aggregator.access.roles import Role
 from aggregator.rollout_operations import RolloutRequest
 from aggregator.web import schemas
 from aggregator.web.admission import By, guarded
-from aggregator.web.console.asking import REASON, Field, ask
+from aggregator.web.console.asking import REASON, Field, Turn, ask, ask_turn
 from aggregator.web.model_routes import Model, Number
 from aggregator.web.problems import ApiProblem
 from aggregator.web.rollout_routes import RolloutId
@@ -21,10 +21,15 @@ acting = guarded(Role.OPERATOR, tag="console")
 
 Reason = Annotated[schemas.Text, Form(min_length=1)]
 _TURNS = {
-    "pause": ("Pause", "Nothing moves until it is resumed, neither forth nor back."),
-    "resume": ("Resume", "It goes on with its present wave, and reaches more devices as its gates hold."),
-    "halt": ("Halt", "It reaches no more devices, and takes the version from none."),
-    "rollback": ("Roll back", "Every device that it has reached goes back to the version it had before."),
+    "pause": Turn("Pause", "Nothing moves until it is resumed, neither forth nor back.", (REASON,)),
+    "resume": Turn("Resume", "It goes on with its present wave, and reaches more devices as its gates hold."),
+    "halt": Turn("Halt", "It reaches no more devices, and takes the version from none.", (REASON,)),
+    "rollback": Turn(
+        "Roll back",
+        "Every device that it has reached goes back to the version it had before.",
+        (REASON,),
+        danger=True,
+    ),
 }
 
 
@@ -93,25 +98,15 @@ def withdraw(by: By, model: Model, version: Number) -> Response:
 
 
 @asking.get("/rollouts/{rollout}/{turn}", name="ask-turn-rollout", response_class=HTMLResponse)
-def ask_turn(
+def ask_turn_rollout(
     by: By,
     request: Request,
     rollout: RolloutId,
     turn: Annotated[Literal["pause", "resume", "halt", "rollback"], Path()],
 ) -> Response:
-    """Asks before a rollout is turned."""
+    """Asks before a rollout takes a turn."""
     found = by.operator.rollout(rollout).record
-    button, consequence = _TURNS[turn]
-    return ask(
-        request,
-        by,
-        f"{button} {found.model} {found.version}?",
-        consequence,
-        fields=() if turn == "resume" else (REASON,),
-        button=button,
-        danger=turn == "rollback",
-        back="/rollouts",
-    )
+    return ask_turn(request, by, _TURNS[turn], f"{found.model} {found.version}", "/rollouts")
 
 
 @acting.post("/rollouts/{rollout}/pause", name="pause-rollout")
