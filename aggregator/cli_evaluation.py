@@ -11,24 +11,13 @@ from rich.table import Table
 
 from aggregator import cli_output as output
 from aggregator.cli_options import (
-    Cohort,
-    Colluders,
-    Delta,
+    AskedOnce,
     Form,
-    Gather,
     Json,
-    MaxEpsilon,
-    Minimum,
-    MinSurvivors,
-    Mode,
-    NoiseMultiplier,
     Output,
     OverSelect,
-    Seed,
-    SubcohortLimit,
     Where,
-    WhichDevices,
-    deadlines,
+    asked_once,
     idle,
     options_of,
     service,
@@ -36,38 +25,22 @@ from aggregator.cli_options import (
 from aggregator.cli_waiting import nothing_yet, wait
 from aggregator.evaluations import EvaluationRequest
 from aggregator.rounds.evaluation import VersionEvaluation
-from aggregator.rounds.planning import GATHER_SECONDS
-from aggregator.settings import DEFAULT_COHORT, DEFAULT_DELTA, given
-from protocol.dp.parameters import PrivacyMode
-from protocol.plan import SUBCOHORT_LIMIT, Deadlines
 
 _console = Console(highlight=False)
 
 
-@options_of(deadlines, "deadlines")
+@options_of(asked_once, "asked")
 def evaluate(
     *,
     model: Annotated[str, typer.Argument(help="Name of the model.")],
     state: Where = None,
     version: Annotated[int | None, typer.Option(min=1, help="Its version.", show_default="newest")] = None,
-    cohort: Cohort = DEFAULT_COHORT,
-    minimum: Minimum = None,
-    min_survivors: MinSurvivors = None,
-    subcohort_limit: SubcohortLimit = SUBCOHORT_LIMIT,
-    privacy: Mode = PrivacyMode.DISTRIBUTED,
-    noise_multiplier: NoiseMultiplier = None,
-    colluders: Colluders = None,
-    delta: Delta = None,
-    max_epsilon: MaxEpsilon = None,
-    gather: Gather = GATHER_SECONDS,
-    deadlines: Deadlines,
-    seed: Seed = None,
-    where: WhichDevices = "",
     held_out: Annotated[
         bool,
         typer.Option("--held-out", help="Ask only devices that never trained the model; else they go first."),
     ] = False,
     over_select: OverSelect = 1.0,
+    asked: AskedOnce,
     past: Annotated[bool, typer.Option("--past", help="Ask nobody: show the evaluations so far.")] = False,
     json: Json = False,
     form: Output = Form.TABLE,
@@ -86,23 +59,7 @@ def evaluate(
             _show(client.evaluations(model, version), model, json=as_json)
             return
         request = EvaluationRequest(
-            model=model,
-            version=version,
-            cohort=cohort,
-            minimum=minimum,
-            min_survivors=min_survivors,
-            subcohort_limit=subcohort_limit,
-            privacy=privacy,
-            noise_multiplier=noise_multiplier,
-            colluders=given(colluders, 0),
-            delta=given(delta, DEFAULT_DELTA),
-            deadlines=deadlines,
-            gather_seconds=gather,
-            epsilon_limit=max_epsilon,
-            where=where,
-            held_out=held_out,
-            over_select=over_select,
-            seed=seed,
+            model=model, version=version, held_out=held_out, over_select=over_select, **asked
         )
         campaign = client.start_evaluation(request)
         if idle(state):

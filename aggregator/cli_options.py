@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypedDict
 
 import typer
 from pydantic import ValidationError
@@ -18,9 +18,10 @@ from aggregator import main as covey
 from aggregator import profile as profiles
 from aggregator.client import Client
 from aggregator.refusals import OperationRefused
-from aggregator.settings import invalid
+from aggregator.rounds.planning import GATHER_SECONDS
+from aggregator.settings import DEFAULT_COHORT, DEFAULT_DELTA, given, invalid
 from protocol.dp.parameters import PrivacyMode
-from protocol.plan import Deadlines
+from protocol.plan import SUBCOHORT_LIMIT, Deadlines
 
 Command = Callable[..., Any]
 _LIMITS = Deadlines()
@@ -199,6 +200,59 @@ def options_of(factory: Callable[..., Any], argument: str) -> Callable[[Command]
         return wrapped
 
     return decorate
+
+
+class AskedOnce(TypedDict):
+    """What a query and an evaluation have in common, by the names of their requests' attributes."""
+
+    where: str
+    cohort: int
+    minimum: int | None
+    min_survivors: int | None
+    subcohort_limit: int
+    privacy: PrivacyMode
+    noise_multiplier: float | None
+    colluders: int
+    delta: float
+    epsilon_limit: float | None
+    gather_seconds: float
+    deadlines: Deadlines
+    seed: int | None
+
+
+@options_of(deadlines, "deadlines")
+def asked_once(
+    *,
+    where: WhichDevices = "",
+    cohort: Cohort = DEFAULT_COHORT,
+    minimum: Minimum = None,
+    min_survivors: MinSurvivors = None,
+    subcohort_limit: SubcohortLimit = SUBCOHORT_LIMIT,
+    privacy: Mode = PrivacyMode.DISTRIBUTED,
+    noise_multiplier: NoiseMultiplier = None,
+    colluders: Colluders = None,
+    delta: Delta = None,
+    max_epsilon: MaxEpsilon = None,
+    seed: Seed = None,
+    gather: Gather = GATHER_SECONDS,
+    deadlines: Deadlines,
+) -> AskedOnce:
+    """What the options say of one round that trains nothing."""
+    return AskedOnce(
+        where=where,
+        cohort=cohort,
+        minimum=minimum,
+        min_survivors=min_survivors,
+        subcohort_limit=subcohort_limit,
+        privacy=privacy,
+        noise_multiplier=noise_multiplier,
+        colluders=given(colluders, 0),
+        delta=given(delta, DEFAULT_DELTA),
+        epsilon_limit=max_epsilon,
+        gather_seconds=gather,
+        deadlines=deadlines,
+        seed=seed,
+    )
 
 
 class Form(StrEnum):

@@ -11,24 +11,13 @@ from pydantic import ValidationError
 from aggregator import cli_answers
 from aggregator import cli_output as output
 from aggregator.cli_options import (
-    Cohort,
-    Colluders,
+    AskedOnce,
     Command,
-    Delta,
     Form,
-    Gather,
     Json,
-    MaxEpsilon,
-    Minimum,
-    MinSurvivors,
-    Mode,
-    NoiseMultiplier,
     Output,
-    Seed,
-    SubcohortLimit,
     Where,
-    WhichDevices,
-    deadlines,
+    asked_once,
     idle,
     options_of,
     service,
@@ -37,14 +26,10 @@ from aggregator.cli_waiting import nothing_yet, wait
 from aggregator.client import Client
 from aggregator.operations import OperationRefused
 from aggregator.queries import DEFAULT_BINS, DEFAULT_QUANTILE_BINS, QueryRequest
-from aggregator.rounds.planning import GATHER_SECONDS
-from aggregator.settings import DEFAULT_COHORT, DEFAULT_DELTA, InvalidSettings, given, invalid
+from aggregator.settings import InvalidSettings, invalid
 from aggregator.web.schemas import Campaign
-from protocol.dp.parameters import PrivacyMode
 from protocol.plan import (
     MAX_BINS,
-    SUBCOHORT_LIMIT,
-    Deadlines,
     HistogramQuestion,
     MeanQuestion,
     QuantileQuestion,
@@ -60,55 +45,24 @@ query_app = typer.Typer(
 )
 
 
-@options_of(deadlines, "deadlines")
+@options_of(asked_once, "asked")
 def _ask(
     *,
     field: Annotated[str, typer.Argument(help="Name of the field, as devices declare it.")],
     low: Annotated[float, typer.Option(help="Values below it count as it: chosen without the data.")],
     high: Annotated[float, typer.Option(help="Values above it count as it.")],
     state: Where = None,
-    where: WhichDevices = "",
-    cohort: Cohort = DEFAULT_COHORT,
-    minimum: Minimum = None,
-    min_survivors: MinSurvivors = None,
-    subcohort_limit: SubcohortLimit = SUBCOHORT_LIMIT,
-    privacy: Mode = PrivacyMode.DISTRIBUTED,
-    noise_multiplier: NoiseMultiplier = None,
+    question: Question,
     epsilon: Annotated[
         float | None,
         typer.Option(help="Choose the noise so that this query costs at most this.", show_default=False),
     ] = None,
-    colluders: Colluders = None,
-    delta: Delta = None,
-    max_epsilon: MaxEpsilon = None,
-    seed: Seed = None,
-    gather: Gather = GATHER_SECONDS,
-    deadlines: Deadlines,
+    asked: AskedOnce,
     json: Json = False,
     form: Output = Form.TABLE,
-    question: Question,
 ) -> None:
     try:
-        request = QueryRequest(
-            field=field,
-            low=low,
-            high=high,
-            question=question,
-            where=where,
-            cohort=cohort,
-            minimum=minimum,
-            min_survivors=min_survivors,
-            subcohort_limit=subcohort_limit,
-            privacy=privacy,
-            noise_multiplier=noise_multiplier,
-            epsilon=epsilon,
-            colluders=given(colluders, 0),
-            delta=given(delta, DEFAULT_DELTA),
-            deadlines=deadlines,
-            gather_seconds=gather,
-            epsilon_limit=max_epsilon,
-            seed=seed,
-        )
+        request = QueryRequest(field=field, low=low, high=high, question=question, epsilon=epsilon, **asked)
         request.resolve()  # NaN cannot travel: refused here, before anybody is asked
     except ValidationError as error:
         raise OperationRefused(str(invalid(error))) from error
