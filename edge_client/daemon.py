@@ -59,7 +59,8 @@ from edge_client.outputs import (
 )
 from edge_client.profile import Profile
 from edge_client.renewing import Renewer
-from edge_client.session import SessionState, handle, restore
+from edge_client.session import handle
+from edge_client.session_state import SessionState, restore
 from edge_client.sources import DataSource
 from edge_client.watch import Watch
 from protocol import topics

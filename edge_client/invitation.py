@@ -13,10 +13,10 @@ from typing import assert_never
 from pydantic import TypeAdapter, ValidationError
 
 from edge_client import policy
+from edge_client.active_round import ActiveRound
 from edge_client.events import Fault
 from edge_client.ledger import History
 from edge_client.library import Library, Version
-from edge_client.participation import ActiveRound
 from edge_client.policy import Proposal
 from edge_client.profile import Profile
 from models.assignment import Answering, Assignment, Evaluating, Training

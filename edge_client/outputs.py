@@ -193,6 +193,7 @@ Output = (
     | Note
 )
 Outputs = tuple[Output, ...]
+NOTHING: Outputs = ()
 
 
 def note(event: str, **fields: Any) -> Note:

@@ -18,7 +18,7 @@ from edge_client.durable import DropPending, PendingUpdate, SavePending
 from edge_client.events import Fault, PreparationFailed, Stamp, UpdatePrepared
 from edge_client.library import Library
 from edge_client.outputs import Output, Outputs, PrepareUpdate, Send, note, warning
-from edge_client.participation import training_config
+from edge_client.round_work import training_config
 from models.assignment import Training
 from protocol.identity import SignedDocument
 from protocol.messages import Refusal, UpdateReady

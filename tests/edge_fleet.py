@@ -72,7 +72,8 @@ from edge_client.outputs import (
 from edge_client.pending_file import dump_update, load_update
 from edge_client.policy import DevicePolicy
 from edge_client.profile import Profile
-from edge_client.session import Memory, SessionState, handle, restore
+from edge_client.session import handle
+from edge_client.session_state import Memory, SessionState, restore
 from edge_client.training import Evaluation, LocalUpdate
 from models.manifest import InputSpec, ModelManifest, ParameterSpec, SignatureSpec, describe
 from protocol import ring

@@ -19,7 +19,7 @@ from edge_client.events import Fault
 from edge_client.library import Library
 from edge_client.personalisation import Personal
 from edge_client.prediction import NoModel, PredictionFailed
-from edge_client.session import UNUSABLE
+from edge_client.session_state import UNUSABLE
 from edge_client.training import ModelRejected, WeightsRejected
 from models.manifest import ModelManifest
 from models.weights import decode_local, decode_weights, entry_vectors

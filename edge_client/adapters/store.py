@@ -42,7 +42,7 @@ from edge_client.durable import (
 )
 from edge_client.ledger import DAY, DaySpent, LedgerEntry
 from edge_client.library import StoredStanding, StoredVersion
-from edge_client.session import Memory
+from edge_client.session_state import Memory
 from protocol.dp.events import DPEvent
 
 DATABASE = "device.sqlite"

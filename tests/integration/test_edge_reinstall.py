@@ -13,7 +13,7 @@ from pathlib import Path
 from edge_client.adapters.store import DeviceStore
 from edge_client.durable import SaveContribution
 from edge_client.policy import DevicePolicy, check_epsilon
-from edge_client.session import restore
+from edge_client.session_state import restore
 from protocol.dp.parameters import PrivacyMode
 from protocol.round_encoding import contribution_event, round_encoding
 from tests.edge_broker import Fleet

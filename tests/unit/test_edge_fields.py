@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from edge_client.active_round import WorkingNow
 from edge_client.adapters.data import NpzDirectory
 from edge_client.adapters.readings import MAX_FILE_BYTES, FieldReader, load_fields, save_fields
 from edge_client.adapters.store import DeviceStore
@@ -18,7 +19,6 @@ from edge_client.events import ConditionsChanged, Event, Fault, FieldRead, WorkF
 from edge_client.fields import DeclaredFields, InvalidFields, UnreadableField, field_source
 from edge_client.main import main
 from edge_client.outputs import ReadField
-from edge_client.participation import WorkingNow
 from edge_client.policy import DevicePolicy
 from protocol.dp.parameters import PrivacyMode, PrivacyParameters
 from protocol.messages import AdvertiseKeys, ClientAbort, Refusal

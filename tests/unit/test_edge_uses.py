@@ -22,7 +22,7 @@ from edge_client.local import Predictor, TrainerFactory
 from edge_client.outputs import Personalise
 from edge_client.personalisation import PersonalConfig
 from edge_client.prediction import PredictionFailed
-from edge_client.session import UNUSABLE
+from edge_client.session_state import UNUSABLE
 from edge_client.training import LocalTrainer, ModelRejected
 from models import zoo
 from models.manifest import ModelManifest
