@@ -91,7 +91,14 @@ def devices(items: Sequence[Device], *, json: bool) -> None:
             status = f"[red]{d.state}[/red]"
         if d.excluded is not None:
             status += f" [red]excluded: {escape(d.excluded)}[/red]"
-        models = ", ".join(f"{name} {number}" for name, number in sorted(d.models.items()))
+        models = ", ".join(
+            [f"{name} {number}" for name, number in sorted(d.models.items())]
+            + [
+                f"no {name}: {failed.version} failed"
+                for name, failed in sorted(d.failures.items())
+                if name not in d.models
+            ]
+        )
         row = (d.device, status, moment(d.last_seen), escape(d.client_version), escape(d.runtime))
         came = (moment(d.enrolled_at), d.token or "")
         table.add_row(*row, escape(models), escape(" ".join(d.labels)), *came)

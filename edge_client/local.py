@@ -93,26 +93,20 @@ class Predictor:
             model: its name; None where the device has only one.
 
         Raises:
-            NoModel: no version of the model is good yet.
-            PredictionFailed: several models could be meant, the inputs are not what it takes, or no version
-                runs.
+            NoModel: no version of the model is good yet, or none runs any more.
+            PredictionFailed: several models could be meant, or the inputs are not what it takes.
             CredentialError: the device is not set up.
             StorageError: its files cannot be read.
         """
         with self._lock:
-            tried: set[str] = set()
             while True:
                 try:
-                    loaded = self._current(model)
-                    found = self._run(loaded, x)
+                    return self._run(self._current(model), x)
                 except (ModelRejected, WeightsRejected) as error:
-                    # It was loaded, and does not run; or none does.
+                    # It was loaded, and does not run.
                     known = self._loaded.pop(model, None)
-                    if known is None or known.sha256 in tried or not self._blamed(known, error):
+                    if known is None or not self._blamed(known, error):
                         raise PredictionFailed("unavailable", str(error)) from error
-                    tried.add(known.sha256)
-                else:
-                    return found
 
     def close(self) -> None:
         """Lets go of all versions, and of the files."""
@@ -155,6 +149,9 @@ class Predictor:
 
         try:
             loaded = with_version(self._state, model, self._uses, load)
+        except PredictionFailed:
+            self._loaded.pop(model, None)
+            raise
         except (ValueError, OSError) as error:
             if known is None:
                 raise

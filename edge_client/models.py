@@ -93,23 +93,22 @@ def serve(library: Library, name: str, version: Version) -> tuple[Library, Outpu
 def failed(library: Library, name: str, version: Version, fault: Fault) -> tuple[Library, Outputs]:
     """A version does not run here, or does not any more: it is never fetched again.
 
-    One that was served gives way to the one before; where there is none, it stays, as it may work at times.
+    One that was served gives way to the one before. Where there is none, nothing is served until another
+    version comes: what crashes the program that asks it is worse than no answer.
     """
     reason = f"{fault.code}: {fault.detail}"
     shelf = blamed(library.shelf(name), version, reason)
-    others = tuple(other for other in shelf.good if other.sha256 != version.sha256)
-    only = bool(shelf.good) and not others
-    if not only:
-        shelf = replace(shelf, good=others)
+    shelf = replace(shelf, good=tuple(other for other in shelf.good if other.sha256 != version.sha256))
     if shelf.candidate is not None and shelf.candidate.version.sha256 == version.sha256:
         shelf = replace(shelf, candidate=None)
     if shelf.base is not None and shelf.base.version.sha256 == version.sha256:
         shelf = replace(shelf, base=None)
     library = library.with_shelf(name, shelf)
     detail = {"model": name, "version": version.manifest.version, "reason": reason}
-    status = VersionStatus.GOOD if only else VersionStatus.BAD
+    if shelf.serving is None:
+        detail["serving"] = "none"
     return library, (
-        SaveVersion(version.document, version.manifest, status, reason),
+        SaveVersion(version.document, version.manifest, VersionStatus.BAD, reason),
         warning("version-bad", **detail),
         Announce(library.serving(), library.failures()),
     )

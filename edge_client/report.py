@@ -119,6 +119,9 @@ def status_text(answer: dict[str, Any]) -> str:
         lines.append(
             f"model          {model['name']} v{model['version']}: {model['status']}{serving}{reason}"
         )
+    served = {model["name"] for model in answer["models"] if model["serving"]}
+    for name in sorted({model["name"] for model in answer["models"] if model["status"] == "bad"} - served):
+        lines.append(f"model          {name}: none is served until a version comes that runs here")
     for update in answer["waiting_updates"]:
         lines.append(
             f"update         of {update['model']} v{update['version']} waits for a buffer"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -16,7 +16,7 @@ from edge_client.adapters.store import DATABASE, DeviceStore
 from edge_client.adapters.uses import VersionUses
 from edge_client.durable import VersionStatus
 from edge_client.events import Fault
-from edge_client.library import Library
+from edge_client.library import Library, StoredVersion
 from edge_client.personalisation import Personal
 from edge_client.prediction import NoModel, PredictionFailed
 from edge_client.session_state import UNUSABLE
@@ -25,6 +25,7 @@ from models.manifest import ModelManifest
 from models.weights import decode_local, decode_weights, entry_vectors
 
 T = TypeVar("T")
+_NONE: Mapping[str, str] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,21 +58,21 @@ def with_version(state: Path, model: str | None, uses: VersionUses, run: Callabl
         run: raises ModelRejected or WeightsRejected when the version does not run.
 
     Raises:
-        ModelRejected, WeightsRejected: none runs.
+        ModelRejected, WeightsRejected: it does not run, and that cannot be written down.
         CredentialError: the device is not set up.
-        NoModel: no version of the model is good yet.
+        NoModel: no version of the model is good yet, or none runs any more.
         PredictionFailed: several models could be meant.
         StorageError: the store cannot be read.
     """
     while True:
-        failed = frozenset(failure.sha256 for failure in uses.found())
+        failed = {each.sha256: f"{each.fault.code}: {each.fault.detail}" for each in uses.found()}
         serving = last_good(state, model, failed)
         sha256 = serving.manifest.sha256()
         try:
             with uses.of(sha256):
                 return run(serving)
         except (ModelRejected, WeightsRejected) as error:
-            if sha256 in failed or not blamed(uses, sha256, error):
+            if not blamed(uses, sha256, error):
                 raise
 
 
@@ -81,17 +82,17 @@ def blamed(uses: VersionUses, sha256: str, error: Exception) -> bool:
     return any(failure.sha256 == sha256 for failure in uses.found())
 
 
-def last_good(state: Path, model: str | None = None, failed: frozenset[str] = frozenset()) -> LastGood:
+def last_good(state: Path, model: str | None = None, failed: Mapping[str, str] = _NONE) -> LastGood:
     """Reads what this device answers predictions with; works while `run` runs.
 
     Args:
         state: the state directory.
         model: which one; None where there is only one.
-        failed: digests of versions that failed here: the one before is read, unless all did.
+        failed: digests of versions that failed here, and that `run` does not know of yet -> why.
 
     Raises:
         CredentialError: the device is not set up.
-        NoModel: no version of the model is good yet.
+        NoModel: no version of the model is good yet, or none runs any more.
         PredictionFailed: several models could be meant.
         StorageError: the store cannot be read.
     """
@@ -105,22 +106,21 @@ def last_good(state: Path, model: str | None = None, failed: frozenset[str] = fr
     raise AssertionError("unreachable")
 
 
-def _read(state: Path, model: str | None, failed: frozenset[str]) -> LastGood:
+def _read(state: Path, model: str | None, failed: Mapping[str, str]) -> LastGood:
     load_credentials(state)
     if not (state / DATABASE).exists():
         raise NoModel("this device has no model yet: start `covey-edge run`")
     with DeviceStore.open(state, read_only=True) as store:
-        good = [v.manifest for v in store.versions() if v.status is VersionStatus.GOOD]
+        known = store.versions()
+        good = [v.manifest for v in known if v.status is VersionStatus.GOOD]
         names = sorted({manifest.name for manifest in good})
         if model is None and len(names) > 1:
             raise PredictionFailed("model-unclear", f"this device has several models: {', '.join(names)}")
-        chosen = [manifest for manifest in good if model in (None, manifest.name)]
-        if not chosen:
-            missing = f"no good version of {model}" if model else "no model"
-            raise NoModel(f"this device has {missing} yet: it comes while `covey-edge run` runs")
         # In the order in which they were served: after a roll-back, the highest number is not the last one.
-        working = [manifest for manifest in chosen if manifest.sha256() not in failed]
-        manifest = (working or chosen)[-1]
+        working = [m for m in good if model in (None, m.name) and m.sha256() not in failed]
+        if not working:
+            raise _no_model([v for v in known if model in (None, v.manifest.name)], model, failed)
+        manifest = working[-1]
         own = Library(own={saved.model: saved for saved in store.local()}).local(manifest)
         return LastGood(
             manifest,
@@ -129,3 +129,20 @@ def _read(state: Path, model: str | None, failed: frozenset[str]) -> LastGood:
             local=decode_local(store.blobs.read_local(own)) if own is not None else None,
             personal=store.blobs.personal.load(manifest),
         )
+
+
+def _no_model(known: Sequence[StoredVersion], model: str | None, failed: Mapping[str, str]) -> NoModel:
+    """Why there is nothing to predict with: it has not come yet, or does not run here."""
+    bad = [
+        (version.manifest, failed.get(version.manifest.sha256(), version.reason))
+        for version in known
+        if version.status is VersionStatus.BAD or version.manifest.sha256() in failed
+    ]
+    if not bad:
+        missing = f"no good version of {model}" if model else "no model"
+        return NoModel(f"this device has {missing} yet: it comes while `covey-edge run` runs")
+    manifest, reason = bad[-1]
+    return NoModel(
+        f"no version of {manifest.name} runs on this device: version {manifest.version} failed "
+        f"({reason}); another one comes by a rollout"
+    )

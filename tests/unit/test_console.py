@@ -24,7 +24,7 @@ from aggregator.web.context import Vitals
 from aggregator.web.events import EventFeed
 from aggregator.web.in_process import InProcess
 from aggregator.web.sessions import SESSION_COOKIE
-from protocol.messages import DeviceStatus
+from protocol.messages import DeviceStatus, VersionFailure
 from tests.api_bench import Api, api, csr
 
 pytest.importorskip("selenium")
@@ -204,6 +204,21 @@ def test_all_that_devices_say_is_text(bench: Api) -> None:
         assert refused.status_code in (404, 422) and "<script>alert" not in refused.text
     sql = bench.call("GET", "/fleet", None, headers=browser, params={"q": "' OR 1=1 --"})
     assert "No device fits" in sql.text
+
+
+def test_a_device_that_serves_nothing_says_why(bench: Api) -> None:
+    with bench.context.operator.repository.write() as writer:
+        for name, models in (("barn-1", {"watch": 1}), ("barn-2", {"digits": 3})):
+            writer.add_device(Device(name, b"x", 0.0))
+            failed = {"watch": VersionFailure(version=2, code="crashed", detail="<b>SIGSEGV</b>")}
+            said = DeviceStatus(session=bytes(32), online=True, models=models, failures=failed)
+            writer.note_status(name, said, 1.0)
+    browser = sign_in(bench, Role.VIEWER)
+    assert page(bench, "/fleet", browser).count("no watch: 2 failed") == 1, "the other one fell back"
+    for name in ("barn-1", "barn-2"):
+        text = page(bench, f"/fleet/{name}", browser)
+        assert "watch 2 <small>crashed: &lt;b&gt;SIGSEGV" in text
+        assert ("no watch: 2 failed" in text) == (name == "barn-2")
 
 
 def test_every_device_is_on_one_page_and_search_finds_it(bench: Api) -> None:

@@ -319,9 +319,11 @@ def test_a_version_that_fails_in_use_gives_way_to_the_one_before() -> None:
     assert serving(device) == {"watch": 1} and device.failures["watch"].version == 2
     device.receive(announcement(manifest(2), sequence=7))
     assert serving(device) == {"watch": 1} and "version-known-bad" in device.note_events()
-    # The only one that is left stays, whatever it does; a newer one clears the blame.
+    # Where none is left, none is served; a newer one clears the blame.
     device.give(VersionFailed(manifest(1).sha256(), Fault("model-unusable", "it crashed")))
-    assert serving(device) == {"watch": 1} and device.failures["watch"].version == 1
+    assert serving(device) == {} == device.statuses[-1] and device.failures["watch"].version == 1
+    device.reboot()
+    assert serving(device) == {} and device.failures["watch"].version == 1
     device.install(manifest(8))
     assert serving(device) == {"watch": 8} and device.failures == {}
 

@@ -195,7 +195,7 @@ def test_a_version_that_does_not_run_gives_way_to_the_one_before(state: Path) ->
     for _ in range(2):
         with pytest.raises(PredictionFailed) as failed:
             broken.predict(WINDOW)
-        assert failed.value.code == "unavailable"
+        assert failed.value.code == "no-model"
 
 
 def test_a_version_whose_files_are_damaged_leaves_the_one_before(state: Path) -> None:

@@ -16,12 +16,13 @@ from edge_client.adapters.data import NpzDirectory
 from edge_client.adapters.store import DeviceStore
 from edge_client.adapters.uses import VersionUses
 from edge_client.adapters.worker import tflite_trainer
+from edge_client.cli import EXIT_NO_MODEL
 from edge_client.durable import SaveVersion, StoreChunk, VersionStatus
 from edge_client.events import Fault, Personalised, VersionFailed
 from edge_client.local import Predictor, TrainerFactory
 from edge_client.outputs import Personalise
 from edge_client.personalisation import PersonalConfig
-from edge_client.prediction import PredictionFailed
+from edge_client.prediction import NoModel
 from edge_client.session_state import UNUSABLE
 from edge_client.training import LocalTrainer, ModelRejected
 from models import zoo
@@ -114,6 +115,21 @@ def test_a_version_that_crashes_a_prediction_gives_way_to_the_one_before(state: 
     assert list((state / "uses").iterdir()) == []
 
 
+def test_a_version_that_crashes_and_is_the_only_one_is_not_served(state: Path) -> None:
+    for _ in range(2):
+        assert predict(state, "ctypes.string_at(0)").returncode == -signal.SIGSEGV
+    # Nothing is left to crash: whoever asks is told why, before the daemon knows and after.
+    reason = "failed (crashed: Fatal Python error"
+    for _ in range(2):
+        done = predict(state, "ctypes.string_at(0)")
+        assert done.returncode == EXIT_NO_MODEL and reason in done.stderr, done
+        log = run_a_little(state)
+    assert "version-bad" not in log, "it was taken in twice"
+    assert [used for _, _, used in serving(state)] == [False, False]
+    text = report.status_text(report.status(state, running=False))
+    assert "watch: none is served until a version comes that runs here" in text
+
+
 def test_a_killed_process_blames_nobody(state: Path) -> None:
     done = predict(state, f"__import__('os').kill(__import__('os').getpid(), {signal.SIGKILL})")
     assert done.returncode == -signal.SIGKILL and len(list((state / "uses").iterdir())) == 2
@@ -168,8 +184,9 @@ def test_predictions_and_fine_tuning_fall_back_and_tell_the_daemon(state: Path) 
     assert [version for version, _, used in serving(state) if used] == [1]
     assert serving(state)[1][1].startswith(f"{UNUSABLE}: ")
     # Where none runs, it says so: an answer of a version that failed is no answer.
-    with pytest.raises(PredictionFailed, match="cannot load"):
-        version_now(state, Picky({1, 2}))
+    for _ in range(2):
+        with pytest.raises(NoModel, match=r"version 2 failed .*cannot load"):
+            version_now(state, Picky({1, 2}))
 
 
 def test_predictions_come_from_the_version_served_last_after_a_roll_back(state: Path) -> None:
