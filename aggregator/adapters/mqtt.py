@@ -1,12 +1,15 @@
-"""The connection to the broker: paho on its own thread, bridged to the one main loop.
+"""The connection to the broker: paho on a thread of its own, bridged to the one main loop.
 
-Callbacks hand over to a bounded queue. A delivery is acknowledged only when the main loop says so; with
-MQTT 5 the broker keeps at most `RECEIVE_MAXIMUM` of them under way, so the queue never fills up there. Every
-connection has a paho client of its own: what an old one still wanted to send is sent again by the core.
+That thread connects and turns paho's loop itself: whatever ends a connection, paho's own errors included, the
+next attempt follows. Callbacks hand over to a bounded queue. A delivery is acknowledged only when the main
+loop says so; with MQTT 5 the broker keeps at most `RECEIVE_MAXIMUM` of them under way, so the queue never
+fills up there. Every connection has a paho client of its own: what an old one still wanted to send is sent
+again by the core.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import queue
 import secrets
@@ -41,6 +44,8 @@ FIRST_DELAY_SECONDS = 0.25
 LONGEST_DELAY_SECONDS = 30.0
 # amqtt says nothing at all to an MQTT 5 client; a broker across a slow link needs a moment.
 HANDSHAKE_SECONDS = {5: 3.0, 4: 10.0}
+LOOP_SECONDS = 1.0
+PARTING_SECONDS = 2.0
 _RANDOM = secrets.SystemRandom()
 
 
@@ -49,8 +54,8 @@ class _Connection:
     """One attempt to be connected."""
 
     client: paho.Client
-    answered: threading.Event = field(default_factory=threading.Event)
     gone: threading.Event = field(default_factory=threading.Event)
+    answered: bool = False
     up: bool = False
     reason: str = "the broker did not answer"
 
@@ -188,11 +193,20 @@ class MqttTransport:
         connection = self._current
         if connection is not None:
             connection.gone.set()
-            connection.answered.set()
+            connection.client.disconnect()  # wakes the loop, too
 
     # --- the connecting thread
 
     def _run(self) -> None:
+        while not self._stopping.is_set():
+            try:
+                self._keep_connected()
+            except Exception:
+                # Out of memory, or a defect: without this thread the service would be deaf for good.
+                logger.exception("the connection to %s failed", self._address)
+                self._stopping.wait(LONGEST_DELAY_SECONDS)
+
+    def _keep_connected(self) -> None:
         failures, version = 0, 5
         while not self._stopping.is_set():
             connection = self._open(version)
@@ -235,15 +249,22 @@ class MqttTransport:
         except (OSError, ValueError) as error:
             connection.reason = str(error)
             return False
-        client.loop_start()
         try:
-            if connection.answered.wait(HANDSHAKE_SECONDS[version]):
-                connection.gone.wait()
+            self._turn(connection, time.monotonic() + HANDSHAKE_SECONDS[version])
+        except Exception as error:
+            # What no broker should send, and paho does not expect; or no descriptor is left.
+            logger.exception("the connection to %s broke", self._address)
+            connection.reason = f"the connection broke: {type(error).__name__}: {error}"
         finally:
-            client.disconnect()
-            client.loop_stop()
+            _part(client)
         was_up, connection.up = connection.up, False
         return was_up
+
+    def _turn(self, connection: _Connection, answer_until: float) -> None:
+        """Reads and writes until the connection is gone, or nobody answered in time."""
+        while not connection.gone.is_set() and (connection.answered or time.monotonic() < answer_until):
+            if connection.client.loop(LOOP_SECONDS) != paho.MQTT_ERR_SUCCESS:
+                return
 
     def _open(self, version: int) -> _Connection:
         client = paho.Client(
@@ -257,6 +278,8 @@ class MqttTransport:
         client.max_inflight_messages_set(INFLIGHT)
         client.max_queued_messages_set(0)  # bounded by bytes, in publish()
         client.connect_timeout = 10.0
+        # With it, `publish` leaves writing to the loop's thread, whoever calls it.
+        client.on_socket_register_write = lambda *_: None
         if self._tls is not None:
             client.tls_set_context(self._tls)
         connection = _Connection(client)
@@ -270,12 +293,11 @@ class MqttTransport:
                 connection.up = True
                 # Before any delivery of this connection: they all come from this thread.
                 self._hand_over(Connected(), connection)
-            connection.answered.set()
+            connection.answered = True
 
         def on_disconnect(_: Any, __: Any, ___: Any, reason: Any, ____: Any) -> None:
             connection.reason = f"the connection ended: {reason}"
             connection.gone.set()
-            connection.answered.set()
 
         def on_publish(_: Any, __: Any, mid: int, ___: Any, ____: Any) -> None:
             self._outgoing.done(mid)
@@ -308,6 +330,18 @@ class MqttTransport:
                     connection.gone.set()
                 if self._stopping.is_set():
                     return
+
+
+def _part(client: paho.Client) -> None:
+    """Disconnects, and closes what is open; a broker that does not listen any more is not waited for."""
+    until = time.monotonic() + PARTING_SECONDS
+    with contextlib.suppress(Exception):  # of a paho that is broken already
+        client.disconnect()
+        while client.socket() is not None and time.monotonic() < until:
+            client.loop(0.1)
+    sock = client.socket()
+    if sock is not None:
+        sock.close()
 
 
 def backoff(failures: int) -> float:

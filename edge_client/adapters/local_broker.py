@@ -65,7 +65,8 @@ class LocalBroker:
                 on_message(heard.topic, bytes(heard.payload))
             except Exception:
                 # One message that nobody thought of must not end the thread that hears all others.
-                _LOG.exception("local-message-rejected topic=%s", heard.topic)
+                # Without its topic, which may be what it fails on.
+                _LOG.exception("local-message-rejected")
 
         client.on_connect, client.on_message = connected, message
         client.on_disconnect = lambda *_: on_lost()

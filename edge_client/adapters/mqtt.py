@@ -1,12 +1,15 @@
 """The connection to the broker: bytes in, bytes out, and when it is there.
 
-paho calls back on its own thread, so callbacks hand over to a bounded queue and return. Nothing is queued
-while the broker is away: the core repeats what matters, from what is on disk. Each connection has a fresh
-paho client and a fresh session id, so that the late will of an old connection is told from the present one.
+One thread connects, and turns paho's loop itself: whatever ends a connection, paho's own errors included,
+the next attempt follows, and there is no other thread to wait for. Callbacks hand over to a bounded queue and
+return. Nothing is queued while the broker is away: the core repeats what matters, from what is on disk. Each
+connection has a fresh paho client and a fresh session id, so that the late will of an old connection is told
+from the present one.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import secrets
@@ -40,6 +43,8 @@ FIRST_DELAY_SECONDS = 0.5
 MAX_DELAY_SECONDS = 60.0
 # amqtt says nothing at all to an MQTT 5 client; a broker across a slow link needs a moment.
 HANDSHAKE_SECONDS = {MQTTProtocolVersion.MQTTv5: 3.0, MQTTProtocolVersion.MQTTv311: 10.0}
+LOOP_SECONDS = 1.0
+PARTING_SECONDS = 2.0
 NO_RIGHTS = (
     "the broker gives this device no rights: it was enrolled a moment ago, or is not of the fleet any more; "
     "the fleet's operator sees which by `covey device show`"
@@ -111,13 +116,18 @@ class _Connection:
 
     client: paho.Client
     session: bytes
-    answered: threading.Event = field(default_factory=threading.Event)
     gone: threading.Event = field(default_factory=threading.Event)
+    answered: bool = False
     up: bool = False
-    barred: bool = False
-    """It came up, but the broker lets it do nothing."""
+    useless: bool = False
+    """It came up, but the broker lets it do nothing, or sends more than it takes."""
     reached: bool = False
     reason: str = "the broker did not answer"
+
+    def end(self) -> None:
+        """Has the connecting thread leave it, at once; from any thread."""
+        self.gone.set()
+        self.client.disconnect()  # wakes the loop, too
 
 
 class MqttLink:
@@ -159,9 +169,8 @@ class MqttLink:
                 info.wait_for_publish(seconds)
             except (RuntimeError, ValueError):
                 _LOG.debug("the offline status was not acknowledged")
-            connection.client.disconnect()
         if connection is not None:
-            connection.gone.set()
+            connection.end()
         if self._thread.is_alive():
             self._thread.join(timeout=seconds + 5)
 
@@ -176,8 +185,7 @@ class MqttLink:
         connection = self._current
         if connection is not None:
             connection.reason = "this device has a new certificate"
-            connection.gone.set()
-            connection.answered.set()
+            connection.end()
 
     def send(self, channel: topics.UpChannel, frame: bytes, *, retain: bool = False) -> bool:
         """Publishes at QoS 1; returns False when the broker is away or its queue is full."""
@@ -190,6 +198,15 @@ class MqttLink:
     # --- the connecting thread -----------------------------------------------------------------------------
 
     def _run(self) -> None:
+        while not self._stopping.is_set():
+            try:
+                self._keep_connected()
+            except Exception:
+                # Out of memory, or a defect: without this thread the device would be deaf for good.
+                _LOG.exception("link-failed")
+                self._stopping.wait(self._settings.max_delay)
+
+    def _keep_connected(self) -> None:
         failures = 0
         versions = itertools.cycle(_versions(self._settings.version))
         version = next(versions)
@@ -200,7 +217,7 @@ class MqttLink:
                 failures = 0
             else:
                 failures += 1
-                if connection.reached and not connection.barred:
+                if connection.reached and not connection.useless:
                     # Somebody is there who does not answer, or refuses: it may be the version.
                     version = next(versions)
             self._current = None
@@ -231,28 +248,30 @@ class MqttLink:
                 now = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
                 connection.reason += f"; waiting for the right time, this device's clock says {now}"
             return False
-        try:
-            client.loop_start()
-        except (OSError, RuntimeError) as error:
-            # No descriptor, or no thread. The broker hears nothing of it, so the version is not to blame; and
-            # paho closes the connection in the thread that there is not.
-            connection.reason = f"connected to {address}, but this machine is short of something: {error}"
-            sock = client.socket()
-            if sock is not None:
-                sock.close()
-            return False
         connection.reached = True
         try:
-            if connection.answered.wait(HANDSHAKE_SECONDS[version]):
-                connection.gone.wait()
+            self._turn(connection, time.monotonic() + HANDSHAKE_SECONDS[version])
+        except OSError as error:
+            # No descriptor, or the like: the broker hears nothing of it, so the version is not to blame.
+            connection.reached = connection.answered
+            connection.reason = f"connected to {address}, but this machine is short of something: {error}"
+        except Exception as error:
+            # What no broker should send, and paho does not expect.
+            _LOG.exception("connection-broken")
+            connection.reason = f"the broker sent what is not MQTT: {type(error).__name__}"
         finally:
-            client.disconnect()
-            client.loop_stop()
+            _part(client)
         if connection.up:
             connection.up = False
             self._sink(LinkDown(connection.reason))
-            return not connection.barred
+            return not connection.useless
         return False
+
+    def _turn(self, connection: _Connection, answer_until: float) -> None:
+        """Reads and writes until the connection is gone, or nobody answered in time."""
+        while not connection.gone.is_set() and (connection.answered or time.monotonic() < answer_until):
+            if connection.client.loop(LOOP_SECONDS) != paho.MQTT_ERR_SUCCESS:
+                return
 
     def _open(self, version: MQTTProtocolVersion) -> _Connection:
         settings = self._settings
@@ -267,6 +286,8 @@ class MqttLink:
         )
         client.max_queued_messages_set(MAX_QUEUED_OUT)
         client.connect_timeout = 10.0
+        # With it, `publish` leaves writing to the loop's thread, whoever calls it.
+        client.on_socket_register_write = lambda *_: None
         if self._tls is not None:
             client.tls_set_context(self._tls)
         connection = _Connection(client, secrets.token_bytes(32))
@@ -276,24 +297,24 @@ class MqttLink:
         def on_connect(_: Any, __: Any, ___: Any, reason: Any, ____: Any) -> None:
             if reason.is_failure:
                 connection.reason = f"the broker refused: {reason}"
+                connection.gone.set()
             else:
                 # The fleet's versions first: this device's own assignment may refer to them.
                 client.subscribe([(topics.MODELS, 1), (topics.downlinks(settings.device_id), 1)])
                 connection.up = True
                 self._sink(LinkUp(connection.session, "5" if five else "3.1.1"))
-            connection.answered.set()
+            connection.answered = True
 
         def on_subscribe(_: Any, __: Any, ___: int, reasons: Any, ____: Any) -> None:
             # A broker that does not know a device lets it connect, and then neither speak nor listen.
             if any(reason.is_failure for reason in reasons):
-                connection.reason, connection.barred = NO_RIGHTS, True
+                connection.reason, connection.useless = NO_RIGHTS, True
                 connection.gone.set()
 
         def on_disconnect(_: Any, __: Any, ___: Any, reason: Any, ____: Any) -> None:
-            if connection.up and not connection.barred:
+            if connection.up and not connection.useless:
                 connection.reason = f"the connection ended: {reason}"
             connection.gone.set()
-            connection.answered.set()
 
         def on_message(_: Any, __: Any, message: paho.MQTTMessage) -> None:
             mid, qos = message.mid, message.qos
@@ -304,13 +325,29 @@ class MqttLink:
                     client.ack(mid, qos)
 
             if not self._sink(Inbound(message.topic, bytes(message.payload), acknowledge)):
-                _LOG.warning("queue-full topic=%s", message.topic)
+                # Until it is acknowledged it takes a place in the broker's window, and it comes again only on
+                # another connection.
+                connection.reason = "more came than this device takes in at a time"
+                connection.useless = True
+                connection.gone.set()
 
         client.on_connect = on_connect
         client.on_subscribe = on_subscribe
         client.on_disconnect = on_disconnect
         client.on_message = on_message
         return connection
+
+
+def _part(client: paho.Client) -> None:
+    """Disconnects, and closes what is open; a broker that does not listen any more is not waited for."""
+    until = time.monotonic() + PARTING_SECONDS
+    with contextlib.suppress(Exception):  # of a paho that is broken already
+        client.disconnect()
+        while client.socket() is not None and time.monotonic() < until:
+            client.loop(0.1)
+    sock = client.socket()
+    if sock is not None:
+        sock.close()
 
 
 def backoff(failures: int, first: float, longest: float) -> float:

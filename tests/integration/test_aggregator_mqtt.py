@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -114,6 +115,27 @@ def test_what_is_not_acknowledged_comes_again(mosquitto: BrokerProcess) -> None:
     finally:
         transport.stop()
         device.stop()
+
+
+def test_what_paho_does_not_expect_costs_one_connection() -> None:
+    connack, not_utf8 = bytes((0x20, 3, 0, 0, 0)), bytes((0x30, 6, 0, 2, 0xC3, 0x28, 0, 0))
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(30)
+        port = server.getsockname()[1]
+        transport = MqttTransport(BrokerAddress("127.0.0.1", port, tls=False), "covey-aggregator-test")
+        transport.start()
+        try:
+            for _ in range(3):
+                connection, _ = server.accept()
+                with connection:
+                    connection.settimeout(30)
+                    assert connection.recv(1)[0] == 0x10  # CONNECT
+                    connection.sendall(connack + not_utf8)
+                    # The service leaves, and not the broker.
+                    while connection.recv(4096):
+                        pass
+        finally:
+            transport.stop()
 
 
 def test_it_comes_back_when_the_broker_does(mosquitto: BrokerProcess) -> None:
