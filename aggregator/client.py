@@ -425,7 +425,9 @@ class Client:
         try:
             response = self._http.request(method, PREFIX + path, **arguments)
         except httpx.HTTPError as error:
-            raise Unreachable(f"no aggregator answers at {self.url}: {error}") from error
+            raise Unreachable(
+                f"no aggregator answers at {self.url}: {error}; see that `covey aggregator run` runs there"
+            ) from error
         if response.is_error:
             raise _error(response)
         return response

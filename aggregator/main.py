@@ -360,7 +360,7 @@ def connect(state: Path) -> Iterator[Client]:
     """
     place = StateDirectory(state)
     place.settings()
-    endpoint = LocalEndpoint.read(place.api) if is_running(state) else None
+    endpoint = LocalEndpoint.read(place.api)
     if endpoint is not None:
         with Client(endpoint.url, endpoint.token, ca=state / "ca.pem") as client:
             yield client

@@ -26,7 +26,7 @@ from aggregator.web.context import Context, LocalKey, Vitals
 from aggregator.web.events import EventFeed
 from aggregator.web.limit_settings import DEFAULT_LIMITS, Limits
 from aggregator.web.listen import ListenAddress
-from aggregator.web.local import FILE, LocalEndpoint, new_local_token
+from aggregator.web.local import LocalEndpoint, new_local_token
 from aggregator.web.oidc import Oidc
 from aggregator.web.oidc_settings import OidcSettings
 from aggregator.web.server import ApiServer, CertificateFiles
@@ -81,15 +81,12 @@ def serving(
         metrics=metrics,
         limits=limits,
     )
-    found = directory / FILE
-    with ApiServer(create_app(context), listen, files) as server:
-        content = LocalEndpoint(url=server.url, token=token).model_dump_json()
-        replace_private(found, content.encode())
+    with (
+        ApiServer(create_app(context), listen, files) as server,
+        LocalEndpoint(url=server.url, token=token).shown(directory),
+    ):
         logger.info("the API is at %s", server.url)
-        try:
-            yield server
-        finally:
-            found.unlink(missing_ok=True)
+        yield server
 
 
 def _certificate(

@@ -12,6 +12,8 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import httpx
@@ -25,6 +27,7 @@ from aggregator.access.roles import Role
 from aggregator.adapters import keyfiles
 from aggregator.client import ApiError, Client, Unreachable
 from aggregator.fleet import server_certificate
+from aggregator.state import StateDirectory, lock
 from aggregator.web.context import Vitals
 from aggregator.web.listen import CannotListen, ListenAddress
 from aggregator.web.local import LocalEndpoint
@@ -35,6 +38,7 @@ from protocol.identity import verify_certificate
 from tests.aggregator_devices import model_files
 from tests.aggregator_process import ServiceProcess
 from tests.api_bench import Api, api, csr
+from tests.edge_broker import wait_for
 
 NOBODY_LISTENS = "mqtt://127.0.0.1:1"
 
@@ -214,6 +218,58 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
     return call
 
 
+def test_what_a_killed_service_leaves_leads_no_command_to_another_port(run, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    state, found = tmp_path / "agg", tmp_path / "agg" / "api" / "local.json"
+    covey.init(state, fleet="orchard", broker=NOBODY_LISTENS)
+    with ServiceProcess(state, NOBODY_LISTENS) as service:
+        wait_for(lambda: LocalEndpoint.read(state / "api"), 60, "the service")
+        first = LocalEndpoint.read(state / "api")
+        assert first is not None
+        service.end(signal.SIGKILL)
+    assert found.exists() and LocalEndpoint.read(state / "api") is None
+    # Its port is somebody else's now, who must hear of no token; another service has not come up yet.
+    heard: list[bytes] = []
+    with strangers(first, heard), lock(StateDirectory(state)):
+        assert run("device", "list", state=state)[0] == 0
+        with Client(first.url, first.token) as client, pytest.raises(Unreachable, match="is no aggregator"):
+            client.whoami()
+    assert len(heard) == 1, "only who was told to went there"
+    with Client(first.url, first.token) as client, pytest.raises(Unreachable, match="covey aggregator run"):
+        client.whoami()
+    with ServiceProcess(state, NOBODY_LISTENS) as service:
+        wait_for(lambda: LocalEndpoint.read(state / "api"), 60, "the next service")
+        second = LocalEndpoint.read(state / "api")
+        assert second is not None and second.token != first.token
+        with covey.connect(state) as client:
+            assert client.url == second.url and client.whoami().role is Role.ADMIN
+        assert service.end(signal.SIGTERM) == 0
+    assert not found.exists()
+
+
+@contextmanager
+def strangers(where: LocalEndpoint, heard: list[bytes]) -> Iterator[None]:
+    """Something else that answers at that port."""
+
+    class Stranger(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            heard.append(self.requestline.encode())
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b"hello")
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    port = httpx.URL(where.url).port
+    assert port is not None
+    with ThreadingHTTPServer(("127.0.0.1", port), Stranger) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            yield
+        finally:
+            server.shutdown()
+
+
 def test_the_commands_find_the_service_here_and_log_in_from_elsewhere(run, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     state, config = tmp_path / "agg", tmp_path / "config"
     covey.init(state, fleet="orchard", broker=NOBODY_LISTENS)
@@ -223,9 +279,7 @@ def test_the_commands_find_the_service_here_and_log_in_from_elsewhere(run, tmp_p
     for name, data in zip(("manifest.json", "model.tflite", "weights.bin"), model_files(50), strict=True):
         (model / name).write_bytes(data)
     with ServiceProcess(state, NOBODY_LISTENS) as service:
-        deadline = time.monotonic() + 30
-        while LocalEndpoint.read(state / "api") is None and time.monotonic() < deadline:
-            time.sleep(0.05)
+        wait_for(lambda: LocalEndpoint.read(state / "api"), 60, "the service")
         endpoint = LocalEndpoint.read(state / "api")
         assert endpoint is not None, service.log
         # Here: by the state directory, over the socket.

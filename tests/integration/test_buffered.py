@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 
 from aggregator import main as covey
-from aggregator.client import Client, Unreachable
+from aggregator.client import Client
 from aggregator.settings import CampaignRequest, Mode
+from aggregator.web.local import LocalEndpoint
 from aggregator.web.schemas import Round
 from deploy.broker import BrokerProcess
 from edge_client.adapters.store import DeviceStore
@@ -75,18 +76,6 @@ def one(client: Client, round_id: str) -> Round:
     return next(each for each in client.rounds() if each.round == round_id)
 
 
-def answers(state: Path) -> bool:
-    """Whether the service's API is there: after a kill, its old address is."""
-    if not covey.is_running(state):
-        return False
-    try:
-        with covey.connect(state) as client:
-            client.versions()
-            return True
-    except Unreachable:
-        return False
-
-
 def completed(client: Client) -> int:
     return sum(each.status == "completed" for each in client.rounds())
 
@@ -124,7 +113,7 @@ def test_fast_devices_wait_for_nobody_and_kills_use_no_update_twice(
     fast = [prepared(tmp_path, name, aggregator, mosquitto, FEW) for name in FAST]
     slow = prepared(tmp_path, SLOW, aggregator, mosquitto, MANY)
     with ServiceProcess(aggregator, mosquitto.url) as service, running(*fast, slow):
-        wait_for(lambda: covey.is_running(aggregator), 60, "the service")
+        wait_for(lambda: LocalEndpoint.read(aggregator / "api"), 60, "the service")
         with covey.connect(aggregator) as client:
             weights = encode_weights(np.array(WATCH.weights))
             client.publish(WATCH.manifest.to_bytes(), WATCH.graph, weights)
@@ -142,7 +131,7 @@ def test_fast_devices_wait_for_nobody_and_kills_use_no_update_twice(
         # The aggregator is killed while it collects a buffer.
         hit = kill_in_a_buffer(service, aggregator)
         service.start()
-        wait_for(lambda: answers(aggregator), 60, "the service again")
+        wait_for(lambda: LocalEndpoint.read(aggregator / "api"), 60, "the service again")
         with covey.connect(aggregator) as client:
             wait_for(lambda: one(client, hit).status != "running", 60, "the end of the buffer that was hit")
             assert one(client, hit).status == "completed", one(client, hit)
