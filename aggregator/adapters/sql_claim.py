@@ -8,6 +8,7 @@ its own, and a service that finds another one there, in its own write transactio
 from __future__ import annotations
 
 import secrets
+from contextlib import suppress
 from typing import Any
 
 from sqlalchemy import Connection, Engine, delete, event, insert, select
@@ -75,6 +76,9 @@ class Claim:
 
     def _unlock(self) -> None:
         if self._holder is not None:
+            # Closing alone returns before the server has let go.
+            with suppress(Exception):  # of the driver: a session that is lost holds nothing
+                self._holder.execute("SELECT pg_advisory_unlock(%s)", (SERVICE_LOCK,))
             self._holder.close()
             self._holder = None
 
