@@ -7,16 +7,16 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from edge_client.durable import PendingUpdate, SaveLocal, VersionStatus
+from edge_client.outputs import Outputs
+from edge_client.pulling import Pull, asked_for
 from models.manifest import ModelManifest
 from protocol.fields import BlobRef
 from protocol.identity import SignedDocument
 from protocol.messages import CHUNK_BYTES, WINDOW, VersionFailure
 from protocol.token_bucket import TokenBucket
-from protocol.transfer import Reception
 from protocol.version_assignment import VersionAssignment
 
 KEPT_VERSIONS = 2
-ASK_AGAIN_SECONDS = 3.0
 MAX_REASON = 300
 
 
@@ -38,22 +38,11 @@ class Version:
         return self.manifest.graph, self.manifest.weights
 
 
-@dataclass(frozen=True)
-class Fetching:
-    """A candidate whose files are on their way.
-
-    Attributes:
-        todo: blobs not known to be on disk; the first is the one under way.
-        reception: of the first of `todo`; None until the disk was looked at.
-        ask_at: when to ask again for what did not come, on the steady clock.
-        patience: seconds until then; doubles each time.
-    """
+@dataclass(frozen=True, kw_only=True)
+class Fetching(Pull):
+    """A version whose files are on their way."""
 
     version: Version
-    todo: tuple[BlobRef, ...]
-    reception: Reception | None = None
-    ask_at: float = 0.0
-    patience: float = ASK_AGAIN_SECONDS
 
 
 @dataclass(frozen=True)
@@ -223,8 +212,9 @@ class Library:
         """Chunks that the download limit lets this device ask for, on the steady clock."""
         return WINDOW if self.download is None else self.download.affords(CHUNK_BYTES, now)
 
-    def spent(self, count: int, now: float) -> Library:
-        """The library after so many chunks were asked for."""
+    def charged(self, outputs: Outputs, now: float) -> Library:
+        """The library after what is asked for was taken off the download limit."""
+        count = asked_for(outputs)
         if self.download is None or not count:
             return self
         return replace(self, download=self.download.spend(count * CHUNK_BYTES, now))
@@ -276,10 +266,10 @@ def restore(
         elif item.status is VersionStatus.BAD:
             shelf = blamed(shelf, version, item.reason)
         elif item.status is VersionStatus.CANDIDATE:
-            shelf = replace(shelf, candidate=Fetching(version, version.blobs))
+            shelf = replace(shelf, candidate=Fetching(version=version, todo=version.blobs))
         else:
             # Whether it runs is found out again.
-            shelf = replace(shelf, base=Fetching(version, version.blobs))
+            shelf = replace(shelf, base=Fetching(version=version, todo=version.blobs))
         library = library.with_shelf(item.manifest.name, shelf)
     return library
 

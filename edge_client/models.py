@@ -17,10 +17,10 @@ from dataclasses import replace
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
-from edge_client.durable import ForgetVersion, SaveVersion, StoreChunk, VersionStatus
+from edge_client import pulling
+from edge_client.durable import ForgetVersion, SaveVersion, VersionStatus
 from edge_client.events import BlobFound, Fault, Stamp, VersionTested
 from edge_client.library import (
-    ASK_AGAIN_SECONDS,
     Fetching,
     Library,
     Ready,
@@ -30,14 +30,12 @@ from edge_client.library import (
     blamed,
     served,
 )
-from edge_client.outputs import Announce, FindBlob, Output, Outputs, Send, TestVersion, note, warning
+from edge_client.outputs import Announce, FindBlob, Output, Outputs, TestVersion, note, warning
 from models.manifest import ModelManifest
 from protocol.identity import SignedDocument
-from protocol.messages import BlobChunk, BlobNeed
+from protocol.messages import BlobChunk
 from protocol.plan import MODEL_KIND
-from protocol.transfer import Reception
 
-MAX_ASK_AGAIN_SECONDS = 60.0
 TEST_AGAIN_SECONDS = 60.0
 
 
@@ -64,7 +62,8 @@ def open_manifest(document: SignedDocument, signers: Mapping[str, Ed25519PublicK
 
 def fetch(version: Version, stamp: Stamp) -> Fetching:
     """A version whose files are to be looked for; `FindBlob` of its first blob goes with it."""
-    return Fetching(version, version.blobs, ask_at=stamp.steady + ASK_AGAIN_SECONDS)
+    ask_at = stamp.steady + pulling.ASK_AGAIN_SECONDS
+    return Fetching(version=version, todo=version.blobs, ask_at=ask_at)
 
 
 def forget(shelf: Shelf, *versions: Version | None) -> tuple[ForgetVersion, ...]:
@@ -121,53 +120,15 @@ def blob_found(library: Library, event: BlobFound, stamp: Stamp) -> tuple[Librar
         for place, fetching in shelf.under_way():
             if not isinstance(fetching, Fetching) or fetching.todo[0] != event.blob:
                 continue
-            following, more = _advance(library, fetching, event, stamp)
-            shelf = shelf.moved(place, following)
-            library = _charged(library, more, stamp)
+            following, more = pulling.found(fetching, event, library.affords(stamp.steady), stamp)
+            library = library.charged(more, stamp.steady)
+            version = fetching.version
+            if following is None:
+                more = (*more, TestVersion(version.sha256, version.manifest))
+            shelf = shelf.moved(place, following or Testing(version))
             outputs.extend(more)
         library = library.with_shelf(name, shelf)
     return library, tuple(outputs)
-
-
-def _charged(library: Library, outputs: Outputs, stamp: Stamp) -> Library:
-    """The library after what is asked for was taken off the download limit."""
-    asked = sum(
-        len(output.message.indices)
-        for output in outputs
-        if isinstance(output, Send) and isinstance(output.message, BlobNeed)
-    )
-    return library.spent(asked, stamp.steady)
-
-
-def _advance(
-    library: Library, candidate: Fetching, event: BlobFound, stamp: Stamp
-) -> tuple[Fetching | Testing, Outputs]:
-    version = candidate.version
-    if not event.complete:
-        broken = candidate.reception is not None
-        # Chunks carry no signature: a wrong digest is the carrier's fault and says nothing about the version.
-        reception = Reception.begin(event.blob, event.chunks)
-        if broken:
-            patience = min(2 * candidate.patience, MAX_ASK_AGAIN_SECONDS)
-            waiting = replace(
-                candidate, reception=reception, ask_at=stamp.steady + patience, patience=patience
-            )
-            return waiting, (warning("download-corrupt", blob=event.blob.sha256[:16], retry_s=patience),)
-        return _ask(library, candidate, reception, stamp)
-    todo = candidate.todo[1:]
-    if todo:
-        following = Fetching(version, todo, ask_at=stamp.steady + ASK_AGAIN_SECONDS)
-        return following, (FindBlob(todo[0]),)
-    return Testing(version), (TestVersion(version.sha256, version.manifest),)
-
-
-def _ask(
-    library: Library, candidate: Fetching, reception: Reception, stamp: Stamp, *, again: bool = False
-) -> tuple[Fetching, Outputs]:
-    reception, need = reception.ask(again=again, most=library.affords(stamp.steady))
-    patience = min(2 * candidate.patience, MAX_ASK_AGAIN_SECONDS) if again else ASK_AGAIN_SECONDS
-    candidate = replace(candidate, reception=reception, ask_at=stamp.steady + patience, patience=patience)
-    return candidate, (Send(need),) if need else ()
 
 
 def chunk_received(
@@ -176,19 +137,13 @@ def chunk_received(
     """A chunk came: store it if something under way lacks it, and ask for the next."""
     for name, shelf in library.shelves.items():
         for place, fetching in shelf.under_way():
-            if not isinstance(fetching, Fetching) or fetching.reception is None:
+            if not isinstance(fetching, Fetching):
                 continue
-            if fetching.reception.blob != chunk.blob or chunk.index not in fetching.reception.missing:
+            step = pulling.arrived(fetching, chunk, body, library.affords(stamp.steady), stamp)
+            if step is None:
                 continue
-            reception = fetching.reception.store(chunk.index)
-            outputs: Outputs
-            stored = StoreChunk(chunk.blob, chunk.index, body)
-            if reception.complete:
-                fetching, outputs = replace(fetching, reception=reception), (FindBlob(chunk.blob),)
-            else:
-                fetching, outputs = _ask(library, fetching, reception, stamp)
-                library = _charged(library, outputs, stamp)
-            return library.with_shelf(name, shelf.moved(place, fetching)), (stored, *outputs)
+            library = library.charged(step[1], stamp.steady)
+            return library.with_shelf(name, shelf.moved(place, step[0])), step[1]
     return library, ()
 
 
@@ -199,7 +154,7 @@ def ticked(library: Library, stamp: Stamp, *, hurry: bool = False) -> tuple[Libr
         changed = shelf
         for place, each in shelf.under_way():
             following, more = _ticked(library, each, stamp, hurry=hurry)
-            library = _charged(library, more, stamp)
+            library = library.charged(more, stamp.steady)
             outputs.extend(more)
             changed = changed.moved(place, following)
         library = library.with_shelf(name, changed)
@@ -209,18 +164,10 @@ def ticked(library: Library, stamp: Stamp, *, hurry: bool = False) -> tuple[Libr
 def _ticked(
     library: Library, each: Fetching | Testing, stamp: Stamp, *, hurry: bool
 ) -> tuple[Fetching | Testing, Outputs]:
-    if isinstance(each, Fetching) and (hurry or stamp.steady >= each.ask_at):
-        if each.reception is None or each.reception.complete:
-            later = replace(each, ask_at=stamp.steady + MAX_ASK_AGAIN_SECONDS)
-            return later, (FindBlob(each.todo[0]),)
-        return _ask(library, each, each.reception, stamp, again=True)
-    if isinstance(each, Fetching) and library.download is not None and each.reception is not None:
-        # What the limit held back: without one, the window is always full.
-        reception, need = each.reception.ask(most=library.affords(stamp.steady))
-        if need is not None:
-            ask_at = stamp.steady + ASK_AGAIN_SECONDS
-            return replace(each, reception=reception, ask_at=ask_at), (Send(need),)
-    if isinstance(each, Testing) and each.test_at is not None and stamp.steady >= each.test_at:
+    if isinstance(each, Fetching):
+        most, limited = library.affords(stamp.steady), library.download is not None
+        return pulling.ticked(each, most, stamp, limited=limited, hurry=hurry)
+    if each.test_at is not None and stamp.steady >= each.test_at:
         version = each.version
         return Testing(version), (TestVersion(version.sha256, version.manifest),)
     return each, ()
