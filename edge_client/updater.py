@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
@@ -16,31 +17,45 @@ from pydantic import ValidationError
 
 from edge_client.adapters.systemd import SystemdService
 from edge_client.adapters.versions import UnusableBundle, Versions, take
+from edge_client.installed import Outcome
 from edge_client.updating import Service, UpdateRefused, settle, update
-from protocol.client_release import RELEASE_KIND, ClientRelease
+from protocol.client_release import CLIENT, MAX_RELEASE_BYTES, RELEASE_KIND, ClientRelease
 from protocol.enrolment import EnrolmentBundle
 from protocol.errors import ProtocolError
 from protocol.identity import SignedDocument
+from protocol.version_assignment import ASSIGNMENT_KIND, VersionAssignment
 
 FOLDER = Path("/opt/covey")
 STATE = Path("/var/lib/covey")
 TRUST = Path("/etc/covey/enrolment.json")
 """Root's own copy of whom this device obeys: the client could change the one in its state."""
-BUNDLE, RELEASE, READY = "bundle.tar.xz", "release.json", "ready"
-_MAX_RELEASE_BYTES = 131_072
+BUNDLE, RELEASE, ASSIGNMENT, READY = "bundle.tar.xz", "release.json", "assignment.json", "ready"
 _LOG = logging.getLogger("covey.update")
 
 
-def run(
-    folder: Path, inbox: Path, signers: Mapping[str, Ed25519PublicKey], target: str, service: Service
-) -> str:
+@dataclass(frozen=True)
+class Trust:
+    """Whom this device obeys, and what it is.
+
+    Attributes:
+        signers: who may sign releases and assignments, by key id.
+        fleet, device_id: as enrolled.
+        target: the system that this device runs.
+    """
+
+    signers: Mapping[str, Ed25519PublicKey]
+    fleet: str
+    device_id: str
+    target: str
+
+
+def run(folder: Path, inbox: Path, trust: Trust, service: Service) -> str:
     """Ends what was begun, then takes the update that lies in the inbox, if there is one.
 
     Args:
         folder: of the installed clients.
         inbox: where the client puts updates; "ready" is written last.
-        signers: who may sign releases, by key id.
-        target: the system that this device runs.
+        trust: whom this device obeys.
         service: the client's service.
 
     Returns:
@@ -53,37 +68,110 @@ def run(
     version = settle(store, service)
     if not (inbox / READY).exists():
         return version
-    document, bundle = folder / ".incoming.json", folder / ".incoming.tar.xz"
+    asked = Outcome("", "")
     try:
-        _, size = take(inbox / RELEASE, document)
-        if size > _MAX_RELEASE_BYTES:
-            raise UpdateRefused("the release is larger than any release")
-        try:
-            signed = SignedDocument.model_validate_json(document.read_bytes())
-            release = ClientRelease.from_bytes(signed.open(RELEASE_KIND, dict(signers)))
-        except (ValidationError, ProtocolError) as error:
-            raise UpdateRefused(f"the release is not the operator's: {error}") from error
-        if release.version == version:
-            return version  # a power cut came between its trial and the end of this
-        if release.target != target:
-            raise UpdateRefused(f"this device runs {target}, the bundle is for {release.target}")
-        if take(inbox / BUNDLE, bundle) != (release.sha256, release.size):
-            raise UnusableBundle("the bundle is not the one that the operator signed")
-        return update(store, service, release, bundle)
+        assignment = _document(inbox / ASSIGNMENT, folder) if (inbox / ASSIGNMENT).exists() else None
+        asked = Outcome("", "" if assignment is None else assignment.digest.hex())
+        document = _document(inbox / RELEASE, folder)
+        release = _release(document, trust)
+        asked = replace(asked, version=release.version)
+        assigned = _assigned(assignment, document, trust)
+        if release.version != version:
+            version = _take(store, service, folder, inbox, trust.target, release, assigned)
+        # Else a power cut came between its trial and the end of this.
+        failed = "" if version == release.version else "it did not stay up"
+        store.note_outcome(replace(asked, reason=failed))
+        return version
+    except (UpdateRefused, UnusableBundle) as error:
+        store.note_outcome(replace(asked, reason=str(error)))
+        raise
     finally:
         # Either way it is done with: the same update would fail the same way at every boot.
         (inbox / READY).unlink(missing_ok=True)
-        document.unlink(missing_ok=True)
-        bundle.unlink(missing_ok=True)
+
+
+def _take(
+    store: Versions,
+    service: Service,
+    folder: Path,
+    inbox: Path,
+    target: str,
+    release: ClientRelease,
+    assigned: VersionAssignment | None,
+) -> str:
+    bundle = release.bundle_for(target)
+    if bundle is None:
+        systems = ", ".join(each.target for each in release.bundles)
+        raise UpdateRefused(f"this device runs {target}, the release is for {systems}")
+    copy = folder / ".incoming.tar.xz"
+    try:
+        missing = release.version not in store.installed()
+        if missing and take(inbox / BUNDLE, copy) != (bundle.sha256, bundle.size):
+            raise UnusableBundle("the bundle is not the one that the operator signed")
+        if assigned is not None:
+            _note_sequence(store, assigned)
+        back = assigned is not None and assigned.rollback
+        return update(store, service, release, copy, back=back)
+    finally:
+        copy.unlink(missing_ok=True)
+
+
+def _release(document: SignedDocument, trust: Trust) -> ClientRelease:
+    try:
+        return ClientRelease.from_bytes(document.open(RELEASE_KIND, dict(trust.signers)))
+    except ProtocolError as error:
+        raise UpdateRefused(f"the release is not the operator's: {error}") from error
+
+
+def _assigned(
+    document: SignedDocument | None, release: SignedDocument, trust: Trust
+) -> VersionAssignment | None:
+    """The assignment that goes with a release; None when there is none, or that of another release."""
+    if document is None:
+        return None
+    try:
+        assignment = VersionAssignment.from_bytes(document.open(ASSIGNMENT_KIND, dict(trust.signers)))
+    except ProtocolError as error:
+        raise UpdateRefused(f"the assignment is not the operator's: {error}") from error
+    if assignment.manifest_sha256 != release.digest.hex():
+        return None
+    mine = assignment.fleet == trust.fleet and assignment.device in (None, trust.device_id)
+    if not mine or assignment.model != CLIENT:
+        raise UpdateRefused("the assignment is of another device, fleet or model")
+    return assignment
+
+
+def _note_sequence(store: Versions, assigned: VersionAssignment) -> None:
+    """Takes no assignment that is older than one taken before: nobody brings an old one back."""
+    audience = "fleet" if assigned.device is None else "own"
+    taken = store.sequences().get(audience, 0)
+    if assigned.sequence < taken:
+        raise UpdateRefused(f"the assignment {assigned.sequence} is older than {taken}, which was taken")
+    if assigned.sequence > taken:
+        store.note_sequence(audience, assigned.sequence)
+
+
+def _document(source: Path, folder: Path) -> SignedDocument:
+    copy = folder / ".incoming.json"
+    try:
+        _, size = take(source, copy)
+        if size > MAX_RELEASE_BYTES:
+            raise UpdateRefused(f"{source.name} is larger than any release")
+        return SignedDocument.model_validate_json(copy.read_bytes())
+    except ValidationError as error:
+        raise UpdateRefused(f"{source.name} is not the operator's: no signed document") from error
+    finally:
+        copy.unlink(missing_ok=True)
 
 
 def main() -> int:
     """The program; returns the exit code."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
     try:
-        signers = EnrolmentBundle.from_bytes(TRUST.read_bytes()).model_keys()
-        target = Path(__file__).resolve().parents[2] / "bundle.json"
-        version = run(FOLDER, STATE / "updates", signers, _target(target), SystemdService(STATE))
+        enrolled = EnrolmentBundle.from_bytes(TRUST.read_bytes())
+        target = _target(Path(__file__).resolve().parents[2] / "bundle.json")
+        trust = Trust(enrolled.model_keys(), enrolled.fleet, enrolled.device_id, target)
+        version = run(FOLDER, STATE / "updates", trust, SystemdService(STATE))
     except (UpdateRefused, UnusableBundle) as error:
         _LOG.error("the update was not taken: %s", error)
         return 1

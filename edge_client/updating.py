@@ -12,7 +12,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal, Protocol
 
-from protocol.client_release import ClientRelease, version_order
+from protocol.client_release import ClientRelease, version_number
 
 ATTEMPTS = 2
 """So often a version is started for its trial: one power cut is forgiven, and no second one."""
@@ -83,25 +83,28 @@ class Service(Protocol):
         """Watches the service for a while; returns whether it stays up."""
 
 
-def update(store: Store, service: Service, release: ClientRelease, bundle: Path) -> str:
-    """Installs a release and puts it on trial.
+def update(
+    store: Store, service: Service, release: ClientRelease, bundle: Path, *, back: bool = False
+) -> str:
+    """Installs a release, unless it is there, and puts it on trial.
 
     Args:
         store: the installed versions.
         service: the client's service.
         release: what the operator signed.
-        bundle: the file, whose digest is the release's.
+        bundle: the file, whose digest is the release's; not looked at when the version is installed.
+        back: whether the operator wants this device to have an older version than it has.
 
     Returns:
         The version that runs now.
 
     Raises:
-        UpdateRefused: it is not newer, failed before, or fails its self-test.
+        UpdateRefused: it is not newer where it should be, failed before, or fails its self-test.
         UnusableBundle: the bundle is damaged.
     """
     settle(store, service)
     good = store.linked("good")
-    if good is not None and release.order <= version_order(good):
+    if good is not None and not back and release.number <= version_number(good):
         raise UpdateRefused(f"{release.version} is not newer than {good}")
     if store.refused(release.version):
         raise UpdateRefused(f"{release.version} failed on this device before")

@@ -9,7 +9,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from deploy.bundle.build import Target
 from edge_client import __version__
-from protocol.client_release import RELEASE_KIND, ClientRelease
+from protocol.client_release import RELEASE_KIND, ClientBundle, ClientRelease
 from protocol.identity import SignedDocument
 
 
@@ -26,9 +26,10 @@ def sign_bundle(bundle: Path, target: Target, key: Ed25519PrivateKey, version: s
         BUNDLE.release.json.
     """
     content = bundle.read_bytes()
-    release = ClientRelease(
-        version=version, target=target.name, sha256=hashlib.sha256(content).hexdigest(), size=len(content)
+    described = ClientBundle(
+        target=target.name, sha256=hashlib.sha256(content).hexdigest(), size=len(content)
     )
+    release = ClientRelease(version=version, bundles=(described,))
     out = bundle.with_name(f"{bundle.name}.release.json")
     out.write_text(SignedDocument.create(key, RELEASE_KIND, release.to_bytes()).model_dump_json() + "\n")
     return out

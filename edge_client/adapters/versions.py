@@ -6,6 +6,8 @@
     /opt/covey/previous          the good one before it
     /opt/covey/trial             version and number of attempts, while one is tried
     /opt/covey/refused/0.2.0     failed its trial: it is not tried again
+    /opt/covey/sequences         the highest sequences of assignments that were taken: no older one counts
+    /opt/covey/outcome           what became of the last update (`edge_client.installed`)
 
 Root owns all of it, so that the client cannot change what it runs. A folder or link gets its name when its
 content is durable, by a rename: after a power cut each of them is the old one or the new one.
@@ -23,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from edge_client.adapters.files import sync_directory
+from edge_client.installed import OUTCOME, Outcome
 from edge_client.updating import Link
 from protocol.client_release import MAX_BUNDLE_BYTES
 
@@ -131,6 +134,22 @@ class Versions:
     def refused(self, version: str) -> bool:
         """Whether a version failed its trial."""
         return (self._folder / "refused" / version).exists()
+
+    def sequences(self) -> dict[str, int]:
+        """The highest sequence that was taken, of the fleet's assignments and of this device's own."""
+        try:
+            found = json.loads((self._folder / "sequences").read_text())
+        except FileNotFoundError:
+            return {}
+        return {str(audience): int(sequence) for audience, sequence in found.items()}
+
+    def note_sequence(self, audience: str, sequence: int) -> None:
+        """Notes that an assignment was taken."""
+        self._note(self._folder / "sequences", json.dumps(self.sequences() | {audience: sequence}) + "\n")
+
+    def note_outcome(self, outcome: Outcome) -> None:
+        """Notes what became of an update."""
+        self._note(self._folder / OUTCOME, outcome.to_text())
 
     def prune(self) -> None:
         """Removes what no link names and nothing tries, and what was left half done."""

@@ -17,16 +17,18 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from deploy.bundle.build import TARGETS
 from deploy.bundle.signing import sign_bundle
-from edge_client.adapters import systemd
+from edge_client.adapters import systemd, versions
 from edge_client.adapters.versions import UnusableBundle, Versions
-from edge_client.updater import run
+from edge_client.installed import Outcome
+from edge_client.updater import Trust, run
 from edge_client.updating import UpdateRefused
-from protocol.client_release import RELEASE_KIND, ClientRelease
+from protocol.client_release import CLIENT, RELEASE_KIND, ClientBundle, ClientRelease
 from protocol.identity import SignedDocument, key_id
+from protocol.version_assignment import ASSIGNMENT_KIND, VersionAssignment
 
 TARGET = "bookworm-arm64"
 OPERATOR = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
-SIGNERS = {key_id(OPERATOR.public_key()): OPERATOR.public_key()}
+TRUST = Trust({key_id(OPERATOR.public_key()): OPERATOR.public_key()}, "orchard", "barn-1", TARGET)
 
 
 class FakeService:
@@ -87,16 +89,43 @@ class Device:
         target: str = TARGET,
     ) -> None:
         content = bundle(version) if content is None else content
-        release = ClientRelease(
-            version=version, target=target, sha256=hashlib.sha256(content).hexdigest(), size=len(content)
-        )
+        described = ClientBundle(target=target, sha256=hashlib.sha256(content).hexdigest(), size=len(content))
+        release = ClientRelease(version=version, bundles=(described,))
         document = SignedDocument.create(key, RELEASE_KIND, release.to_bytes())
         (self.inbox / "bundle.tar.xz").write_bytes(content)
         (self.inbox / "release.json").write_text(document.model_dump_json())
         (self.inbox / "ready").touch()
 
+    def assign(
+        self,
+        sequence: int,
+        *,
+        rollback: bool = False,
+        key: Ed25519PrivateKey = OPERATOR,
+        device: str | None = None,
+        fleet: str = "orchard",
+    ) -> str:
+        """An assignment of the release that is offered, beside it; returns its digest."""
+        release = SignedDocument.model_validate_json((self.inbox / "release.json").read_bytes())
+        assignment = VersionAssignment(
+            fleet=fleet,
+            model=CLIENT,
+            device=device,
+            version=ClientRelease.from_bytes(release.payload).number,
+            manifest_sha256=release.digest.hex(),
+            sequence=sequence,
+            rollback=rollback,
+        )
+        document = SignedDocument.create(key, ASSIGNMENT_KIND, assignment.to_bytes())
+        (self.inbox / "assignment.json").write_text(document.model_dump_json())
+        return document.digest.hex()
+
+    def outcome(self) -> Outcome | None:
+        """What the client reads of the last update."""
+        return Outcome.from_text((self.folder / "outcome").read_text())
+
     def run(self, service: FakeService | None = None) -> str:
-        return run(self.folder, self.inbox, SIGNERS, TARGET, service or FakeService(self.folder))
+        return run(self.folder, self.inbox, TRUST, service or FakeService(self.folder))
 
     def runs(self) -> str:
         """The version that would start now; its files are whole."""
@@ -135,6 +164,7 @@ def test_one_that_does_not_stay_up_gives_way_and_is_not_tried_again(device: Devi
     assert device.run(service) == "0.1.0" == device.runs()
     assert service.started == ["0.2.0", "0.2.0", "0.1.0"] or service.started == ["0.2.0", "0.1.0"]
     assert device.versions() == {"0.1.0"}
+    assert device.outcome() == Outcome("0.2.0", "", "it did not stay up")
     device.offer("0.2.0")
     with pytest.raises(UpdateRefused, match="failed on this device before"):
         device.run()
@@ -188,6 +218,48 @@ def test_a_bundle_that_is_changed_after_signing_or_is_a_link_is_not_installed(
     (device.inbox / "bundle.tar.xz").symlink_to(tmp_path / "secret")
     with pytest.raises(UnusableBundle, match="cannot open"):
         device.run()
+
+
+def test_the_operator_may_take_a_version_back_and_nobody_else(device: Device) -> None:
+    device.offer("0.2.0")
+    taken = device.assign(100)
+    assert device.run() == "0.2.0" and device.outcome() == Outcome("0.2.0", taken)
+
+    device.offer("0.1.0")  # what the inbox holds of an earlier update says nothing about this one
+    with pytest.raises(UpdateRefused, match=r"0\.1\.0 is not newer than 0\.2\.0"):
+        device.run()
+    for sequence, options, said in (
+        (99, {"rollback": True}, "older than 100"),
+        (101, {"rollback": False}, "not newer"),
+        (102, {"rollback": True, "key": Ed25519PrivateKey.generate()}, "not the operator's"),
+        (102, {"rollback": True, "device": "barn-2"}, "another device"),
+        (102, {"rollback": True, "fleet": "vineyard"}, "another device"),
+    ):
+        device.offer("0.1.0")
+        digest = device.assign(sequence, **options)  # type: ignore[arg-type]
+        with pytest.raises(UpdateRefused, match=said):
+            device.run()
+        outcome = device.outcome()
+        assert outcome is not None and outcome.assignment == digest and said in outcome.reason
+        assert device.runs() == "0.2.0"
+
+    device.offer("0.1.0")
+    device.assign(102, rollback=True)
+    (device.inbox / "bundle.tar.xz").unlink()  # it is still installed: nothing has to travel
+    assert device.run() == "0.1.0" == device.runs()
+    assert device.versions() == {"0.1.0", "0.2.0"}
+    device.offer("0.2.0")
+    device.assign(103, device="barn-1")
+    assert device.run() == "0.2.0" == device.runs()
+
+
+def test_a_bundle_larger_than_any_is_not_copied(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    device.offer("0.2.0")
+    monkeypatch.setattr(versions, "MAX_BUNDLE_BYTES", 1000)
+    (device.inbox / "bundle.tar.xz").write_bytes(bytes(1001))
+    with pytest.raises(UnusableBundle, match="larger than any bundle"):
+        device.run()
+    assert device.runs() == "0.1.0" and not (device.folder / ".incoming.tar.xz").exists()
 
 
 @pytest.mark.parametrize("name", ["../../../escaped", "/covey-escaped", "link"])
