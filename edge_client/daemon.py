@@ -17,6 +17,7 @@ from typing import assert_never
 from edge_client.adapters.files import StorageError
 from edge_client.adapters.mqtt import Inbound, LinkDown, LinkEvent, LinkUp, MqttLink, birth
 from edge_client.adapters.notify import Notifier
+from edge_client.adapters.own_client import OwnClient
 from edge_client.adapters.readings import FieldReader
 from edge_client.adapters.store import DeviceStore
 from edge_client.adapters.tls import TlsFiles
@@ -24,6 +25,7 @@ from edge_client.adapters.uses import VersionUses
 from edge_client.adapters.worker import Worker
 from edge_client.durable import DURABLE
 from edge_client.events import (
+    ClientSeen,
     ConditionsChanged,
     Connected,
     Event,
@@ -43,6 +45,7 @@ from edge_client.outputs import (
     Announce,
     Evaluate,
     FindBlob,
+    HandOver,
     KeepBlobs,
     Level,
     MaskInput,
@@ -99,6 +102,7 @@ class Daemon:
         notifier: Notifier | None = None,
         renewer: Renewer | None = None,
         tls: TlsFiles | None = None,
+        own: OwnClient | None = None,
         unix: Callable[[], float] = time.time,
         steady: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -111,6 +115,7 @@ class Daemon:
             notifier: of the service manager; by default the one that started this process.
             renewer: of this device's certificate; it is not renewed without one.
             tls: the files that the link uses, whose content a renewal replaces.
+            own: the client as it is installed; it is not updated without one.
         """
         self._uses = uses
         self._profile, self._store, self._link = profile, store, link
@@ -121,7 +126,7 @@ class Daemon:
         self._state: SessionState = restore(store.load(), limit)
         self._session = bytes(32)
         self._notifier = notifier or Notifier()
-        self._renewer, self._tls = renewer, tls
+        self._renewer, self._tls, self._own = renewer, tls, own
         self._connected = False
         self._postponed: list[tuple[float, Event]] = []
         self._fields_unusable = False
@@ -138,6 +143,8 @@ class Daemon:
         # Before anything is taken up again: what crashed the last process must not crash this one.
         self._take_failures()
         self._check_conditions()
+        # Before downloads that nobody wants any more are deleted.
+        self._look_at_client()
         self._take(Started())
         self._link.start()
         self._notifier.ready()
@@ -157,6 +164,7 @@ class Daemon:
                     next_check = now + CONDITIONS_SECONDS
                     self._take_failures()
                     self._check_conditions()
+                    self._look_at_client()
                     self._renew()
                     self._notifier.alive()
                     self._notifier.status(self._summary())
@@ -245,6 +253,15 @@ class Daemon:
             _LOG.info("fields-declared count=%d", len(fields))
             self._handle(FieldsDeclared(fields))
 
+    def _look_at_client(self) -> None:
+        """Takes in what is installed, when that has changed."""
+        sight = None if self._own is None else self._own.look()
+        if sight == self._state.client.sight:
+            return
+        if self._own is not None and sight is not None and not sight.waits:
+            self._own.tidy()
+        self._handle(ClientSeen(sight))
+
     def _renew(self) -> None:
         """Asks for a new certificate when one is due, and goes over to it while no round runs."""
         if self._renewer is None:
@@ -315,6 +332,8 @@ class Daemon:
             return self._find(output)
         elif isinstance(output, KeepBlobs):
             self._collect(output.digests)
+        elif isinstance(output, HandOver):
+            return self._hand_over(output)
         elif isinstance(
             output,
             TestVersion | Train | PrepareUpdate | ReadUpdate | Evaluate | ReadField | MaskInput | Personalise,
@@ -336,14 +355,26 @@ class Daemon:
             return [WorkFailed(round_id, Fault("upload-lost", str(error)))]
         return []
 
+    def _hand_over(self, output: HandOver) -> list[Event]:
+        if self._own is None:
+            return []
+        try:
+            self._own.hand_over(self._store.blobs, output)
+        except StorageError as error:
+            # Handed over again, later.
+            _LOG.error("storage-error event=HandOver reason=%r", str(error))
+        return [ClientSeen(self._own.look())]
+
     def _publish_status(self, models: Mapping[str, int], failures: Mapping[str, VersionFailure]) -> None:
         conditions = Conditions() if self._watch is None else self._watch.tell(self._steady())
+        client = self._state.client
         frame = birth(
             self._session,
-            models,
+            {**models, **client.serving},
             self._client_version,
             self._runtime,
-            failures=failures,
+            target="" if client.sight is None else client.sight.target,
+            failures={**failures, **client.failures},
             conditions=conditions,
         )
         self._link.send("status", frame, retain=True)

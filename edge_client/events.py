@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from edge_client.installed import Sight
 from edge_client.masked_input import Contribution
 from edge_client.personalisation import PersonalRecord
 from edge_client.training import Evaluation, LocalUpdate
@@ -102,6 +103,13 @@ class VersionFailed:
 
 
 @dataclass(frozen=True)
+class ClientSeen:
+    """What is installed of the client itself; None where it cannot be changed by itself."""
+
+    sight: Sight | None
+
+
+@dataclass(frozen=True)
 class TrainingFinished:
     """Local training gave an update."""
 
@@ -187,6 +195,7 @@ Event = (
     | BlobFound
     | VersionTested
     | VersionFailed
+    | ClientSeen
     | TrainingFinished
     | UpdatePrepared
     | PreparationFailed

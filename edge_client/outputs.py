@@ -64,6 +64,21 @@ class KeepBlobs:
 
 
 @dataclass(frozen=True)
+class HandOver:
+    """Lay an update of the client ready for root's program; looked at again, it shows what became of it.
+
+    Attributes:
+        release: JSON of the signed release.
+        assignments: JSON of the signed assignments that ask for it.
+        blob: the whole bundle; None when its version is installed.
+    """
+
+    release: bytes
+    assignments: bytes
+    blob: BlobRef | None
+
+
+@dataclass(frozen=True)
 class TestVersion:
     """Load a version and run it once; the answer is `VersionTested`."""
 
@@ -182,6 +197,7 @@ Output = (
     | Announce
     | FindBlob
     | KeepBlobs
+    | HandOver
     | TestVersion
     | Train
     | PrepareUpdate

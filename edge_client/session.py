@@ -10,9 +10,18 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import assert_never
 
-from edge_client import active_round, models, participation, preparation, round_work, standing
+from edge_client import (
+    active_round,
+    client_updates,
+    models,
+    participation,
+    preparation,
+    round_work,
+    standing,
+)
 from edge_client.events import (
     BlobFound,
+    ClientSeen,
     ConditionsChanged,
     Connected,
     Evaluated,
@@ -39,6 +48,7 @@ from edge_client.participation import RoundRequest
 from edge_client.personalisation import PersonalConfig
 from edge_client.policy import DevicePolicy
 from edge_client.profile import Profile
+from edge_client.session_client import client_arrived, client_found, client_seen, client_ticked, client_told
 from edge_client.session_plans import invited, not_prepared, order_ended, ordered, prepare, ready
 from edge_client.session_state import (
     UNUSABLE,
@@ -85,12 +95,19 @@ def handle(profile: Profile, state: SessionState, event: Event, stamp: Stamp) ->
         state, working = advance(state, stamp)
         return state, (keep(state), *models.resume(state.library), *working)
     if isinstance(event, Connected):
-        return _connected(state, stamp)
+        state, pulling = client_ticked(state, stamp, hurry=True)
+        state, outputs = _connected(state, stamp)
+        return state, (*pulling, *outputs)
     if isinstance(event, Ticked):
-        return _ticked(profile, state, stamp)
+        state, pulling = client_ticked(state, stamp)
+        state, outputs = _ticked(profile, state, stamp)
+        return state, (*pulling, *outputs)
     if isinstance(event, BlobFound):
         library, outputs = models.blob_found(state.library, event, stamp)
-        return replace(state, library=library), outputs
+        state, more = client_found(replace(state, library=library), event, stamp)
+        return state, (*outputs, *more)
+    if isinstance(event, ClientSeen):
+        return client_seen(state, event, stamp)
     if isinstance(event, VersionTested):
         return _tested(state, event, stamp)
     if isinstance(event, VersionFailed):
@@ -125,6 +142,8 @@ def _message(profile: Profile, state: SessionState, event: MessageReceived, stam
         return state, ()  # no matter of rounds
     if isinstance(message, BlobChunk):
         library, outputs = models.chunk_received(state.library, message, event.body, stamp)
+        if not outputs:
+            return client_arrived(state, message, event.body, stamp)
         return replace(state, library=library), outputs
     if isinstance(message, BlobNeed):
         if state.active is None:
@@ -156,6 +175,8 @@ def _other_round(state: SessionState, message: RoundRequest | UploadReceipt | Ro
 
 def _announced(profile: Profile, state: SessionState, message: ModelAnnouncement, stamp: Stamp) -> Result:
     try:
+        if (client := client_updates.verified(profile, message)) is not None:
+            return client_told(state, client, stamp)
         told = standing.verified(profile, message)
     except (BadSignature, InvalidManifest, MalformedMessage) as error:
         return state, (warning("announcement-refused", reason=str(error)),)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from edge_client import active_round, models, round_work
+from edge_client import active_round, client_updates, models, round_work
 from edge_client.active_round import ActiveRound, Step
+from edge_client.client_updates import ClientUpdates, ToldClient
 from edge_client.durable import DropPending, PendingUpdate, RoundRecord, SaveContribution, SaveLocal
 from edge_client.events import Fault, Stamp
 from edge_client.ledger import DaySpent, History
@@ -34,6 +35,7 @@ class SessionState:
         fields: that queries may ask for.
         personalised: digests of the versions that were fine-tuned here, or are being.
         orders: standing orders whose updates are not ready yet.
+        client: which client it is to have.
     """
 
     library: Library = field(default_factory=Library)
@@ -45,11 +47,13 @@ class SessionState:
     fields: frozenset[str] = frozenset()
     personalised: frozenset[str] = frozenset()
     orders: Orders = field(default_factory=dict)
+    client: ClientUpdates = field(default_factory=ClientUpdates)
 
     @property
     def busy(self) -> bool:
         """Whether something is under way that time moves on."""
-        return self.active is not None or any(shelf.candidate for shelf in self.library.shelves.values())
+        fetching = any(shelf.candidate for shelf in self.library.shelves.values())
+        return self.active is not None or fetching or self.client.pull is not None
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,7 @@ class Memory:
     contributed_at: tuple[int, ...] = ()
     spent: tuple[DaySpent, ...] = ()
     personalised: frozenset[str] = frozenset()
+    client: tuple[ToldClient, ...] = ()
 
 
 Result = tuple[SessionState, Outputs]
@@ -85,6 +90,7 @@ def restore(memory: Memory, download: TokenBucket | None = None) -> SessionState
         joined_at=memory.joined_at,
         history=History(memory.contributed_at, memory.spent),
         personalised=memory.personalised,
+        client=client_updates.restore(memory.client),
     )
 
 
@@ -139,7 +145,8 @@ def adopt(state: SessionState, step: Step) -> Result:
 
 def keep(state: SessionState) -> KeepBlobs:
     """The files that are still needed: those of the library, and of the version that the round is about."""
-    needed = state.library.blobs().union(*(order.blobs for order in state.orders.values()))
+    of_orders = (order.blobs for order in state.orders.values())
+    needed = state.library.blobs().union(*of_orders, state.client.blobs)
     if state.active is not None and not isinstance(state.active.assignment, Answering):
         manifest = state.active.assignment.manifest
         needed |= {manifest.graph.sha256, manifest.weights.sha256}

@@ -37,10 +37,7 @@ def verified(profile: Profile, message: ModelAnnouncement) -> Told:
         InvalidManifest: what they signed is no manifest.
         MalformedMessage: no assignment, for another device or fleet, or its parts do not belong together.
     """
-    payload = message.assignment.open(ASSIGNMENT_KIND, dict(profile.model_signers))
-    assignment = VersionAssignment.from_bytes(payload)
-    if assignment.fleet != profile.fleet or assignment.device not in (None, profile.device_id):
-        raise MalformedMessage(f"it is for {assignment.device or 'the devices'} of {assignment.fleet}")
+    assignment = open_assignment(profile, message)
     version = None
     if assignment.version is not None:
         if message.manifest is None:
@@ -51,6 +48,20 @@ def verified(profile: Profile, message: ModelAnnouncement) -> Told:
             raise MalformedMessage("the manifest is not that of the assigned version")
     manifest = message.manifest if version is not None else None
     return Told(assignment, version, SaveStanding(assignment, message.assignment, manifest))
+
+
+def open_assignment(profile: Profile, message: ModelAnnouncement) -> VersionAssignment:
+    """Verifies what an announcement says that this device is to have.
+
+    Raises:
+        BadSignature: no model signer of this device signed it.
+        MalformedMessage: it is no assignment, or for another device or fleet.
+    """
+    payload = message.assignment.open(ASSIGNMENT_KIND, dict(profile.model_signers))
+    assignment = VersionAssignment.from_bytes(payload)
+    if assignment.fleet != profile.fleet or assignment.device not in (None, profile.device_id):
+        raise MalformedMessage(f"it is for {assignment.device or 'the devices'} of {assignment.fleet}")
+    return assignment
 
 
 def assigned(library: Library, told: Told, stamp: Stamp) -> tuple[Library, Outputs]:

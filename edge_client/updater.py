@@ -6,6 +6,7 @@ It runs from the last good version, so that a broken new one can always be taken
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import sys
 from collections.abc import Mapping
@@ -13,11 +14,21 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from edge_client.adapters.systemd import SystemdService
 from edge_client.adapters.versions import UnusableBundle, Versions, take
-from edge_client.installed import Outcome
+from edge_client.installed import (
+    ASSIGNMENTS,
+    BUNDLE,
+    READY,
+    RELEASE,
+    Audience,
+    Outcome,
+    audience,
+    may_go_back,
+    wanted,
+)
 from edge_client.updating import Service, UpdateRefused, settle, update
 from protocol.client_release import CLIENT, MAX_RELEASE_BYTES, RELEASE_KIND, ClientRelease
 from protocol.enrolment import EnrolmentBundle
@@ -29,7 +40,7 @@ FOLDER = Path("/opt/covey")
 STATE = Path("/var/lib/covey")
 TRUST = Path("/etc/covey/enrolment.json")
 """Root's own copy of whom this device obeys: the client could change the one in its state."""
-BUNDLE, RELEASE, ASSIGNMENT, READY = "bundle.tar.xz", "release.json", "assignment.json", "ready"
+_DOCUMENTS: TypeAdapter[tuple[SignedDocument, ...]] = TypeAdapter(tuple[SignedDocument, ...])
 _LOG = logging.getLogger("covey.update")
 
 
@@ -70,14 +81,14 @@ def run(folder: Path, inbox: Path, trust: Trust, service: Service) -> str:
         return version
     asked = Outcome("", "")
     try:
-        assignment = _document(inbox / ASSIGNMENT, folder) if (inbox / ASSIGNMENT).exists() else None
-        asked = Outcome("", "" if assignment is None else assignment.digest.hex())
-        document = _document(inbox / RELEASE, folder)
+        texts = _content(inbox / ASSIGNMENTS, folder) if (inbox / ASSIGNMENTS).exists() else b""
+        asked = Outcome("", hashlib.sha256(texts).hexdigest() if texts else "")
+        document = _signed(_content(inbox / RELEASE, folder))
         release = _release(document, trust)
         asked = replace(asked, version=release.version)
-        assigned = _assigned(assignment, document, trust)
         if release.version != version:
-            version = _take(store, service, folder, inbox, trust.target, release, assigned)
+            assigned = _assigned(texts, trust) if texts else {}
+            version = _take(store, service, folder, inbox, trust.target, document, release, assigned)
         # Else a power cut came between its trial and the end of this.
         failed = "" if version == release.version else "it did not stay up"
         store.note_outcome(replace(asked, reason=failed))
@@ -96,8 +107,9 @@ def _take(
     folder: Path,
     inbox: Path,
     target: str,
+    document: SignedDocument,
     release: ClientRelease,
-    assigned: VersionAssignment | None,
+    assigned: Mapping[Audience, VersionAssignment],
 ) -> str:
     bundle = release.bundle_for(target)
     if bundle is None:
@@ -108,9 +120,7 @@ def _take(
         missing = release.version not in store.installed()
         if missing and take(inbox / BUNDLE, copy) != (bundle.sha256, bundle.size):
             raise UnusableBundle("the bundle is not the one that the operator signed")
-        if assigned is not None:
-            _note_sequence(store, assigned)
-        back = assigned is not None and assigned.rollback
+        back = _goes_back(store, assigned, document)
         return update(store, service, release, copy, back=back)
     finally:
         copy.unlink(missing_ok=True)
@@ -123,43 +133,57 @@ def _release(document: SignedDocument, trust: Trust) -> ClientRelease:
         raise UpdateRefused(f"the release is not the operator's: {error}") from error
 
 
-def _assigned(
-    document: SignedDocument | None, release: SignedDocument, trust: Trust
-) -> VersionAssignment | None:
-    """The assignment that goes with a release; None when there is none, or that of another release."""
-    if document is None:
-        return None
+def _assigned(texts: bytes, trust: Trust) -> dict[Audience, VersionAssignment]:
+    """What this device was told to have, as one of the fleet and by itself."""
     try:
-        assignment = VersionAssignment.from_bytes(document.open(ASSIGNMENT_KIND, dict(trust.signers)))
-    except ProtocolError as error:
-        raise UpdateRefused(f"the assignment is not the operator's: {error}") from error
-    if assignment.manifest_sha256 != release.digest.hex():
-        return None
-    mine = assignment.fleet == trust.fleet and assignment.device in (None, trust.device_id)
-    if not mine or assignment.model != CLIENT:
-        raise UpdateRefused("the assignment is of another device, fleet or model")
-    return assignment
+        documents = _DOCUMENTS.validate_json(texts)
+        told = [
+            VersionAssignment.from_bytes(document.open(ASSIGNMENT_KIND, dict(trust.signers)))
+            for document in documents
+        ]
+    except (ValidationError, ProtocolError) as error:
+        raise UpdateRefused(f"the assignments are not the operator's: {error}") from error
+    for each in told:
+        mine = each.fleet == trust.fleet and each.device in (None, trust.device_id)
+        if not mine or each.model != CLIENT:
+            raise UpdateRefused("an assignment is of another device, fleet or model")
+    return {audience(each): each for each in told}
 
 
-def _note_sequence(store: Versions, assigned: VersionAssignment) -> None:
-    """Takes no assignment that is older than one taken before: nobody brings an old one back."""
-    audience = "fleet" if assigned.device is None else "own"
-    taken = store.sequences().get(audience, 0)
-    if assigned.sequence < taken:
-        raise UpdateRefused(f"the assignment {assigned.sequence} is older than {taken}, which was taken")
-    if assigned.sequence > taken:
-        store.note_sequence(audience, assigned.sequence)
+def _goes_back(
+    store: Versions, assigned: Mapping[Audience, VersionAssignment], document: SignedDocument
+) -> bool:
+    """Whether this device is to have this release even where it is older; notes what it was told.
+
+    Raises:
+        UpdateRefused: it was told something newer before: nobody brings an old assignment back.
+    """
+    told = wanted(assigned)
+    if told is None or told.manifest_sha256 != document.digest.hex():
+        return False  # they are of another update
+    for each, taken in store.sequences().items():
+        presented = assigned.get(each)
+        if presented is None or presented.sequence < taken:
+            raise UpdateRefused(f"an assignment is older than {taken}, which was taken before")
+    for each, assignment in assigned.items():
+        store.note_sequence(each, assignment.sequence)
+    return may_go_back(assigned)
 
 
-def _document(source: Path, folder: Path) -> SignedDocument:
+def _signed(content: bytes) -> SignedDocument:
+    try:
+        return SignedDocument.model_validate_json(content)
+    except ValidationError as error:
+        raise UpdateRefused("the release is not the operator's: no signed document") from error
+
+
+def _content(source: Path, folder: Path) -> bytes:
     copy = folder / ".incoming.json"
     try:
         _, size = take(source, copy)
         if size > MAX_RELEASE_BYTES:
-            raise UpdateRefused(f"{source.name} is larger than any release")
-        return SignedDocument.model_validate_json(copy.read_bytes())
-    except ValidationError as error:
-        raise UpdateRefused(f"{source.name} is not the operator's: no signed document") from error
+            raise UpdateRefused(f"{source.name} is larger than any")
+        return copy.read_bytes()
     finally:
         copy.unlink(missing_ok=True)
 

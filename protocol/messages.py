@@ -89,14 +89,14 @@ class DeviceStatus(_Message):
     online: bool
     client_version: Annotated[str, Field(max_length=40, pattern=_PRINTABLE)] = ""
     runtime: Annotated[str, Field(max_length=60, pattern=_PRINTABLE)] = ""
-    models: Annotated[
-        dict[Slug, Annotated[int, Field(ge=1, le=2**31)]], Field(max_length=MAX_MODELS, default_factory=dict)
-    ]
-    """Model name -> version that this device answers predictions with."""
-    failures: Annotated[dict[Slug, VersionFailure], Field(max_length=MAX_MODELS)] = Field(
+    target: Annotated[str, Field(max_length=63, pattern=r"^[a-z0-9-]*$")] = ""
+    """System that the client's bundle is for; empty where none was installed that could be updated."""
+    models: Annotated[dict[Slug, Version], Field(max_length=MAX_MODELS + 1, default_factory=dict)]
+    """Model name -> version that it answers predictions with; and the client that stood its trial here."""
+    failures: Annotated[dict[Slug, VersionFailure], Field(max_length=MAX_MODELS + 1)] = Field(
         default_factory=dict
     )
-    """Model name -> the version that failed here last, until a newer one runs."""
+    """Model name, or the client's -> the version that failed here last, until a newer one runs."""
     conditions: Conditions = Conditions()
     """Said again when they have changed, and not more often than every minute."""
 

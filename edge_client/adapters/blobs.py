@@ -68,6 +68,10 @@ class Blobs:
         except OSError:
             return False
 
+    def path(self, blob: BlobRef) -> Path:
+        """Where a whole blob lies."""
+        return self._whole / blob.sha256
+
     def read(self, blob: BlobRef) -> bytes:
         """Reads a whole blob, checking it again; one that rotted on the card is deleted, to be fetched anew.
 

@@ -11,6 +11,7 @@ import sqlite3
 from typing import assert_never
 
 from edge_client.adapters.blobs import Blobs
+from edge_client.client_updates import ToldClient
 from edge_client.durable import (
     CloseRound,
     DropPending,
@@ -28,6 +29,7 @@ from edge_client.durable import (
 from edge_client.library import StoredStanding, StoredVersion, Version
 from models.assignment import Answering, Assignment, assignment_of
 from models.manifest import ModelManifest
+from protocol.client_release import CLIENT, ClientRelease
 from protocol.errors import MalformedMessage
 from protocol.fields import BlobRef
 from protocol.identity import SignedDocument
@@ -228,6 +230,8 @@ def standings(connection: sqlite3.Connection) -> tuple[StoredStanding, ...]:
         try:
             document = SignedDocument.model_validate_json(text)
             assignment = VersionAssignment.from_bytes(document.payload)
+            if assignment.model == CLIENT:
+                continue
             version = None
             if manifest is not None:
                 signed = SignedDocument.model_validate_json(manifest)
@@ -237,6 +241,29 @@ def standings(connection: sqlite3.Connection) -> tuple[StoredStanding, ...]:
             _LOG.warning("unreadable-assignment")
             continue
         found.append(StoredStanding(assignment, version))
+    return tuple(found)
+
+
+def client(connection: sqlite3.Connection) -> tuple[ToldClient, ...]:
+    """Which client this device was told to have, as the fleet and by itself.
+
+    Raises:
+        sqlite3.Error: the database fails.
+    """
+    if _schema(connection) < 3:
+        return ()
+    found = []
+    rows = connection.execute("SELECT assignment, manifest FROM standings WHERE model = ?", (CLIENT,))
+    for text, manifest in rows.fetchall():
+        try:
+            document = SignedDocument.model_validate_json(text)
+            assignment = VersionAssignment.from_bytes(document.payload)
+            signed = None if manifest is None else SignedDocument.model_validate_json(manifest)
+            release = None if signed is None else ClientRelease.from_bytes(signed.payload)
+        except (ValueError, MalformedMessage):
+            _LOG.warning("unreadable-assignment")
+            continue
+        found.append(ToldClient(assignment, document, release, signed))
     return tuple(found)
 
 

@@ -370,6 +370,7 @@ def birth(
     client_version: str,
     runtime: str,
     *,
+    target: str = "",
     failures: Mapping[str, VersionFailure] = NONE,
     conditions: Conditions = UNKNOWN,
 ) -> bytes:
@@ -380,6 +381,7 @@ def birth(
             online=True,
             client_version=client_version,
             runtime=runtime,
+            target=target,
             models=dict(models),
             failures=dict(failures),
             conditions=conditions,

@@ -222,6 +222,7 @@ class DeviceStore:
                 joined_at=tuple(row[0] for row in joined)[::-1],
                 contributed_at=tuple(row[0] for row in times)[::-1],
                 spent=self._spent(),
+                client=device_rows.client(self._connection),
                 personalised=frozenset(r.manifest_sha256 for r in self.blobs.personal.records()),
             )
 

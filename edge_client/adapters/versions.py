@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from edge_client.adapters.files import sync_directory
-from edge_client.installed import OUTCOME, Outcome
+from edge_client.installed import AUDIENCES, OUTCOME, Audience, Outcome
 from edge_client.updating import Link
 from protocol.client_release import MAX_BUNDLE_BYTES
 
@@ -135,15 +135,15 @@ class Versions:
         """Whether a version failed its trial."""
         return (self._folder / "refused" / version).exists()
 
-    def sequences(self) -> dict[str, int]:
+    def sequences(self) -> dict[Audience, int]:
         """The highest sequence that was taken, of the fleet's assignments and of this device's own."""
         try:
             found = json.loads((self._folder / "sequences").read_text())
         except FileNotFoundError:
             return {}
-        return {str(audience): int(sequence) for audience, sequence in found.items()}
+        return {audience: int(found[audience]) for audience in AUDIENCES if audience in found}
 
-    def note_sequence(self, audience: str, sequence: int) -> None:
+    def note_sequence(self, audience: Audience, sequence: int) -> None:
         """Notes that an assignment was taken."""
         self._note(self._folder / "sequences", json.dumps(self.sequences() | {audience: sequence}) + "\n")
 

@@ -28,6 +28,7 @@ def run(options: argparse.Namespace) -> None:
     from edge_client.adapters.credentials import POLICY, load_credentials, load_policy, tls_files
     from edge_client.adapters.mqtt import LinkSettings, MqttLink
     from edge_client.adapters.notify import Notifier
+    from edge_client.adapters.own_client import OwnClient
     from edge_client.adapters.readings import FieldReader
     from edge_client.adapters.renewal_files import RenewalFiles
     from edge_client.adapters.store import DeviceStore
@@ -100,6 +101,7 @@ def run(options: argparse.Namespace) -> None:
             notifier=Notifier(),
             renewer=renewer,
             tls=tls,
+            own=OwnClient.here(options.state),
         )
         logging.getLogger("covey.edge").info("started device=%s broker=%s", profile.device_id, address)
         if servers is not None:

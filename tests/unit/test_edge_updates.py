@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import os
 import signal
 import tarfile
@@ -25,48 +24,10 @@ from edge_client.updating import UpdateRefused
 from protocol.client_release import CLIENT, RELEASE_KIND, ClientBundle, ClientRelease
 from protocol.identity import SignedDocument, key_id
 from protocol.version_assignment import ASSIGNMENT_KIND, VersionAssignment
+from tests.client_bundles import TARGET, FakeService, bundle
 
-TARGET = "bookworm-arm64"
 OPERATOR = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
 TRUST = Trust({key_id(OPERATOR.public_key()): OPERATOR.public_key()}, "orchard", "barn-1", TARGET)
-
-
-class FakeService:
-    """A service that stays up for the versions that are well."""
-
-    def __init__(self, folder: Path, sick: set[str] = frozenset(), broken: set[str] = frozenset()) -> None:  # type: ignore[assignment]
-        self.folder, self.sick, self.broken = folder, sick, broken
-        self.started: list[str] = []
-
-    def self_test(self, version: Path) -> str | None:
-        return "it does not start" if version.name in self.broken else None
-
-    def start(self, version: Path) -> None:
-        self.started.append(version.name)
-
-    def healthy(self) -> bool:
-        return (self.folder / "current").readlink().name not in self.sick
-
-
-def bundle(version: str, described: str | None = None) -> bytes:
-    files = {
-        "bin/covey-edge": f"version {version}".encode(),
-        "site/edge.py": b"'Not kept.'\n",
-        "systemd/covey-edge.service": b"[Unit]\n",
-    }
-    description = {
-        "version": described or version,
-        "target": TARGET,
-        "files": {name: hashlib.sha256(content).hexdigest() for name, content in files.items()},
-    }
-    files["bundle.json"] = json.dumps(description).encode()
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w:xz") as archive:
-        for name, content in files.items():
-            entry = tarfile.TarInfo(name)
-            entry.size = len(content)
-            archive.addfile(entry, io.BytesIO(content))
-    return buffer.getvalue()
 
 
 class Device:
@@ -105,7 +66,7 @@ class Device:
         device: str | None = None,
         fleet: str = "orchard",
     ) -> str:
-        """An assignment of the release that is offered, beside it; returns its digest."""
+        """An assignment of the release that is offered, beside it; returns the digest of the file."""
         release = SignedDocument.model_validate_json((self.inbox / "release.json").read_bytes())
         assignment = VersionAssignment(
             fleet=fleet,
@@ -117,8 +78,9 @@ class Device:
             rollback=rollback,
         )
         document = SignedDocument.create(key, ASSIGNMENT_KIND, assignment.to_bytes())
-        (self.inbox / "assignment.json").write_text(document.model_dump_json())
-        return document.digest.hex()
+        content = f"[{document.model_dump_json()}]".encode()
+        (self.inbox / "assignments.json").write_bytes(content)
+        return hashlib.sha256(content).hexdigest()
 
     def outcome(self) -> Outcome | None:
         """What the client reads of the last update."""
@@ -230,6 +192,7 @@ def test_the_operator_may_take_a_version_back_and_nobody_else(device: Device) ->
         device.run()
     for sequence, options, said in (
         (99, {"rollback": True}, "older than 100"),
+        (110, {"rollback": True, "device": "barn-1"}, "older than 100"),  # where is what the fleet was told?
         (101, {"rollback": False}, "not newer"),
         (102, {"rollback": True, "key": Ed25519PrivateKey.generate()}, "not the operator's"),
         (102, {"rollback": True, "device": "barn-2"}, "another device"),
@@ -240,7 +203,7 @@ def test_the_operator_may_take_a_version_back_and_nobody_else(device: Device) ->
         with pytest.raises(UpdateRefused, match=said):
             device.run()
         outcome = device.outcome()
-        assert outcome is not None and outcome.assignment == digest and said in outcome.reason
+        assert outcome is not None and outcome.asked == digest and said in outcome.reason
         assert device.runs() == "0.2.0"
 
     device.offer("0.1.0")
@@ -249,7 +212,7 @@ def test_the_operator_may_take_a_version_back_and_nobody_else(device: Device) ->
     assert device.run() == "0.1.0" == device.runs()
     assert device.versions() == {"0.1.0", "0.2.0"}
     device.offer("0.2.0")
-    device.assign(103, device="barn-1")
+    device.assign(103)
     assert device.run() == "0.2.0" == device.runs()
 
 
