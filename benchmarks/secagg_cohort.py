@@ -23,12 +23,11 @@ from numpy.typing import NDArray
 
 from benchmarks.secagg_server import CODEC, NOW
 from protocol.codec import decode_to_device, encode
+from protocol.columns import SealedColumn, ShareColumn
 from protocol.fields import BlobRef
 from protocol.identity import sign
 from protocol.messages import (
-    AddressedShares,
     ConsistencySignature,
-    PeerShare,
     Roster,
     ShareDelivery,
     ShareKeys,
@@ -213,7 +212,7 @@ class StandIns:
         self.graph: GraphParameters = membership.graph
         self.roster_hash: bytes = membership.roster_hash
         self.near = all_neighbours(self.graph, self.roster_hash)
-        self._sealed = {item.peer: item.sealed for item in measured.state.answer.shares}
+        self._sealed = measured.state.answer.shares.by_peer()
         self._seeds = [entropy("seed", i) for i in range(self.graph.size)]
         self._seeds[MEASURED] = measured.state.secrets.seed
         self._shares: list[dict[int, tuple[bytes, bytes]]] = [{} for _ in states]
@@ -228,24 +227,16 @@ class StandIns:
         ]
         self._shares[index] = dict(zip(holders, zip(*made, strict=True), strict=True))
         receiver = self._states[MEASURED].answer.encryption_key
-        sealed = tuple(
-            AddressedShares(
-                peer=peer,
-                sealed=bytes(82)
-                if peer != MEASURED
-                else seal(
-                    channel(state.keys.encryption_private, receiver, self.roster_hash, index, peer).sealing,
-                    self.roster_hash,
-                    index,
-                    peer,
-                    self._shares[index][peer],
-                ),
-            )
-            for peer in near
-        )
-        commitment = seed_commitment(self._seeds[index], self.roster_hash, index)
+        name, sealed = self.roster_hash, dict.fromkeys(near, bytes(SealedColumn.width))
+        if MEASURED in sealed:
+            key = channel(state.keys.encryption_private, receiver, name, index, MEASURED).sealing
+            sealed[MEASURED] = seal(key, name, index, MEASURED, self._shares[index][MEASURED])
+        commitment = seed_commitment(self._seeds[index], name, index)
         message = ShareKeys(
-            round_id=ROUND_ID, roster_hash=self.roster_hash, seed_commitment=commitment, shares=sealed
+            round_id=ROUND_ID,
+            roster_hash=name,
+            seed_commitment=commitment,
+            shares=SealedColumn.of(sealed),
         )
         return encode(message)
 
@@ -270,21 +261,9 @@ class StandIns:
 
     def unmask(self, index: int, survivors: range, survivors_hash: bytes) -> bytes:
         """The frame with the shares that this survivor gives away."""
-        seeds, keys = [], []
-        for peer in (*self.near[index], *((index,) if self.graph.complete else ())):
-            key_share, seed_share = self._shares_of(peer, index)
-            if peer in survivors:
-                seeds.append(PeerShare(peer=peer, share=seed_share))
-            else:
-                keys.append(PeerShare(peer=peer, share=key_share))
-        return encode(
-            UnmaskingShares(
-                round_id=ROUND_ID,
-                survivors_hash=survivors_hash,
-                seed_shares=tuple(seeds),
-                key_shares=tuple(keys),
-            )
-        )
+        owners = (*self.near[index], *((index,) if self.graph.complete else ()))
+        shares = ShareColumn.of({peer: self._shares_of(peer, index)[peer in survivors] for peer in owners})
+        return encode(UnmaskingShares(round_id=ROUND_ID, survivors_hash=survivors_hash, shares=shares))
 
     def _shares_of(self, owner: int, holder: int) -> tuple[bytes, bytes]:
         if owner != MEASURED:

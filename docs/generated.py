@@ -134,7 +134,7 @@ def _messages() -> str:
     parts = [
         "# Messages\n",
         inspect.getdoc(messages) or "",
-        "\nBytes travel as Base64 inside JSON. Unknown fields are refused everywhere.\n",
+        "\nBytes travel as Base64 inside JSON, columns in the body. Unknown fields are refused everywhere.\n",
     ]
     for title, union in (("From a device", messages.FromDevice), ("To a device", messages.ToDevice)):
         parts.append(f"\n## {title}\n")

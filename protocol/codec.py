@@ -1,7 +1,8 @@
 """Bytes <-> messages.
 
-A frame is the length of its header (4 bytes, little-endian), the header (the message as JSON) and the body
-(raw bytes, only with a chunk). Everything is bounded before it is parsed.
+A frame is the length of its header (4 bytes, little-endian), the header (the message as JSON) and the body:
+the bytes of a chunk, or the column of a message that has one (`protocol.columns`). Everything is bounded
+before it is parsed.
 """
 
 from __future__ import annotations
@@ -12,13 +13,31 @@ from typing import Annotated, Any
 
 from pydantic import Field, TypeAdapter, ValidationError
 
+from protocol.columns import Column
 from protocol.errors import MalformedMessage
-from protocol.messages import CHUNK_BYTES, BlobChunk, FromDevice, ToDevice
+from protocol.messages import (
+    CHUNK_BYTES,
+    BlobChunk,
+    FromDevice,
+    ShareDelivery,
+    ShareKeys,
+    ToDevice,
+    UnmaskingShares,
+    UnmaskRequest,
+)
 
 MAX_HEADER_BYTES = 512 * 1024
 MAX_FRAME_BYTES = 4 + MAX_HEADER_BYTES + CHUNK_BYTES
 MAX_COMPLAINT = 200
 """Characters of an error about somebody else's message."""
+
+_COLUMNS: dict[type, str] = {
+    ShareKeys: "shares",
+    ShareDelivery: "shares",
+    UnmaskRequest: "signatures",
+    UnmaskingShares: "shares",
+}
+"""The field that is the body."""
 
 
 @cache
@@ -28,15 +47,21 @@ def _schema(union: Any) -> TypeAdapter[Any]:
 
 
 def encode(message: FromDevice | ToDevice, body: bytes | memoryview = b"") -> bytes:
-    """Makes the frame of a message; only a chunk has a body."""
-    header = message.model_dump_json().encode()
+    """Makes the frame of a message; only a chunk has a body that is not its own."""
+    field = _COLUMNS.get(type(message))
+    if field is None:
+        header = message.model_dump_json().encode()
+    else:
+        header = message.model_dump_json(exclude={field}).encode()
+        column: Column = getattr(message, field)
+        body = column.to_body()
     if len(header) > MAX_HEADER_BYTES or len(body) > CHUNK_BYTES:
         raise MalformedMessage(f"a {message.type} of {len(header)} + {len(body)} bytes is too large to send")
     return b"".join((len(header).to_bytes(4, "little"), header, body))
 
 
 def decode_from_device(frame: bytes) -> tuple[FromDevice, memoryview]:
-    """Parses a frame that a device sent; returns the message and a view of its body.
+    """Parses a frame that a device sent; returns the message and a view of what else is in its body.
 
     Raises:
         MalformedMessage: anything but exactly one well-formed message.
@@ -45,7 +70,7 @@ def decode_from_device(frame: bytes) -> tuple[FromDevice, memoryview]:
 
 
 def decode_to_device(frame: bytes) -> tuple[ToDevice, memoryview]:
-    """Parses a frame that the aggregator sent; returns the message and a view of its body.
+    """Parses a frame that the aggregator sent; returns the message and a view of what else is in its body.
 
     Raises:
         MalformedMessage: anything but exactly one well-formed message.
@@ -68,6 +93,12 @@ def _decode(schema: TypeAdapter[Any], frame: bytes) -> tuple[Any, memoryview]:
         where = ".".join(str(part) for part in first["loc"])
         raise MalformedMessage(_plain(f"{where or 'message'}: {first['msg']}")) from error
     body = memoryview(frame)[4 + size :]
+    field = _COLUMNS.get(type(message))
+    if field is not None:
+        if field in message.model_fields_set:
+            raise MalformedMessage(f"{field} belongs in the body of a {message.type}, not in its header")
+        column: type[Column] = type(getattr(message, field))
+        return message.model_copy(update={field: column.from_body(body)}), body[len(body) :]
     if isinstance(message, BlobChunk):
         _check_chunk(message, body)
     elif len(body):

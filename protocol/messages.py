@@ -2,6 +2,8 @@
 
 Who a message is from is said by its topic, which the broker authorises; what must not depend on the broker
 (keys, plans, survivor sets, models) is signed inside.
+
+A field that is a `protocol.columns.Column` is not in the header of a frame: it is the frame's body.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from typing import Annotated, Literal
 
 from pydantic import FailFast, Field
 
+from protocol.columns import SealedColumn, ShareColumn, SignatureColumn
 from protocol.conditions import Conditions
 from protocol.fields import (
     MAX_BLOB_BYTES,
@@ -38,9 +41,6 @@ Code = Annotated[str, Field(pattern=r"^[a-z0-9-]{1,40}$")]
 _PRINTABLE = r"^[ -~]*$"
 """Nothing that steers a terminal, or that a database refuses."""
 ChunkIndex = Annotated[int, Field(ge=0, lt=MAX_BLOB_BYTES // CHUNK_BYTES + 1)]
-SealedShares = Annotated[bytes, Field(min_length=82, max_length=82)]
-"""Both shares for one peer: two 33-byte field elements and a 16-byte Poly1305 tag."""
-Share = Annotated[bytes, Field(min_length=33, max_length=33)]
 Version = Annotated[int, Field(ge=1, le=2**31)]
 Members = Annotated[bytes, Field(max_length=MAX_COHORT // 8)]
 """A set of roster indices as a bit map: bit i % 8 of byte i // 8."""
@@ -121,13 +121,6 @@ class Refusal(_Message):
     detail: Detail = ""
 
 
-class AddressedShares(Schema):
-    """Sealed shares to, or from, the client at `peer`."""
-
-    peer: Index
-    sealed: SealedShares
-
-
 class ShareKeys(_Message):
     """Shamir shares for every neighbour, and a commitment to the self-mask seed."""
 
@@ -135,7 +128,7 @@ class ShareKeys(_Message):
     round_id: RoundId
     roster_hash: Bytes32
     seed_commitment: Bytes32
-    shares: Annotated[tuple[AddressedShares, ...], FailFast(), Field(max_length=MAX_COHORT)]
+    shares: SealedColumn = SealedColumn()
 
 
 class UploadOffer(_Message):
@@ -155,21 +148,16 @@ class ConsistencySignature(_Message):
     signature: Bytes64
 
 
-class PeerShare(Schema):
-    """One Shamir share of a secret of the client at `peer`."""
-
-    peer: Index
-    share: Share
-
-
 class UnmaskingShares(_Message):
-    """Seed shares of surviving, and key shares of dropped neighbours; never both for one peer."""
+    """One share of each neighbour: of its seed if it is in the survivor set, of its key if it is not.
+
+    The set that `survivors_hash` names decides which: there is no way to give both.
+    """
 
     type: Literal["unmasking-shares"] = "unmasking-shares"
     round_id: RoundId
     survivors_hash: Bytes32
-    seed_shares: Annotated[tuple[PeerShare, ...], FailFast(), Field(max_length=MAX_COHORT)]
-    key_shares: Annotated[tuple[PeerShare, ...], FailFast(), Field(max_length=MAX_COHORT)]
+    shares: ShareColumn = ShareColumn()
 
 
 class UpdateReady(_Message):
@@ -253,7 +241,7 @@ class ShareDelivery(_Message):
     type: Literal["share-delivery"] = "share-delivery"
     round_id: RoundId
     roster_hash: Bytes32
-    shares: Annotated[tuple[AddressedShares, ...], FailFast(), Field(max_length=MAX_COHORT)]
+    shares: SealedColumn = SealedColumn()
 
 
 class UploadReceipt(_Message):
@@ -274,20 +262,13 @@ class SurvivorSet(_Message):
     survivors: Members
 
 
-class SignedBy(Schema):
-    """The consistency signature of the client at `peer`."""
-
-    peer: Index
-    signature: Bytes64
-
-
 class UnmaskRequest(_Message):
     """Asks for shares, with the quorum of signatures on the survivor set."""
 
     type: Literal["unmask-request"] = "unmask-request"
     round_id: RoundId
     survivors_hash: Bytes32
-    signatures: Annotated[tuple[SignedBy, ...], FailFast(), Field(max_length=MAX_COHORT)]
+    signatures: SignatureColumn = SignatureColumn()
 
 
 class RoundEnd(_Message):

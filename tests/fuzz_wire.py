@@ -37,26 +37,55 @@ NAMES = ("frames", "documents", "keys", "enrolments", "server", "client")
 
 
 def mutate(data: bytes, limit: int, seed: int, *, framed: bool) -> bytes:
-    """Changes one value of a message and frames it again; other bytes are left to libFuzzer.
+    """Changes one value of a message, or one of its column's rows; other bytes are left to libFuzzer.
 
     Blind changes of bytes hardly ever leave JSON that parses, so that nothing behind the parser would be met.
     """
     import atheris
 
     draw = np.random.default_rng(seed)
+    end = 4 + int.from_bytes(data[:4], "little") if framed else len(data)
+    body = data[end:]
     try:
-        header = json.loads(data[4:] if framed else data)
+        header = json.loads(data[4:end] if framed else data)
         places = list(_places(header))
     except (ValueError, RecursionError):
         places = []
     if not places or draw.random() < 0.2:
         mutated: bytes = atheris.Mutate(data, limit)
         return mutated
+    if body and draw.random() < 0.5:
+        return (data[:end] + changed_column(body, draw))[:limit]
     holder, key = places[draw.integers(len(places))]
     other, name = places[draw.integers(len(places))]
     holder[key] = _changed(holder[key], json.loads(json.dumps(other[name])), draw)
     text = json.dumps(header).encode()
-    return ((len(text).to_bytes(4, "little") if framed else b"") + text)[:limit]
+    return ((len(text).to_bytes(4, "little") if framed else b"") + text + body)[:limit]
+
+
+def changed_column(body: bytes, draw: np.random.Generator) -> bytes:
+    """A column with one row dropped, repeated, moved to another client, or of another value."""
+    rows = int.from_bytes(body[:2], "little")
+    if not rows or (len(body) - 2) % rows:
+        return body[:-1]
+    width = (len(body) - 2) // rows - 2
+    peers = [body[2 + 2 * i : 4 + 2 * i] for i in range(rows)]
+    values = [body[2 + 2 * rows + width * i :][:width] for i in range(rows)]
+    at, kind = int(draw.integers(rows)), int(draw.integers(5))
+    if kind == 0:
+        del peers[at], values[at]
+    elif kind == 1:
+        peers.insert(at, peers[at])
+        values.insert(at, values[at])
+    elif kind == 2:
+        peers[at] = int(draw.integers(2**16) if draw.random() < 0.5 else draw.integers(8)).to_bytes(
+            2, "little"
+        )
+    elif kind == 3:
+        values[at] = values[int(draw.integers(rows))]
+    else:
+        values[at] = draw.bytes(width)
+    return len(peers).to_bytes(2, "little") + b"".join(peers) + b"".join(values)
 
 
 def _changed(value: Any, other: Any, draw: np.random.Generator) -> Any:

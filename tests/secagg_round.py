@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -21,7 +22,9 @@ from protocol.secagg import client, server
 from protocol.secagg.client_state import ClientState, Masking, RoundContext, dump_state, load_state
 from protocol.secagg.masking import apply_masks
 from protocol.secagg.parameters import GraphAssumptions
+from protocol.secagg.prg import Keystream, derive_key
 from protocol.secagg.server_state import Failed, Recovered, ServerContext, ServerState
+from protocol.secagg.shamir import split
 from protocol.secagg.subcohorts import WHOLE, Split
 from protocol.transfer import describe
 
@@ -67,6 +70,18 @@ def client_context(device_id: str, **changes: object) -> RoundContext:
         "graph": GraphAssumptions(),
     }
     return RoundContext(**{**values, **changes})  # type: ignore[arg-type]
+
+
+@lru_cache(maxsize=1024)
+def dealt(owner: str, holder: int, size: int) -> tuple[bytes, bytes]:
+    """(seed share, key share) that a device of `Cohort` deals the client at `holder` of a complete graph."""
+    drawn, points = entropy("roster", owner), range(1, size + 1)
+    seed = derive_key(drawn, purpose="self-mask-seed")
+    key = derive_key(entropy("begin", owner), purpose="mask-private")
+    return tuple(  # type: ignore[return-value]
+        split(secret, 2 * size // 3 + 1, points, Keystream(derive_key(drawn, purpose=purpose)))[holder]
+        for secret, purpose in ((seed, "shamir-seed"), (key, "shamir-key"))
+    )
 
 
 @dataclass

@@ -27,15 +27,14 @@ from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
+from protocol.columns import SealedColumn, ShareColumn
 from protocol.errors import BadSignature, IllegalEvent, MalformedMessage, RoundViolation
 from protocol.fields import BlobRef
 from protocol.identity import sign, verify
 from protocol.messages import (
-    AddressedShares,
     AdvertiseKeys,
     ClientAbort,
     ConsistencySignature,
-    PeerShare,
     Roster,
     ShareDelivery,
     ShareKeys,
@@ -209,17 +208,16 @@ def _share_keys(state: Advertised, event: RosterReceived) -> tuple[ClientState, 
     )
     own, name = membership.index, membership.roster_hash
     private = load_private(state.keys.encryption_private)
-    sealed, opening_keys = [], {}
+    sealed, opening_keys = {}, {}
     for peer in sorted(membership.peers):
         keys = channel(private, membership.peers[peer].encryption_key, name, own, peer)
-        shares = key_shares[peer], seed_shares[peer]
-        sealed.append(AddressedShares(peer=peer, sealed=seal(keys.sealing, name, own, peer, shares)))
+        sealed[peer] = seal(keys.sealing, name, own, peer, (key_shares[peer], seed_shares[peer]))
         opening_keys[peer] = keys.opening
     answer = ShareKeys(
         round_id=state.context.round_id,
         roster_hash=name,
         seed_commitment=seed_commitment(seed, name, own),
-        shares=tuple(sealed),
+        shares=SealedColumn.of(sealed),
     )
     secrets = OwnSecrets(seed, seed_shares.get(own), opening_keys)
     return SharesSent(state.context, state.keys.mask_private, membership, secrets, answer), answer
@@ -228,15 +226,14 @@ def _share_keys(state: Advertised, event: RosterReceived) -> tuple[ClientState, 
 def _receive_shares(state: SharesSent, event: SharesReceived) -> tuple[ClientState, Answer]:
     membership, message = state.membership, event.message
     require(message.roster_hash == membership.roster_hash, "split-view", "shares of another roster")
-    delivered = {item.peer: item.sealed for item in message.shares}
-    require(len(delivered) == len(message.shares), "repeated-peer", "a neighbour's shares came twice")
-    require(delivered.keys() <= membership.peers.keys(), "unknown-peer", "shares of a stranger")
+    senders = frozenset(message.shares.indices())
+    require(senders <= membership.peers.keys(), "unknown-peer", "shares of a stranger")
     require(
-        membership.quorum(frozenset(delivered) | {membership.index}),
+        membership.quorum(senders | {membership.index}),
         "too-few-shares",
-        f"only {len(delivered)} neighbours shared their keys",
+        f"only {len(senders)} neighbours shared their keys",
     )
-    return Masking(state.context, state.mask_private, membership, state.secrets, delivered), None
+    return Masking(state.context, state.mask_private, membership, state.secrets, message.shares), None
 
 
 def _send_input(state: Masking, event: InputMasked) -> tuple[ClientState, Answer]:
@@ -263,7 +260,7 @@ def _sign_set(state: InputSent, event: SurvivorsReceived) -> tuple[ClientState, 
     )
     require(membership.quorum(survivors), "too-few-survivors", "fewer neighbours survive than the threshold")
     require(
-        survivors & membership.peers.keys() <= state.delivered.keys(),
+        survivors & membership.peers.keys() <= frozenset(state.delivered.indices()),
         "unknown-survivor",
         "a neighbour that shared no keys is listed as survivor",
     )
@@ -291,8 +288,7 @@ def _unmask(state: SetSigned, event: UnmaskRequested) -> tuple[ClientState, Answ
     name = state.answer.survivors_hash
     require(message.survivors_hash == name, "split-view", "asked to unmask another set than the one signed")
     survivors = rosters.members_from_bytes(state.survivors, membership.graph.size)
-    signers = {item.peer: item.signature for item in message.signatures}
-    require(len(signers) == len(message.signatures), "repeated-signature", "a signature is listed twice")
+    signers = message.signatures.by_peer()
     strangers = signers.keys() - (survivors & membership.peers.keys()) - {membership.index}
     require(not strangers, "unknown-signer", "a signature of someone who is no surviving neighbour")
     require(
@@ -305,9 +301,8 @@ def _unmask(state: SetSigned, event: UnmaskRequested) -> tuple[ClientState, Answ
             key = Ed25519PublicKey.from_public_bytes(membership.peers[peer].identity_key)
             verify(key, rosters.SURVIVORS_KIND, name, signature)
     own_share = state.secrets.seed_share
-    seed_shares = [] if own_share is None else [PeerShare(peer=membership.index, share=own_share)]
-    key_shares = []
-    for peer, sealed in state.delivered.items():
+    shares = {} if own_share is None else {membership.index: own_share}
+    for peer, sealed in state.delivered.by_peer().items():
         try:
             key_share, seed_share = unseal(
                 state.secrets.opening_keys[peer], membership.roster_hash, peer, membership.index, sealed
@@ -315,16 +310,10 @@ def _unmask(state: SetSigned, event: UnmaskRequested) -> tuple[ClientState, Answ
         except BadSignature:
             # A peer that sealed garbage must not stop the round: the other holders' shares suffice.
             continue
-        # One branch or the other: no path gives both shares of one peer.
-        if peer in survivors:
-            seed_shares.append(PeerShare(peer=peer, share=seed_share))
-        else:
-            key_shares.append(PeerShare(peer=peer, share=key_share))
+        # There is room for one share of a peer, and none for both.
+        shares[peer] = seed_share if peer in survivors else key_share
     answer = UnmaskingShares(
-        round_id=state.context.round_id,
-        survivors_hash=name,
-        seed_shares=tuple(seed_shares),
-        key_shares=tuple(key_shares),
+        round_id=state.context.round_id, survivors_hash=name, shares=ShareColumn.of(shares)
     )
     return Unmasked(state.context, answer), answer
 
@@ -352,8 +341,8 @@ def _check_same_roster(state: SharesSent | Masking | InputSent | SetSigned, even
 def _same_delivery(
     state: Masking | InputSent | SetSigned, event: SharesReceived
 ) -> tuple[ClientState, Answer]:
-    delivered = {item.peer: item.sealed for item in event.message.shares}
-    same = event.message.roster_hash == state.membership.roster_hash and delivered == state.delivered
+    message = event.message
+    same = message.roster_hash == state.membership.roster_hash and message.shares == state.delivered
     require(same, "split-view", "a second delivery of shares that differs from the first")
     return state, None
 

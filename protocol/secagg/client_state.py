@@ -12,6 +12,7 @@ from typing import Any
 
 from pydantic import ConfigDict, TypeAdapter
 
+from protocol.columns import SealedColumn
 from protocol.fields import BlobRef
 from protocol.messages import AdvertiseKeys, ClientAbort, ConsistencySignature, ShareKeys, UnmaskingShares
 from protocol.secagg.graph import quorum
@@ -134,8 +135,8 @@ class Masking:
     """Phase MaskedInput: the masks are known, the input is not masked yet.
 
     Attributes:
-        delivered: roster index -> sealed shares of each neighbour that shared its keys. Masks are made with
-            these and no others.
+        delivered: the sealed shares of each neighbour that shared its keys. Masks are made with these and no
+            others.
     """
 
     __pydantic_config__ = _STORABLE
@@ -143,7 +144,7 @@ class Masking:
     mask_private: bytes = field(repr=False)
     membership: Membership
     secrets: OwnSecrets
-    delivered: dict[int, bytes]
+    delivered: SealedColumn
 
     def masks(self) -> tuple[Mask, ...]:
         """The self-mask and one pairwise mask for each neighbour that shared its keys."""
@@ -153,7 +154,7 @@ class Masking:
             self_mask(self.secrets.seed, roster_hash, own),
             *(
                 pairwise_mask(private, self.membership.peers[peer].mask_key, roster_hash, own, peer)
-                for peer in sorted(self.delivered)
+                for peer in self.delivered.indices()
             ),
         )
 
@@ -166,7 +167,7 @@ class InputSent:
     context: RoundContext
     membership: Membership
     secrets: OwnSecrets
-    delivered: dict[int, bytes]
+    delivered: SealedColumn
     masked_input: BlobRef
 
 
@@ -178,7 +179,7 @@ class SetSigned:
     context: RoundContext
     membership: Membership
     secrets: OwnSecrets
-    delivered: dict[int, bytes]
+    delivered: SealedColumn
     survivors: bytes
     answer: ConsistencySignature
 

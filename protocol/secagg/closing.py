@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable
 
 from protocol.errors import IllegalEvent
-from protocol.messages import RosterEntry, SignedBy
+from protocol.messages import RosterEntry
 from protocol.secagg import roster as rosters
 from protocol.secagg.blame import dealt_wrongly, liars
 from protocol.secagg.graph import all_neighbours
@@ -16,6 +16,7 @@ from protocol.secagg.key_agreement import load_private, public_key
 from protocol.secagg.masking import Mask, pairwise_mask, seed_commitment, self_mask
 from protocol.secagg.parameters import NoGraph, parameters
 from protocol.secagg.prg import derive_key
+from protocol.secagg.routing import SealedMail
 from protocol.secagg.server_state import (
     Advertising,
     Checking,
@@ -55,9 +56,11 @@ def can_close(state: ServerState) -> bool:
 
     In the last phase it counts shares and checks none: enough of them may still turn out to be wrong.
     """
+    if isinstance(state, Sharing):
+        return _enough(state.cohort, frozenset(state.received), state.context.minimum_survivors)
     if not isinstance(state, Unmasking):
         return not isinstance(close_phase(state), Failed)
-    shares = Counter(owner for answer in state.answers.values() for owner in answer)
+    shares = Counter(owner for answer in state.answers.values() for owner in answer.indices())
     return all(shares[owner] >= state.cohort.graph.threshold for owner in state.sharers)
 
 
@@ -101,8 +104,10 @@ def _close_sharing(state: Sharing) -> ServerState:
     if not _enough(state.cohort, present, state.context.minimum_survivors):
         detail = f"{len(present)} of {state.cohort.graph.size} clients shared their keys"
         return Failed(state.context, "too-few-shares", detail)
-    # What no longer grows is a plain dictionary, which is faster to look up.
-    return Collecting(state.context, state.cohort, dict(state.received), left=state.left & present)
+    cohort, received = state.cohort, dict(state.received)
+    mail = SealedMail(cohort.near, cohort.edges, {index: sent.sealed for index, sent in received.items()})
+    commitments = {index: sent.seed_commitment for index, sent in received.items()}
+    return Collecting(state.context, cohort, commitments, mail, left=state.left & present)
 
 
 def _close_collecting(state: Collecting) -> ServerState:
@@ -113,8 +118,7 @@ def _close_collecting(state: Collecting) -> ServerState:
     members = rosters.members_to_bytes(survivors, cohort.graph.size)
     name = rosters.survivors_hash(cohort.roster_hash, members)
     left = state.left & survivors
-    commitments = {index: sent.seed_commitment for index, sent in state.sharers.items()}
-    return Checking(state.context, cohort, commitments, survivors, members, name, GrowingMap(), left)
+    return Checking(state.context, cohort, state.sharers, survivors, members, name, GrowingMap(), left)
 
 
 def _close_checking(state: Checking) -> ServerState:
@@ -127,7 +131,7 @@ def _close_checking(state: Checking) -> ServerState:
         state.cohort,
         state.sharers,
         state.survivors,
-        {peer: SignedBy(peer=peer, signature=signature) for peer, signature in state.signatures.items()},
+        dict(state.signatures),
         state.survivors_hash,
         GrowingMap(),
         state.left & signers,
@@ -138,7 +142,7 @@ def _close_unmasking(state: Unmasking) -> ServerState:
     cohort, name = state.cohort, state.cohort.roster_hash
     shares: dict[int, dict[int, bytes]] = {index: {} for index in state.sharers}
     for holder, answer in state.answers.items():
-        for owner, share in answer.items():
+        for owner, share in answer.by_peer().items():
             shares[owner][holder + 1] = share
     masks: list[Mask] = []
     wrong: dict[int, frozenset[int]] = {}
@@ -175,8 +179,8 @@ def _share_check_salt(state: Unmasking) -> bytes:
     """
     content = hashlib.sha256()
     for holder, answer in state.answers.items():
-        content.update(b"".join(index.to_bytes(4, "big") for index in (holder, len(answer), *answer)))
-        content.update(b"".join(answer.values()))
+        content.update(holder.to_bytes(4, "big") + len(answer.peers).to_bytes(4, "big"))
+        content.update(answer.to_body())
     return derive_key(content.digest(), purpose="share-check", context=state.cohort.roster_hash)
 
 

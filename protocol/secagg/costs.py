@@ -5,17 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from protocol.codec import encode
+from protocol.columns import SealedColumn, ShareColumn, SignatureColumn
 from protocol.messages import (
-    AddressedShares,
     AdvertiseKeys,
     ConsistencySignature,
-    PeerShare,
     Roster,
     RosterEntry,
     RoundEnd,
     ShareDelivery,
     ShareKeys,
-    SignedBy,
     SurvivorSet,
     UnmaskingShares,
     UnmaskRequest,
@@ -77,8 +75,7 @@ def device_costs(graph: GraphParameters, dimension: int, bits: int) -> DeviceCos
         UnmaskingShares(
             round_id=_ROUND,
             survivors_hash=bytes(32),
-            seed_shares=tuple(PeerShare(peer=i, share=bytes(33)) for i in _indices(graph, holders)),
-            key_shares=(),
+            shares=ShareColumn.of(dict.fromkeys(_indices(graph, holders), bytes(ShareColumn.width))),
         ),
     )
     down = (
@@ -88,7 +85,7 @@ def device_costs(graph: GraphParameters, dimension: int, bits: int) -> DeviceCos
         UnmaskRequest(
             round_id=_ROUND,
             survivors_hash=bytes(32),
-            signatures=tuple(SignedBy(peer=i, signature=bytes(64)) for i in _indices(graph, graph.threshold)),
+            signatures=SignatureColumn.of(dict.fromkeys(_indices(graph, graph.threshold), bytes(64))),
         ),
         RoundEnd(round_id=_ROUND, completed=True),
     )
@@ -110,8 +107,8 @@ def _indices(graph: GraphParameters, count: int) -> range:
     return range(max(0, graph.size - count), graph.size)
 
 
-def _shares(graph: GraphParameters, count: int) -> tuple[AddressedShares, ...]:
-    return tuple(AddressedShares(peer=i, sealed=bytes(82)) for i in _indices(graph, count))
+def _shares(graph: GraphParameters, count: int) -> SealedColumn:
+    return SealedColumn.of(dict.fromkeys(_indices(graph, count), bytes(SealedColumn.width)))
 
 
 def _entries(graph: GraphParameters) -> tuple[RosterEntry, ...]:

@@ -24,6 +24,7 @@ from dataclasses import dataclass, replace
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
+from protocol.columns import SignatureColumn
 from protocol.errors import BadSignature, IllegalEvent, MalformedMessage
 from protocol.identity import verify
 from protocol.messages import (
@@ -178,10 +179,9 @@ def _share(state: Sharing, index: int, message: ShareKeys) -> ServerState:
         return state
     if message.roster_hash != state.cohort.roster_hash:
         raise MalformedMessage("shares for another roster")
-    sealed = {item.peer: item.sealed for item in message.shares}
-    if len(sealed) != len(message.shares) or tuple(sorted(sealed)) != state.cohort.neighbours[index]:
+    if message.shares.peers != state.cohort.near[index].tobytes():
         raise MalformedMessage("shares for other clients than the neighbours")
-    sent = SharesSent(message.seed_commitment, sealed)
+    sent = SharesSent(message.seed_commitment, message.shares.values)
     return replace(state, received=state.received.with_item(index, sent))
 
 
@@ -204,17 +204,10 @@ def _unmask(state: Unmasking, index: int, message: UnmaskingShares) -> ServerSta
         return state
     if message.survivors_hash != state.survivors_hash:
         raise MalformedMessage("shares for another survivor set")
-    near = {*state.cohort.neighbours[index], index}
-    seeds = [item.peer for item in message.seed_shares]
-    keys = [item.peer for item in message.key_shares]
-    allowed_seeds = near & state.survivors
-    allowed_keys = (near & state.sharers.keys()) - state.survivors
-    if len({*seeds, *keys}) != len(seeds) + len(keys) or not (
-        allowed_seeds.issuperset(seeds) and allowed_keys.issuperset(keys)
-    ):
+    asked = {*state.cohort.neighbours[index], index} & state.sharers.keys()
+    if not asked.issuperset(message.shares.indices()):
         raise MalformedMessage("shares of other secrets than the ones asked for")
-    shares = {item.peer: item.share for item in (*message.seed_shares, *message.key_shares)}
-    return replace(state, answers=state.answers.with_item(index, shares))
+    return replace(state, answers=state.answers.with_item(index, message.shares))
 
 
 # --- what follows from a state ---------------------------------------------------------------------------
@@ -272,16 +265,12 @@ def request(state: ServerState, device_id: str) -> Request | None:
             entries = tuple(cohort.members[peer].entry for peer in shown)
         return Roster(round_id=round_id, size=cohort.graph.size, root=cohort.root, entries=entries)
     if isinstance(state, Collecting):
-        # Validated in one call, as a cohort's deliveries hold n * k of these: 0.6 us each in place of 1.0.
-        shares = tuple({"peer": sender, "sealed": sealed} for sender, sealed in state.inbox(index).items())
-        return ShareDelivery.model_validate(
-            {"round_id": round_id, "roster_hash": cohort.roster_hash, "shares": shares}
-        )
+        return ShareDelivery(round_id=round_id, roster_hash=cohort.roster_hash, shares=state.mail.to(index))
     if isinstance(state, Checking):
         return SurvivorSet(round_id=round_id, survivors=state.members)
     # A quorum and no more: every signature costs the client a verification.
     signers = [peer for peer in cohort.neighbours[index] if peer in state.signatures]
     others = signers[: cohort.graph.threshold - cohort.graph.complete]
-    shown = sorted({*others, index} & state.signatures.keys())
-    signatures = tuple(state.signatures[peer] for peer in shown)
+    signed = {*others, index} & state.signatures.keys()
+    signatures = SignatureColumn.of({peer: state.signatures[peer] for peer in signed})
     return UnmaskRequest(round_id=round_id, survivors_hash=state.survivors_hash, signatures=signatures)

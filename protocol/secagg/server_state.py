@@ -6,12 +6,17 @@ from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from protocol.messages import AdvertiseKeys, RosterEntry, SignedBy
+import numpy as np
+from numpy.typing import NDArray
+
+from protocol.columns import INDEX, ShareColumn
+from protocol.messages import AdvertiseKeys, RosterEntry
 from protocol.secagg.certificates import CertificateCache
 from protocol.secagg.graph import quorum
 from protocol.secagg.growing import GrowingMap
 from protocol.secagg.masking import Mask
 from protocol.secagg.parameters import GraphAssumptions, GraphParameters
+from protocol.secagg.routing import SealedMail, incoming_edges
 from protocol.secagg.subcohorts import WHOLE, Split
 
 
@@ -67,6 +72,16 @@ class Cohort:
         """The whole roster, as everybody sees it on the complete graph."""
         return tuple(member.entry for member in self.members)
 
+    @cached_property
+    def near(self) -> NDArray[np.uint16]:
+        """`neighbours` as they stand in a column; uint16, little-endian, shape (n, k)."""
+        return np.array(self.neighbours, INDEX)
+
+    @cached_property
+    def edges(self) -> NDArray[np.int64]:
+        """Where each client's neighbours have what is for it (`protocol.secagg.routing`)."""
+        return incoming_edges(self.near)
+
     def quorum(self, index: int, present: frozenset[int]) -> bool:
         """Whether the threshold of those who hold shares of `index` is `present`."""
         return quorum(self.graph, index, self.neighbours[index], present)
@@ -86,11 +101,11 @@ class SharesSent:
     """What one client sent to its neighbours, as small as it gets: a cohort of 10,000 sends half a million.
 
     Attributes:
-        sealed: roster index of the receiver -> 82 bytes.
+        sealed: for each neighbour, ascending: the values of its `SealedColumn`.
     """
 
     seed_commitment: bytes
-    sealed: Mapping[int, bytes]
+    sealed: bytes
 
 
 @dataclass(frozen=True)
@@ -108,21 +123,17 @@ class Collecting:
     """Collects masked inputs; only clients of `sharers` have masks in common.
 
     Attributes:
+        sharers: roster index -> seed commitment, of those who shared their keys.
+        mail: what they sealed for each other.
         stored: roster indices of those whose input is in the sum, each with nothing.
     """
 
     context: ServerContext
     cohort: Cohort
-    sharers: Mapping[int, SharesSent]
+    sharers: Mapping[int, bytes]
+    mail: SealedMail = field(repr=False)
     stored: GrowingMap[int, None] = field(default_factory=GrowingMap)
     left: frozenset[int] = frozenset()
-
-    def inbox(self, index: int) -> dict[int, bytes]:
-        """The sealed shares for one client, by sender, ascending; none for one that shared no keys itself."""
-        if index not in self.sharers:
-            return {}
-        senders = (peer for peer in self.cohort.neighbours[index] if peer in self.sharers)
-        return {peer: self.sharers[peer].sealed[index] for peer in senders}
 
     @property
     def survivors(self) -> Set[int]:
@@ -156,17 +167,17 @@ class Unmasking:
 
     Attributes:
         sharers: roster index -> seed commitment, of those who shared their keys.
-        signatures: by signer, as every quorum that has it shows it.
-        answers: who answered -> whose secret -> its share: a survivor's of the seed, a dropout's of the key.
+        answers: who answered -> a share of each secret that it was asked for: a survivor's of the seed, a
+            dropout's of the key.
     """
 
     context: ServerContext
     cohort: Cohort
     sharers: Mapping[int, bytes]
     survivors: frozenset[int]
-    signatures: Mapping[int, SignedBy]
+    signatures: Mapping[int, bytes]
     survivors_hash: bytes
-    answers: GrowingMap[int, Mapping[int, bytes]]
+    answers: GrowingMap[int, ShareColumn]
     left: frozenset[int] = frozenset()
 
 

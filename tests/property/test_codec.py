@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import time
 import zlib
@@ -20,12 +19,12 @@ from protocol.codec import (
     decode_to_device,
     encode,
 )
+from protocol.columns import MAX_ROWS, Column, SealedColumn, ShareColumn, SignatureColumn
 from protocol.errors import MalformedMessage
 from protocol.fields import BlobRef
 from protocol.identity import SignedDocument
 from protocol.messages import (
     CHUNK_BYTES,
-    AddressedShares,
     AdvertiseKeys,
     BlobChunk,
     BlobNeed,
@@ -34,14 +33,12 @@ from protocol.messages import (
     DeviceStatus,
     Invitation,
     ModelAnnouncement,
-    PeerShare,
     Refusal,
     Roster,
     RosterEntry,
     RoundEnd,
     ShareDelivery,
     ShareKeys,
-    SignedBy,
     SurvivorSet,
     TrainingOrder,
     UnmaskingShares,
@@ -54,8 +51,7 @@ from protocol.messages import (
 ROUND = "ab" * 16
 BLOB = BlobRef(sha256="cd" * 32, size=100_000)
 SIGNED = SignedDocument(kind="plan", payload=b"{}", key_id="00" * 32, signature=bytes(64))
-SHARES = (AddressedShares(peer=3, sealed=bytes(82)),)
-PEER_SHARES = (PeerShare(peer=3, share=bytes(33)),)
+SHARES = SealedColumn.of({3: bytes(82)})
 ENTRY = RosterEntry(
     index=0, certificate=bytes(70), encryption_key=bytes(32), mask_key=bytes(32), signature=bytes(64)
 )
@@ -73,7 +69,9 @@ FROM_DEVICE = [
     ShareKeys(round_id=ROUND, roster_hash=bytes(32), seed_commitment=bytes(32), shares=SHARES),
     UploadOffer(round_id=ROUND, blob=BLOB),
     ConsistencySignature(round_id=ROUND, survivors_hash=bytes(32), signature=bytes(64)),
-    UnmaskingShares(round_id=ROUND, survivors_hash=bytes(32), seed_shares=PEER_SHARES, key_shares=()),
+    UnmaskingShares(
+        round_id=ROUND, survivors_hash=bytes(32), shares=ShareColumn.of({2: b"a" * 33, 3: b"b" * 33})
+    ),
     UpdateReady(order=ROUND, version=3),
     ClientAbort(round_id=ROUND, code="split-view"),
     BlobNeed(blob=BLOB, indices=(0, 1)),
@@ -85,9 +83,7 @@ TO_DEVICE = [
     ShareDelivery(round_id=ROUND, roster_hash=bytes(32), shares=SHARES),
     UploadReceipt(round_id=ROUND, blob=BLOB, accepted=True),
     SurvivorSet(round_id=ROUND, survivors=b"\x07"),
-    UnmaskRequest(
-        round_id=ROUND, survivors_hash=bytes(32), signatures=(SignedBy(peer=1, signature=bytes(64)),)
-    ),
+    UnmaskRequest(round_id=ROUND, survivors_hash=bytes(32), signatures=SignatureColumn.of({1: bytes(64)})),
     RoundEnd(round_id=ROUND, completed=False, reason="too few"),
     ModelAnnouncement(assignment=SIGNED, manifest=SIGNED),
     ModelAnnouncement(assignment=SIGNED),
@@ -116,7 +112,7 @@ def test_every_truncation_is_refused(message: object) -> None:
     for length in range(len(frame)):
         with pytest.raises(MalformedMessage):
             decode(frame[:length])
-    with pytest.raises(MalformedMessage, match="no body"):
+    with pytest.raises(MalformedMessage, match=r"no body|is no column"):
         decode(frame + b"x")
 
 
@@ -162,12 +158,12 @@ def test_a_complaint_quotes_no_more_than_a_line() -> None:
 
 def test_a_frame_full_of_mistakes_costs_no_more_than_one() -> None:
     """Collecting each of 150,000 kept the aggregator busy for most of a second a message."""
-    message = ShareKeys(round_id=ROUND, roster_hash=bytes(32), seed_commitment=bytes(32), shares=())
+    message = Roster(round_id=ROUND, size=2, root=bytes(32), entries=())
     mistakes = b",".join([b"{}"] * 150_000)
-    header = encode(message)[4:].replace(b'"shares":[]', b'"shares":[' + mistakes + b"]")
+    header = encode(message)[4:].replace(b'"entries":[]', b'"entries":[' + mistakes + b"]")
     started = time.process_time()
-    with pytest.raises(MalformedMessage, match="shares"):
-        decode_from_device(len(header).to_bytes(4, "little") + header)
+    with pytest.raises(MalformedMessage, match="entries"):
+        decode_to_device(len(header).to_bytes(4, "little") + header)
     assert time.process_time() - started < 0.2
 
 
@@ -234,12 +230,86 @@ def test_a_damaged_message_parses_or_is_refused(message: object, data: st.DataOb
             decode(bytes(frame))
 
 
-@pytest.mark.parametrize("length", [0, 32, 34, 81, 83])
-def test_a_share_of_a_wrong_length_is_no_message(length: int) -> None:
-    text = base64.urlsafe_b64encode(bytes(length)).decode()
-    shares = FROM_DEVICE[6].model_dump_json().replace(base64.urlsafe_b64encode(bytes(33)).decode(), text)
-    sealed = FROM_DEVICE[3].model_dump_json().replace(base64.urlsafe_b64encode(bytes(82)).decode(), text)
-    for header in (shares.encode(), sealed.encode()):
-        assert text in header.decode()
-        with pytest.raises(MalformedMessage, match="shares"):
-            decode_from_device(len(header).to_bytes(4, "little") + header)
+# --- columns ---------------------------------------------------------------------------------------------
+
+COLUMNS = [FROM_DEVICE[3], FROM_DEVICE[6], TO_DEVICE[3], TO_DEVICE[6]]
+
+
+def column_of(message: object) -> Column:
+    return next(value for value in vars(message).values() if isinstance(value, Column))
+
+
+def with_body(message: object, body: bytes) -> bytes:
+    """The frame of a message with another body."""
+    frame = encode(message)  # type: ignore[arg-type]
+    return frame[: 4 + int.from_bytes(frame[:4], "little")] + body
+
+
+def body_of(peers: list[int], width: int, *, rows: int | None = None) -> bytes:
+    count = len(peers) if rows is None else rows
+    indices = b"".join(peer.to_bytes(2, "little") for peer in peers)
+    return count.to_bytes(2, "little") + indices + bytes(width * len(peers))
+
+
+def decode_any(message: object, frame: bytes) -> object:
+    decode = decode_from_device if message in FROM_DEVICE else decode_to_device
+    return decode(frame)[0]
+
+
+@pytest.mark.parametrize("message", COLUMNS, ids=lambda m: m.type)
+def test_a_column_is_two_arrays_and_nothing_else(message: object) -> None:
+    column = column_of(message)
+    peers, width = [0, 1, 7, 255, 256, 2**16 - 1], column.width
+    values = {peer: bytes([i]) * width for i, peer in enumerate(peers)}
+    body = body_of(peers, 0) + b"".join(values.values())
+    decoded = column_of(decode_any(message, with_body(message, body)))
+    assert (decoded.indices(), decoded.by_peer()) == (peers, values)
+    assert decoded == type(column).of(values) and decoded.to_body() == body
+    none = column_of(decode_any(message, with_body(message, bytes(2))))
+    assert none.by_peer() == {} and none == type(column)()
+
+
+@pytest.mark.parametrize("message", COLUMNS, ids=lambda m: m.type)
+@pytest.mark.parametrize(
+    ("peers", "rows"),
+    [([1, 1], None), ([2, 1], None), ([0, 1, 2, 2], None), ([1, 2], 1), ([1, 2], 3), ([1, 2], 0), ([], 1)],
+    ids=["repeated", "reordered", "repeated last", "rows left over", "rows missing", "hidden", "claimed"],
+)
+def test_a_column_that_is_none_is_refused(message: object, peers: list[int], rows: int | None) -> None:
+    body = body_of(peers, column_of(message).width, rows=rows)
+    with pytest.raises(MalformedMessage, match="column"):
+        decode_any(message, with_body(message, body))
+
+
+@pytest.mark.parametrize("message", COLUMNS, ids=lambda m: m.type)
+def test_a_share_of_a_wrong_length_is_no_message(message: object) -> None:
+    width = column_of(message).width
+    for wrong in {0, 32, 33, 34, 64, 81, 82, 83} - {width}:
+        with pytest.raises(MalformedMessage, match=f"no column of {width}-byte values"):
+            decode_any(message, with_body(message, body_of([3], wrong)))
+    with pytest.raises(ValueError, match=f"are not {width} for each"):
+        type(column_of(message)).of({3: bytes(width), 4: bytes(width - 1)})
+
+
+@pytest.mark.parametrize("message", COLUMNS, ids=lambda m: m.type)
+def test_a_column_has_a_row_for_each_client_of_the_largest_graph_and_no_more(message: object) -> None:
+    width = column_of(message).width
+    largest = with_body(message, body_of(list(range(MAX_ROWS)), width))
+    assert len(encode(decode_any(message, largest))) == len(largest)  # type: ignore[arg-type]
+    with pytest.raises(MalformedMessage, match="no column"):
+        decode_any(message, with_body(message, body_of(list(range(MAX_ROWS + 1)), width)))
+
+
+@pytest.mark.parametrize("message", COLUMNS, ids=lambda m: m.type)
+def test_a_column_in_the_header_is_refused(message: object) -> None:
+    """Two places for one thing would be two readings of one message."""
+    header = message.model_dump_json().encode()  # type: ignore[attr-defined]
+    with pytest.raises(MalformedMessage, match="belongs in the body"):
+        decode_any(message, len(header).to_bytes(4, "little") + header + column_of(message).to_body())
+
+
+@settings(max_examples=200)
+@given(st.sampled_from(COLUMNS), st.binary(max_size=400))
+def test_any_body_is_one_column_or_none(message: object, body: bytes) -> None:
+    with contextlib.suppress(MalformedMessage):
+        assert column_of(decode_any(message, with_body(message, body))).to_body() == body

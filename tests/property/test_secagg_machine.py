@@ -18,7 +18,7 @@ from protocol.secagg import client, server
 from protocol.secagg.client_state import Aborted, InputSent, Masking, dump_state, load_state
 from protocol.secagg.server_state import Advertising, Collecting, Failed, Recovered
 from protocol.transfer import describe
-from tests.secagg_round import Cohort
+from tests.secagg_round import Cohort, dealt
 
 SIZE = 4
 DEVICES = [f"device-{i:03d}" for i in range(SIZE)]
@@ -124,9 +124,14 @@ class Round(RuleBasedStateMachine):
 
     @invariant()
     def never_both_shares_of_one_peer(self) -> None:
-        seeds = {item.peer for answer in self.shares.values() for item in answer.seed_shares}
-        keys = {item.peer for answer in self.shares.values() for item in answer.key_shares}
-        assert not seeds & keys
+        kinds: dict[str, set[int]] = {}
+        for device, answer in self.shares.items():
+            roster = self.cohort.server.cohort  # type: ignore[union-attr]
+            for peer, share in answer.shares.by_peer().items():
+                owner = roster.members[peer].device_id
+                both = dealt(owner, roster.index[device], roster.graph.size)
+                kinds.setdefault(owner, set()).add(both.index(share))
+        assert all(len(kind) == 1 for kind in kinds.values()), kinds
 
     @invariant()
     def a_recovered_sum_is_exact(self) -> None:

@@ -25,6 +25,7 @@ from aggregator.work import Work
 from models.weights import decode_weights
 from protocol import ring, topics, transcript
 from protocol.codec import decode_from_device, decode_to_device, encode
+from protocol.columns import ShareColumn
 from protocol.dp.events import event_for
 from protocol.dp.mechanism import decode
 from protocol.dp.parameters import PrivacyMode
@@ -304,8 +305,8 @@ def test_a_device_that_lies_is_excluded_until_an_operator_lets_it_in_again(tmp_p
         said, _ = decode_from_device(frame)
         if not isinstance(said, UnmaskingShares):
             return [message]
-        forged = tuple(item.model_copy(update={"share": bytes(33)}) for item in said.seed_shares)
-        return [(topic, encode(said.model_copy(update={"seed_shares": forged})))]
+        forged = ShareColumn.of(dict.fromkeys(said.shares.indices(), bytes(33)))
+        return [(topic, encode(said.model_copy(update={"shares": forged})))]
 
     bench.filter = lie
     (first,) = bench.finish(bench.start(request(cohort=10, minimum=7)))

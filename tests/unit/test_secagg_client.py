@@ -7,15 +7,14 @@ from dataclasses import replace
 
 import pytest
 
+from protocol.columns import SealedColumn, SignatureColumn
 from protocol.errors import IllegalEvent
 from protocol.messages import (
-    AddressedShares,
     ClientAbort,
     Roster,
     RosterEntry,
     ShareDelivery,
     ShareKeys,
-    SignedBy,
     SurvivorSet,
     UnmaskingShares,
     UnmaskRequest,
@@ -33,6 +32,7 @@ from tests.secagg_round import (
     Cohort,
     certificate,
     client_context,
+    dealt,
     entropy,
     identity,
 )
@@ -222,6 +222,10 @@ def delivered() -> Cohort:
     return cohort
 
 
+def with_shares(delivery: ShareDelivery, shares: dict[int, bytes]) -> ShareDelivery:
+    return delivery.model_copy(update={"shares": SealedColumn.of(shares)})
+
+
 def delivery_for(cohort: Cohort, device: str = VICTIM) -> ShareDelivery:
     request = server.request(cohort.server, device)
     assert isinstance(request, ShareDelivery)
@@ -232,18 +236,11 @@ def delivery_for(cohort: Cohort, device: str = VICTIM) -> ShareDelivery:
     ("change", "expected"),
     [
         (lambda d: d.model_copy(update={"roster_hash": entropy("x")}), "split-view"),
-        (lambda d: d.model_copy(update={"shares": (*d.shares, d.shares[0])}), "repeated-peer"),
-        (
-            lambda d: d.model_copy(update={"shares": (AddressedShares(peer=9, sealed=bytes(82)), *d.shares)}),
-            "unknown-peer",
-        ),
-        (
-            lambda d: d.model_copy(update={"shares": (AddressedShares(peer=0, sealed=bytes(82)), *d.shares)}),
-            "unknown-peer",
-        ),
-        (lambda d: d.model_copy(update={"shares": d.shares[:1]}), "too-few-shares"),
+        (lambda d: with_shares(d, {**d.shares.by_peer(), 9: bytes(82)}), "unknown-peer"),
+        (lambda d: with_shares(d, {**d.shares.by_peer(), 0: bytes(82)}), "unknown-peer"),
+        (lambda d: with_shares(d, {1: bytes(82)}), "too-few-shares"),
     ],
-    ids=["another roster", "repeated", "stranger", "itself", "below threshold"],
+    ids=["another roster", "stranger", "itself", "below threshold"],
 )
 def test_a_wrong_delivery_of_shares_is_refused(
     change: Callable[[ShareDelivery], ShareDelivery], expected: str
@@ -258,8 +255,9 @@ def test_a_second_delivery_with_fewer_peers_is_refused() -> None:
     delivery = delivery_for(cohort)
     cohort.give(VICTIM, client.SharesReceived(delivery))
     assert cohort.give(VICTIM, client.SharesReceived(delivery)) is None
-    shorter = delivery.model_copy(update={"shares": delivery.shares[1:]})
-    assert code(cohort.give(VICTIM, client.SharesReceived(shorter))) == "split-view"
+    others = delivery.shares.by_peer()
+    del others[1]
+    assert code(cohort.give(VICTIM, client.SharesReceived(with_shares(delivery, others)))) == "split-view"
 
 
 # --- survivor set and unmasking --------------------------------------------------------------------------
@@ -334,9 +332,7 @@ def test_different_survivor_sets_to_different_clients_get_no_shares() -> None:
         request = UnmaskRequest(
             round_id=ROUND_ID,
             survivors_hash=state.answer.survivors_hash,
-            signatures=tuple(
-                SignedBy(peer=i, signature=s) for i, s in signatures.items() if i in sets[index]
-            ),
+            signatures=SignatureColumn.of({i: s for i, s in signatures.items() if i in sets[index]}),
         )
         answer = cohort.give(device, client.UnmaskRequested(request))
         assert code(answer) == "bad-signature"
@@ -349,6 +345,15 @@ def unmasking() -> Cohort:
     return cohort
 
 
+def signed_by(request: UnmaskRequest, signatures: dict[int, bytes]) -> UnmaskRequest:
+    return request.model_copy(update={"signatures": SignatureColumn.of(signatures)})
+
+
+def moved(values: dict[int, bytes]) -> dict[int, bytes]:
+    """Every client has the value of the next one."""
+    return dict(zip(values, [*list(values.values())[1:], next(iter(values.values()))], strict=True))
+
+
 def request_for(cohort: Cohort, device: str = VICTIM) -> UnmaskRequest:
     request = server.request(cohort.server, device)
     assert isinstance(request, UnmaskRequest)
@@ -359,25 +364,13 @@ def request_for(cohort: Cohort, device: str = VICTIM) -> UnmaskRequest:
     ("change", "expected"),
     [
         (lambda r: r.model_copy(update={"survivors_hash": entropy("x")}), "split-view"),
-        (lambda r: r.model_copy(update={"signatures": r.signatures[:2]}), "no-quorum"),
-        (
-            lambda r: r.model_copy(update={"signatures": (*r.signatures, r.signatures[0])}),
-            "repeated-signature",
-        ),
-        (
-            lambda r: r.model_copy(
-                update={"signatures": (*r.signatures, SignedBy(peer=4, signature=bytes(64)))}
-            ),
-            "unknown-signer",
-        ),
-        (
-            lambda r: r.model_copy(
-                update={"signatures": tuple(SignedBy(peer=s.peer, signature=bytes(64)) for s in r.signatures)}
-            ),
-            "bad-signature",
-        ),
+        (lambda r: signed_by(r, dict(list(r.signatures.by_peer().items())[:2])), "no-quorum"),
+        (lambda r: signed_by(r, {**r.signatures.by_peer(), 4: bytes(64)}), "unknown-signer"),
+        (lambda r: signed_by(r, {**r.signatures.by_peer(), 400: bytes(64)}), "unknown-signer"),
+        (lambda r: signed_by(r, dict.fromkeys(r.signatures.indices(), bytes(64))), "bad-signature"),
+        (lambda r: signed_by(r, moved(r.signatures.by_peer())), "bad-signature"),
     ],
-    ids=["another set", "no quorum", "repeated", "dropped signer", "forged"],
+    ids=["another set", "no quorum", "dropped signer", "stranger", "forged", "of one another"],
 )
 def test_an_unmasking_without_a_quorum_is_refused(
     change: Callable[[UnmaskRequest], UnmaskRequest], expected: str
@@ -390,8 +383,9 @@ def test_never_both_shares_of_one_peer() -> None:
     cohort = unmasking()
     answer = cohort.give(VICTIM, client.UnmaskRequested(request_for(cohort)))
     assert isinstance(answer, UnmaskingShares)
-    assert {item.peer for item in answer.seed_shares} == {0, 1, 2, 3}
-    assert {item.peer for item in answer.key_shares} == {4}
+    given = answer.shares.by_peer()
+    # Of a survivor the share of its seed, of the dropout the share of its key: the values themselves say it.
+    assert given == {owner: dealt(f"device-{owner:03d}", 0, 5)[owner == 4] for owner in range(5)}
 
 
 def test_asked_twice_it_answers_the_same_and_to_another_set_not_at_all() -> None:
@@ -410,8 +404,8 @@ def test_a_peer_that_sealed_garbage_does_not_stop_the_round() -> None:
         answer = cohort.give(device, cohort.event_for(device))
         assert isinstance(answer, ShareKeys)
         if device == liar:
-            garbage = tuple(AddressedShares(peer=s.peer, sealed=bytes(82)) for s in answer.shares[:1])
-            answer = answer.model_copy(update={"shares": (*garbage, *answer.shares[1:])})
+            shares = SealedColumn.of({**answer.shares.by_peer(), 0: bytes(82)})
+            answer = answer.model_copy(update={"shares": shares})
         cohort.receive(device, answer)
     cohort.close()
     cohort.deliver()

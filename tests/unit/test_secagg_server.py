@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 
+from protocol.columns import SealedColumn, ShareColumn
 from protocol.errors import BadSignature, IllegalEvent, MalformedMessage
 from protocol.identity import sign
 from protocol.messages import (
     AdvertiseKeys,
     ClientAbort,
     ConsistencySignature,
-    PeerShare,
     Refusal,
     ShareKeys,
     UnmaskingShares,
@@ -118,10 +120,12 @@ def test_shares_for_others_than_the_neighbours_are_refused() -> None:
     device = "device-001"
     answer = cohort.give(device, cohort.event_for(device))
     assert isinstance(answer, ShareKeys)
-    unchanged(cohort, device, answer.model_copy(update={"shares": answer.shares[1:]}), MalformedMessage)
     unchanged(cohort, device, answer.model_copy(update={"roster_hash": entropy("r")}), MalformedMessage)
-    repeated = (*answer.shares[1:], answer.shares[1])
-    unchanged(cohort, device, answer.model_copy(update={"shares": repeated}), MalformedMessage)
+    shares = answer.shares.by_peer()
+    first = shares.pop(0)
+    for wrong in (shares, {**shares, 1: first}, {**shares, 7: first}, {}, {0: first, **shares, 4: first}):
+        other = answer.model_copy(update={"shares": SealedColumn.of(wrong)})
+        unchanged(cohort, device, other, MalformedMessage)
 
 
 def test_a_masked_input_counts_once_and_only_from_a_sharer() -> None:
@@ -159,6 +163,13 @@ def test_signatures_on_another_set_or_by_another_are_refused() -> None:
     )
 
 
+def lying(answer: UnmaskingShares, lie: Callable[[int], bytes], about: set[int]) -> UnmaskingShares:
+    """The same answer with other shares of the secrets of some."""
+    shares = answer.shares.by_peer()
+    forged = {owner: lie(owner) for owner in shares.keys() & about}
+    return answer.model_copy(update={"shares": ShareColumn.of({**shares, **forged})})
+
+
 def test_a_client_that_sends_wrong_shares_is_named_and_the_sum_is_right() -> None:
     cohort = unmasking(size=7, drop=frozenset({"device-006"}))
     liar = "device-002"
@@ -166,10 +177,7 @@ def test_a_client_that_sends_wrong_shares_is_named_and_the_sum_is_right() -> Non
         answer = cohort.give(device, cohort.event_for(device))
         assert isinstance(answer, UnmaskingShares)
         if device == liar:
-            forged = tuple(
-                PeerShare(peer=s.peer, share=b"\x00" + entropy(s.peer)) for s in answer.seed_shares
-            )
-            answer = answer.model_copy(update={"seed_shares": forged})
+            answer = lying(answer, lambda owner: b"\x00" + entropy(owner), set(range(6)))
         cohort.receive(device, answer)
     cohort.close()
     end = cohort.server
@@ -178,16 +186,16 @@ def test_a_client_that_sends_wrong_shares_is_named_and_the_sum_is_right() -> Non
     assert (cohort.unmasked(end) == cohort.sum_of(cohort.names(end.survivors))).all()
 
 
-@pytest.mark.parametrize("kind", ["both", "repeated", "stranger", "another set"])
+@pytest.mark.parametrize("kind", ["stranger", "beyond the roster", "another set"])
 def test_malformed_unmasking_answers_are_refused(kind: str) -> None:
     cohort = unmasking(drop=frozenset({"device-004"}))
     device = "device-001"
     answer = cohort.give(device, cohort.event_for(device))
     assert isinstance(answer, UnmaskingShares)
+    shares = answer.shares.by_peer()
     changes: dict[str, dict[str, object]] = {
-        "both": {"key_shares": (*answer.key_shares, answer.seed_shares[0])},
-        "repeated": {"seed_shares": (*answer.seed_shares, answer.seed_shares[0])},
-        "stranger": {"seed_shares": (PeerShare(peer=40, share=bytes(33)), *answer.seed_shares)},
+        "stranger": {"shares": ShareColumn.of({**shares, 40: bytes(33)})},
+        "beyond the roster": {"shares": ShareColumn.of({**shares, 2**16 - 1: bytes(33)})},
         "another set": {"survivors_hash": entropy("s")},
     }
     unchanged(cohort, device, answer.model_copy(update=changes[kind]), MalformedMessage)
@@ -231,13 +239,11 @@ def answered(cohort: Cohort, lies: dict[str, set[int]]) -> None:
     for device in sorted(cohort.alive):
         answer = cohort.give(device, cohort.event_for(device))
         assert isinstance(answer, UnmaskingShares)
-        forged = tuple(
-            PeerShare(peer=s.peer, share=b"\x00" + entropy(device, s.peer))
-            if s.peer in lies.get(device, set())
-            else s
-            for s in answer.seed_shares
+        about = lies.get(device, set())
+        cohort.receive(
+            device,
+            lying(answer, lambda owner, device=device: b"\x00" + entropy(device, owner), about),  # type: ignore[misc]
         )
-        cohort.receive(device, answer.model_copy(update={"seed_shares": forged}))
     cohort.close()
 
 
@@ -293,8 +299,7 @@ def test_wrong_key_shares_of_a_dropout_are_told_by_its_public_key() -> None:
         answer = cohort.give(device, cohort.event_for(device))
         assert isinstance(answer, UnmaskingShares)
         if device == "device-002":
-            forged = tuple(item.model_copy(update={"share": bytes(33)}) for item in answer.key_shares)
-            answer = answer.model_copy(update={"key_shares": forged})
+            answer = lying(answer, lambda _: bytes(33), {6})
         cohort.receive(device, answer)
     cohort.close()
     assert isinstance(cohort.server, Recovered)
