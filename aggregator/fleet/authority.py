@@ -31,6 +31,10 @@ class CaOffline(EnrolmentRefused):
     """A signing request that gets no certificate now, for the CA's key is not there; it may come again."""
 
 
+class NameTaken(EnrolmentRefused):
+    """A signing request whose name another key has, or a device that was sent away."""
+
+
 @dataclass(frozen=True)
 class Authority:
     """The fleet's CA and the operator's key.
@@ -116,7 +120,8 @@ class Authority:
 
         Raises:
             CaOffline: the CA's key is kept elsewhere.
-            EnrolmentRefused: a bad request or name, or one of another key or of a device that was sent away.
+            NameTaken: the name is one of another key, or of a device that was sent away.
+            EnrolmentRefused: a bad request or name.
         """
         try:
             asked, public_key = open_request(request)
@@ -129,12 +134,12 @@ class Authority:
             ) from error
         if known is not None and not replaces:
             if not has_key(known, public_key):
-                raise EnrolmentRefused(
+                raise NameTaken(
                     f"{device_id} is enrolled with another key: choose another name with --name, or let the "
                     f"new device take its place by `covey device token --name {device_id} --replace`"
                 )
             if known.state != "active":
-                raise EnrolmentRefused(
+                raise NameTaken(
                     f"{device_id} is {known.state}: a ticket of `covey device token --name {device_id} "
                     "--replace` lets it in again"
                 )

@@ -12,7 +12,7 @@ from fastapi.routing import APIRoute
 
 from aggregator.access.audit import AuditedRepository
 from aggregator.access.roles import Role
-from aggregator.fleet.authority import CaOffline, EnrolmentRefused
+from aggregator.fleet.authority import CaOffline, EnrolmentRefused, NameTaken
 from aggregator.fleet.enrolment import TokenRefused, token_id_of
 from aggregator.records import AuditEntry
 from aggregator.refusals import NoSuch
@@ -152,8 +152,10 @@ def _enrol(request: Request, wanted: EnrolmentRequest) -> EnrolmentAnswer:
         raise
     except (TokenRefused, EnrolmentRefused) as error:
         context.limiter.failure(address)
-        if isinstance(error, TokenRefused) and error.code != "token-unknown":
-            # Whoever is nobody leaves no trace: they could fill the disk with them.
+        if isinstance(error, NameTaken) or (
+            isinstance(error, TokenRefused) and error.code != "token-unknown"
+        ):
+            # They had a ticket. Whoever is nobody leaves no trace: they could fill the disk with them.
             request.state.audited = audited
         raise
     return EnrolmentAnswer(bundle=bundle, time=int(now))

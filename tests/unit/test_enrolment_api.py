@@ -314,6 +314,18 @@ def test_a_device_that_was_sent_away_does_not_come_back_by_an_old_ticket(bench: 
         assert client.device("barn-1").state == "active"
 
 
+def test_a_ticket_whose_name_was_taken_meanwhile_leaves_a_trace(bench: Api) -> None:
+    (made,) = tickets(bench, name="barn-1")
+    by_hand = replace(bench.context.operator, authority=bench.context.enrolling())
+    by_hand.enrol(create_request(Ed25519PrivateKey.generate(), "barn-1"))
+    refused = ask(bench, made, Ed25519PrivateKey.generate())
+    assert code(refused) == "enrolment-refused" and "enrolled with another key" in refused.json()["detail"]
+    with bench.client() as client:
+        entry = client.audit_log().items[0]
+    assert (entry.who, entry.role) == (f"ticket:{made.token}", "device")
+    assert (entry.action, entry.target, entry.outcome) == ("enrol-by-ticket", "barn-1", "enrolment-refused")
+
+
 # --- who may
 
 
