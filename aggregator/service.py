@@ -243,15 +243,15 @@ class Service:
         if place is None:
             return
         device_id, channel = place
-        if channel == "status" and not delivery.payload:
-            return  # a retained status was cleared
+        if not delivery.payload:
+            return  # something retained was cleared
         with bound_contextvars(device=device_id):
+            if not self._may_speak(work, device_id):
+                return
             try:
                 message, body = decode_from_device(delivery.payload)
                 if channel != _channel(message):
                     raise ProtocolError(f"a {message.type} on the channel {channel}")
-                if not self._may_speak(work, device_id):
-                    return
                 self._conductor.traffic.up(device_id, len(delivery.payload))
                 self._dispatch(work, device_id, message, body)
             except ProtocolError as error:
@@ -274,7 +274,9 @@ class Service:
             work.writer.note_status(device_id, gone, work.at.unix)
             self._conductor.presence_changed(work, device_id, Change.GONE)
         self._presence.forget(device_id)
-        work.outbox.append(Outgoing(topics.up(device_id, "status"), b"", retain=True))
+        # Whatever it left at the broker would come again with every connection; a birth need not be all.
+        for channel in topics.UP_CHANNELS:
+            work.outbox.append(Outgoing(topics.up(device_id, channel), b"", retain=True))
 
     def _dispatch(self, work: Work, device_id: str, message: FromDevice, body: memoryview) -> None:
         if isinstance(message, DeviceStatus):
@@ -319,9 +321,9 @@ class Service:
         if clock >= self._members_at:
             self._members_at = clock + MEMBERS_SECONDS
             with self._repository.read() as reader:
-                self._members = reader.active_devices()
+                before, self._members = self._members, reader.active_devices()
                 revoked = reader.certificates(revoked=True) if self._revoked_list is not None else ()
-            for device_id in sorted(self._presence.online() - self._members):
+            for device_id in sorted((self._presence.online() | before) - self._members):
                 logger.info("%s is not of the fleet any more", device_id)
                 self._see_off(work, device_id)
             if self._revoked_list is not None and self._doorkeeper is not None:

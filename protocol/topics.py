@@ -14,11 +14,12 @@ A device may publish under its own `up` and subscribe to its own `down` and to `
 from __future__ import annotations
 
 import re
-from typing import Literal
+from typing import Literal, get_args
 
 ROOT = "covey/v1"
 UpChannel = Literal["status", "msg", "chunk"]
 DownChannel = Literal["msg", "chunk"]
+UP_CHANNELS: tuple[UpChannel, ...] = get_args(UpChannel)
 
 _UP = re.compile(rf"^{ROOT}/dev/([a-z0-9][a-z0-9-]{{0,62}})/up/(status|msg|chunk)$", re.ASCII)
 

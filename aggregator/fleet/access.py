@@ -81,7 +81,7 @@ _AGGREGATOR: Role = frozenset(
         Rule(Kind.PUBLISH, topics.downlinks("+")),
         Rule(Kind.PUBLISH, topics.MODELS),
         # To clear what a device that is gone for good has left there.
-        Rule(Kind.PUBLISH, topics.up("+", "status")),
+        *(Rule(Kind.PUBLISH, topics.up("+", channel)) for channel in topics.UP_CHANNELS),
         Rule(Kind.PUBLISH, CONTROL),
         Rule(Kind.SUBSCRIBE, RESPONSES),
         Rule(Kind.RECEIVE, RESPONSES),
@@ -98,9 +98,7 @@ def own_role(device_id: str) -> str:
 def _own(device_id: str) -> Role:
     return frozenset(
         {
-            Rule(Kind.PUBLISH, topics.up(device_id, "status")),
-            Rule(Kind.PUBLISH, topics.up(device_id, "msg")),
-            Rule(Kind.PUBLISH, topics.up(device_id, "chunk")),
+            *(Rule(Kind.PUBLISH, topics.up(device_id, channel)) for channel in topics.UP_CHANNELS),
             Rule(Kind.SUBSCRIBE, topics.downlinks(device_id)),
             Rule(Kind.RECEIVE, topics.downlinks(device_id)),
         }

@@ -63,6 +63,9 @@ def test_a_revoked_device_is_cut_off_and_cannot_return(bench: Bench, service: Se
     with bench.peer(one, "barn-1") as a, bench.peer(two, "barn-2") as b:
         assert a.connect() and a.subscribe(topics.downlinks("barn-1"))
         assert b.connect() and b.subscribe(topics.downlinks("barn-2"))
+        for channel in topics.UP_CHANNELS:
+            a.publish(topics.up("barn-1", channel), b"left behind", retain=True)
+            b.publish(topics.up("barn-2", channel), b"kept", retain=True)
         told = run("device", "revoke", "barn-1", "--reason", "stolen", "--state", bench.state)
         assert "barn-1 is revoked" in told
         wait_for(lambda: not a.connected, SECONDS, "the thief to be cut off")
@@ -85,6 +88,12 @@ def test_a_revoked_device_is_cut_off_and_cannot_return(bench: Bench, service: Se
     with bench.peer(one, "barn-1") as a, bench.peer(two, "barn-2") as b:
         assert not a.connect()
         assert b.connect() and b.subscribe(topics.downlinks("barn-2"))
+    with bench.aggregator() as hub:
+        assert hub.connect() and hub.subscribe(topics.UPLINKS)
+        wait_for(lambda: len(hub.heard) >= len(topics.UP_CHANNELS), 30, "what is retained")
+        assert {topic for topic, payload in hub.heard} == {
+            topics.up("barn-2", channel) for channel in topics.UP_CHANNELS
+        }
     shown = run("device", "show", "barn-1", "--state", bench.state)
     assert "revoked" in shown and "stolen" in shown
 

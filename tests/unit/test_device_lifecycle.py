@@ -158,9 +158,14 @@ def test_what_a_revoked_device_says_or_left_behind_counts_for_nothing(tmp_path: 
         for _ in range(20):
             bench.service.step(0)
         assert not bench.operator.device("device-0").online
-        # Its retained birth is cleared, or it would come again with every connection of the aggregator.
-        assert bench.transport.retained[topics.up("device-0", "status")] == b""
-        assert topics.up("device-1", "status") not in bench.transport.retained
+        # What it may have left retained is cleared, or it would come again with every connection.
+        everything = {topics.up("device-0", channel): b"" for channel in ("status", "msg", "chunk")}
+        assert {topic: each for topic, each in bench.transport.retained.items() if not each} == everything
+        # Also when it is nothing that a device says.
+        bench.transport.retained.clear()
+        bench.deliver((topics.up("device-0", "chunk"), b"left behind"))
+        bench.service.step(0)
+        assert bench.transport.retained == everything
     finally:
         bench.close()
 
