@@ -13,6 +13,7 @@ from aggregator import cli_output as output
 from aggregator.adapters.keyfiles import private_key
 from aggregator.cli_enrolment import ticket_app
 from aggregator.cli_options import Form, Json, Output, Where, service
+from aggregator.registry.publishing import FILES, SIGNATURE_FILE
 from protocol.identity import SignedDocument
 from protocol.plan import MODEL_KIND
 
@@ -130,14 +131,38 @@ def device_include(
 # --- models
 
 
+_Folder = Annotated[
+    Path,
+    typer.Argument(exists=True, file_okay=False, help="Holds manifest.json, model.tflite and weights.bin."),
+]
+
+
+@model_app.command("sign")
+def model_sign(
+    directory: _Folder,
+    sign_key: Annotated[
+        Path, typer.Option(exists=True, dir_okay=False, help="Your Ed25519 key (PEM).", show_default=False)
+    ],
+) -> None:
+    """Signs a model where your key is, for a fleet that takes signed models only.
+
+    The signature is written into the folder, and goes along with `covey model publish` or the console's form.
+    It is of this manifest: sign again after an export.
+
+    Example: covey model sign models/zoo/watch --sign-key publisher.pem
+    """
+    path = directory / SIGNATURE_FILE
+    path.write_bytes(_signature((directory / FILES[0]).read_bytes(), sign_key))
+    output.line(str(path))
+
+
+def _signature(manifest: bytes, sign_key: Path) -> bytes:
+    return SignedDocument.create(private_key(sign_key), MODEL_KIND, manifest).model_dump_json().encode()
+
+
 @model_app.command("publish")
 def model_publish(
-    directory: Annotated[
-        Path,
-        typer.Argument(
-            exists=True, file_okay=False, help="Holds manifest.json, model.tflite and weights.bin."
-        ),
-    ],
+    directory: _Folder,
     sign_key: Annotated[
         Path | None,
         typer.Option(
@@ -153,17 +178,17 @@ def model_publish(
 ) -> None:
     """Publishes a model as its next version: checks its files, signs its manifest.
 
-    A running service announces it to the devices within a second.
+    A running service announces it to the devices within a second. A signature of `covey model sign` in the
+    folder goes along.
 
     Example: covey model publish models/zoo/watch
     """
-    manifest, graph, weights = (
-        (directory / name).read_bytes() for name in ("manifest.json", "model.tflite", "weights.bin")
-    )
-    signature = None
+    manifest, graph, weights = ((directory / name).read_bytes() for name in FILES)
+    signed, signature = directory / SIGNATURE_FILE, None
     if sign_key is not None:
-        document = SignedDocument.create(private_key(sign_key), MODEL_KIND, manifest)
-        signature = document.model_dump_json().encode()
+        signature = _signature(manifest, sign_key)
+    elif signed.exists():
+        signature = signed.read_bytes()
     with service(state) as client:
         version = client.publish(manifest, graph, weights, signature)
     output.versions([version], json=json or form is Form.JSON)

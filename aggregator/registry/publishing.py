@@ -20,6 +20,10 @@ from protocol.fields import BlobRef
 from protocol.identity import SignedDocument
 from protocol.plan import MODEL_KIND
 
+FILES: Final = ("manifest.json", "model.tflite", "weights.bin")
+"""Of an exported folder: manifest, graph, weights."""
+SIGNATURE_FILE: Final = "signature.json"
+"""The publisher's, beside them, where a fleet takes signed models only."""
 NOBODY: Final[Mapping[str, Ed25519PublicKey]] = MappingProxyType({})
 
 
@@ -89,7 +93,9 @@ def _check_signature(
     manifest: bytes, signature: bytes | None, publishers: Mapping[str, Ed25519PublicKey]
 ) -> None:
     if signature is None:
-        raise UnknownSigner("this fleet takes signed models only: publish with --sign-key")
+        raise UnknownSigner(
+            "this fleet takes signed models only: sign it with `covey model sign`, or publish with --sign-key"
+        )
     try:
         document = SignedDocument.model_validate_json(signature)
         payload = document.open(MODEL_KIND, dict(publishers))
