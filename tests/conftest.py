@@ -22,6 +22,7 @@ collect_ignore_glob = (
                 "campaign_optimizers",
                 "campaigns",
                 "console",
+                "console_forms",
                 "dp_example",
                 "dp_tree",
                 "enrolment_api",

@@ -5,12 +5,18 @@ from __future__ import annotations
 import math
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from selenium import webdriver
+from selenium.common.exceptions import (
+    ElementNotInteractableException,
+    JavascriptException,
+    NoSuchElementException,
+    StaleElementReferenceException,
+)
 from selenium.webdriver.common.by import By
 from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.ui import WebDriverWait
@@ -28,6 +34,12 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 DRIVER = shutil.which("chromedriver")
 PHONE = (390, 844)
 DESK = (1280, 900)
+_CHANGING = (
+    ElementNotInteractableException,
+    JavascriptException,
+    NoSuchElementException,
+    StaleElementReferenceException,
+)
 _NOTHING = SignedDocument.create(Ed25519PrivateKey.generate(), MODEL_KIND, b"nothing to load")
 DOCUMENT = _NOTHING.model_dump_json().encode()
 SITES = ("north", "south", "orchard", "lake")
@@ -156,8 +168,24 @@ class Browser:
         """Signs in by a token, as a person does."""
         self.driver.get(f"{url}/sign-in")
         self.one("input[name=token]").send_keys(token)
-        self.one("form[action='/auth/token'] button").click()
+        self.follow("form[action='/auth/token'] button")
         self.wait(lambda: "Overview" in self.driver.title)
+
+    def click(self, selector: str) -> None:
+        """Clicks on the first element that fits, as soon as there is one; pages replace theirs."""
+
+        def clicked() -> bool:
+            self.one(selector).click()
+            return True
+
+        self.wait(clicked)
+
+    def follow(self, selector: str) -> None:
+        """Clicks on what leads to another page, and waits until that is there."""
+        self.driver.execute_script("window.left = true")
+        self.click(selector)
+        arrived = "return window.left === undefined && document.readyState === 'complete'"
+        self.wait(lambda: self.driver.execute_script(arrived))
 
     def one(self, selector: str) -> WebElement:
         """The first element that fits."""
@@ -173,9 +201,10 @@ class Browser:
             self.driver.execute_script("return document.querySelector(arguments[0]).innerText", selector)
         )
 
-    def wait(self, done: object, seconds: float = 30.0) -> None:
-        """Waits until a condition holds."""
-        WebDriverWait(self.driver, seconds, poll_frequency=0.05).until(lambda _: done())  # type: ignore[operator]
+    def wait(self, done: Callable[[], object], seconds: float = 60.0) -> None:
+        """Waits until a condition holds; while a page changes, elements and scripts come to nothing."""
+        waiting = WebDriverWait(self.driver, seconds, poll_frequency=0.05, ignored_exceptions=_CHANGING)
+        waiting.until(lambda _: done())
 
     def overflow(self) -> int:
         """Pixels by which the page is wider than the screen."""

@@ -24,7 +24,17 @@ from aggregator.web import (
     rollout_routes,
     round_routes,
 )
-from aggregator.web.console import assets, campaigns, devices, pages, pinning, rollouts
+from aggregator.web.console import (
+    assets,
+    campaigns,
+    devices,
+    pages,
+    pinning,
+    publishing,
+    querying,
+    rollouts,
+    tokens,
+)
 from aggregator.web.console.shell import Shell
 from aggregator.web.context import Context
 from aggregator.web.limits import BodyLimit
@@ -82,6 +92,11 @@ def create_app(context: Context) -> FastAPI:
         campaigns.acting,
         rollouts.asking,
         rollouts.acting,
+        publishing.asking,
+        publishing.acting,
+        querying.asking,
+        querying.acting,
+        tokens.managing,
         pinning.asking,
         pinning.acting,
         assets.router,

@@ -17,6 +17,9 @@ from aggregator.web.problems import ApiProblem, respond
 from aggregator.web.schemas import PREFIX
 from protocol.enrolment import ENROLMENTS_PATH
 
+CONSOLE_UPLOAD = "/models"
+"""Where the console's form takes a model."""
+_UPLOADS = frozenset({f"{PREFIX}/versions", CONSOLE_UPLOAD})
 _CLOSE = {"Connection": "close"}
 
 
@@ -86,7 +89,7 @@ class BodyLimit:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        uploads = scope["method"] == "POST" and scope["path"] == f"{PREFIX}/versions"
+        uploads = scope["method"] == "POST" and scope["path"] in _UPLOADS
         most = self._limits.upload_bytes if uploads else self._limits.body_bytes
         if scope["path"] == ENROLMENTS_PATH:
             most = self._limits.enrolment_bytes

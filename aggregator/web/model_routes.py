@@ -7,11 +7,12 @@ from typing import Annotated, Any
 
 from fastapi import File, Path, Query, Response, UploadFile
 
+from aggregator import records
 from aggregator.access.roles import Role
 from aggregator.registry.publishing import document_of
 from aggregator.rounds.evaluation import VersionEvaluation
 from aggregator.web import schemas
-from aggregator.web.admission import By, guarded
+from aggregator.web.admission import Admitted, By, guarded
 from aggregator.web.fleet_routes import SLUG
 from aggregator.web.problems import documented
 from protocol.identity import SignedDocument
@@ -61,14 +62,28 @@ def publish_version(
     ] = None,
 ) -> schemas.Version:
     """Publishes a model as its next version: checks its files, signs its manifest."""
+    return schemas.Version.of(published(by, manifest, graph, weights, signature))
+
+
+def published(
+    by: Admitted,
+    manifest: UploadFile,
+    graph: UploadFile,
+    weights: UploadFile,
+    signature: UploadFile | None,
+) -> records.Version:
+    """Publishes what was uploaded, in somebody's name; the audit log has the manifest's hash.
+
+    Raises:
+        PublishRefused: it says what to do.
+    """
     document = manifest.file.read()
-    version = by.to(f"manifest {hashlib.sha256(document).hexdigest()[:16]}").publish(
+    return by.to(f"manifest {hashlib.sha256(document).hexdigest()[:16]}").publish(
         document,
         graph.file.read(),
         weights.file.read(),
         None if signature is None else signature.file.read(),
     )
-    return schemas.Version.of(version)
 
 
 @looking.get("/models/{model}/evaluations", name="list-evaluations")

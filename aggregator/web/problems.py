@@ -97,6 +97,15 @@ def respond(
     )
 
 
+def record_refusal(request: Request, code: str) -> None:
+    """Writes into the audit log that what this request asked for was refused."""
+    audited = getattr(request.state, "audited", None)
+    if audited is not None:
+        # The refusal stands whether or not it can be recorded.
+        with contextlib.suppress(RepositoryError):
+            audited.refused(code)
+
+
 def documented(*codes: str) -> dict[int | str, dict[str, Any]]:
     """The problems of these codes for the OpenAPI document."""
     found: dict[int | str, dict[str, Any]] = {}
@@ -132,11 +141,7 @@ def _refuse(
     headers: Mapping[str, str] | None = None,
     errors: Sequence[str] = (),
 ) -> Response:
-    audited = getattr(request.state, "audited", None)
-    if audited is not None:
-        # The refusal stands whether or not it can be recorded.
-        with contextlib.suppress(RepositoryError):
-            audited.refused(code)
+    record_refusal(request, code)
     return respond(code, detail, headers=headers, errors=errors)
 
 

@@ -20,6 +20,8 @@ from typer.testing import CliRunner
 from aggregator import main as covey
 from aggregator.access.roles import Role
 from aggregator.cli import app
+from aggregator.operations import Operator
+from aggregator.records import Campaign
 from aggregator.refusals import OperationRefused
 from aggregator.settings import CampaignRequest
 from aggregator.web.context import Vitals
@@ -27,6 +29,7 @@ from aggregator.web.listen import ListenAddress
 from aggregator.web.server import ApiServer
 from deploy.broker import BrokerProcess
 from protocol.plan import Deadlines
+from tests.aggregator_devices import model_files
 from tests.aggregator_process import ServiceProcess, SimulatedFleet
 from tests.api_bench import Api, api
 from tests.console_bench import CHROMIUM, DRIVER, PHONE, Browser, browser, seed_fleet, seed_rounds
@@ -35,14 +38,27 @@ pytestmark = [
     pytest.mark.browser,
     pytest.mark.skipif(CHROMIUM is None or DRIVER is None, reason="Chromium or its driver is not installed"),
 ]
-PAGES = ("/", "/fleet", "/rounds", "/models", "/rollouts", "/campaigns", "/queries", "/privacy", "/log")
+PAGES = (
+    "/",
+    "/fleet",
+    "/rounds",
+    "/models",
+    "/rollouts",
+    "/campaigns",
+    "/queries",
+    "/privacy",
+    "/tokens",
+    "/log",
+)
+FORMS = ("/tokens/new", "/models/publish", "/queries/new/quantile", "/fleet/barn-00003/revoke", "/pins/new")
 CONTRAST = """
 const luminance = ([r, g, b]) => [r, g, b].map(v => v / 255)
   .map(v => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
   .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
 const channels = colour => colour.match(/[\\d.]+/g).map(Number);
 let worst = [99, ''];
-const texts = 'h1, h2, h3, td, th, dt, dd, small, strong, p, .badge, .places a';
+const texts = 'h1, h2, h3, td, th, dt, dd, small, strong, p, label, summary, code, .badge, .places a, '
+  + 'button, [role=button]';
 for (const element of document.querySelectorAll(texts)) {
   if (!element.textContent.trim() || !element.offsetParent || element.closest('.ahead')) continue;
   let ground = element, colour = [];
@@ -109,8 +125,8 @@ def test_every_page_at_a_desk_on_a_phone_light_and_dark(bench: tuple[Api, str], 
         for width, height in ((1280, 900), PHONE):
             chromium.size(width, height)
             chromium.driver.get(url)
-            chromium.one(f"button[value={scheme}]").click()
-            for path in (*PAGES, "/fleet/barn-00003", f"/rounds/{round_id}"):
+            chromium.follow(f"button[value={scheme}]")
+            for path in (*PAGES, *FORMS, "/fleet/barn-00003", f"/rounds/{round_id}"):
                 chromium.driver.get(url + path)
                 assert chromium.overflow() == 0, (path, width)
                 contrast, where = chromium.driver.execute_script(CONTRAST)
@@ -132,24 +148,24 @@ def test_a_device_is_pinned_on_a_phone(bench: tuple[Api, str], chromium: Browser
     chromium.sign_in(url, found.tokens[Role.OPERATOR])
     for answer in ("Cancel", "Pin"):
         chromium.driver.get(f"{url}/rollouts")
-        chromium.one("a[href='/pins/new']").click()
+        chromium.click("a[href='/pins/new']")
         chromium.wait(lambda: chromium.count("dialog[open]"))
         chromium.one("dialog input[name=version]").send_keys(str(version.version))
         chromium.one("dialog input[name=target]").send_keys("barn-00003")
-        chromium.one("dialog a" if answer == "Cancel" else "dialog button").click()
-        chromium.wait(lambda: chromium.count("dialog") == 0)
+        chromium.follow("dialog a" if answer == "Cancel" else "dialog button")
+        assert chromium.count("dialog") == 0
         assert len(operator.pins()) == (answer == "Pin")
     for scheme in ("light", "dark"):
-        chromium.one(f"button[value={scheme}]").click()
+        chromium.follow(f"button[value={scheme}]")
         chromium.driver.get(f"{url}/rollouts")
         assert "barn-00003" in chromium.text("#page") and chromium.overflow() == 0
         assert chromium.driver.execute_script(CONTRAST)[0] >= 4.5
-    chromium.one("a[href^='/pins/remove']").click()
+    chromium.click("a[href^='/pins/remove']")
     chromium.wait(lambda: chromium.count("dialog[open]"))
     assert f"Remove the pin of {version.model} for barn-00003?" in chromium.text("dialog")
     assert len(operator.pins()) == 1
-    chromium.one("dialog button").click()
-    chromium.wait(lambda: chromium.count("dialog") == 0)
+    chromium.follow("dialog button")
+    assert chromium.count("dialog") == 0
     assert operator.pins() == () and complaints(chromium) == []
 
 
@@ -160,15 +176,15 @@ def test_a_button_asks_and_acts_only_when_answered(bench: tuple[Api, str], chrom
     chromium.sign_in(url, found.tokens[Role.OPERATOR])
     for answer in ("Cancel", "Exclude"):
         chromium.driver.get(f"{url}/fleet/barn-00004")
-        chromium.one("a.danger").click()
+        chromium.click("a.danger")
         chromium.wait(lambda: chromium.count("dialog[open]"))
         assert "Exclude barn-00004 from rounds?" in chromium.text("dialog")
         assert operator.device("barn-00004").excluded is None
-        chromium.one("dialog a" if answer == "Cancel" else "dialog button").click()
-        chromium.wait(lambda: chromium.count("dialog") == 0)
+        chromium.follow("dialog a" if answer == "Cancel" else "dialog button")
+        assert chromium.count("dialog") == 0
         assert operator.device("barn-00004").excluded == (None if answer == "Cancel" else "by the operator")
     assert "excluded" in chromium.text("#page")
-    chromium.one("form[action='/auth/logout'] button").click()
+    chromium.follow("form[action='/auth/logout'] button")
     chromium.wait(lambda: "Sign in" in chromium.driver.title)
 
     chromium.sign_in(url, found.tokens[Role.VIEWER])
@@ -182,6 +198,74 @@ def test_a_button_asks_and_acts_only_when_answered(bench: tuple[Api, str], chrom
     chromium.driver.execute_script(post)
     chromium.wait(lambda: "403" in chromium.text())
     assert operator.device("barn-00004").excluded == "by the operator"
+
+
+def test_a_token_a_model_and_a_question_from_the_console(
+    bench: tuple[Api, str], chromium: Browser, tmp_path: Path
+) -> None:
+    found, url = bench
+    operator = found.context.operator
+    chromium.size(*PHONE)
+    chromium.sign_in(url, found.tokens[Role.ADMIN])
+
+    chromium.driver.get(f"{url}/tokens")
+    chromium.click("a[href='/tokens/new']")
+    chromium.wait(lambda: chromium.count("dialog[open]"))
+    chromium.one("dialog input[name=label]").send_keys("wall")
+    chromium.follow("dialog button")
+    secret = chromium.text(".secret code")
+    token = secret.split("_")[1]
+    assert found.call("GET", "/api/v1/whoami", secret).json()["role"] == "viewer"
+    assert chromium.overflow() == 0 and chromium.driver.execute_script(CONTRAST)[0] >= 4.5
+    chromium.follow("a[role=button][href='/tokens']")
+    assert secret not in chromium.driver.page_source and "wall" in chromium.text("#page")
+    for answer in ("Cancel", "Revoke"):
+        chromium.click(f"a[href='/tokens/{token}/revoke']")
+        chromium.wait(lambda: chromium.count("dialog[open]"))
+        assert f"Revoke {token} wall?" in chromium.text("dialog")
+        chromium.follow("dialog a" if answer == "Cancel" else "dialog button")
+        still = found.call("GET", "/api/v1/whoami", secret).status_code
+        assert still == (200 if answer == "Cancel" else 401)
+
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for name, data in zip(("manifest.json", "model.tflite", "weights.bin"), model_files(50), strict=True):
+        (folder / name).write_bytes(data)
+    for chosen in (("manifest.json", "model.tflite"), ("manifest.json", "model.tflite", "weights.bin")):
+        chromium.driver.get(f"{url}/models")
+        chromium.click("a[href='/models/publish']")
+        chromium.wait(lambda: chromium.count("dialog input[type=file]"))
+        paths = "\n".join(str(folder / name) for name in chosen)
+        chromium.one("dialog input[type=file]").send_keys(paths)
+        chromium.follow("dialog button")
+        if len(chosen) == 2:
+            assert "weights.bin missing" in chromium.text() and operator.versions("toy") == ()
+    assert "toy" in chromium.text("#page") and len(operator.versions("toy")) == 1
+
+    chromium.driver.get(f"{url}/queries")
+    chromium.click("a[href='/queries/new/quantile']")
+    chromium.wait(lambda: chromium.count("dialog[open]"))
+    for name, value in (("field", "battery"), ("low", "80"), ("high", "20")):
+        chromium.one(f"dialog input[name={name}]").send_keys(value)
+    chromium.follow("dialog button")
+    assert "low" in chromium.text("dialog .notice") and not queries(operator)
+    low = chromium.one("dialog input[name=low]")
+    assert low.get_attribute("value") == "80", "what was filled in is still there"
+    low.clear()
+    low.send_keys("0")
+    chromium.follow("dialog button")
+    assert "quantile of battery" in chromium.text("#page") and len(queries(operator)) == 1
+    chromium.click("a[href$='/cancel']")
+    chromium.wait(lambda: chromium.count("dialog[open]"))
+    chromium.follow("dialog button")
+    assert [each.status for each in queries(operator)] == ["cancelled"]
+    said = [each for each in complaints(chromium) if "422" not in each and "409" not in each]
+    assert said == []
+
+
+def queries(operator: Operator) -> list[Campaign]:
+    """What the fleet was asked."""
+    return [campaign for campaign in operator.campaigns() if campaign.model is None]
 
 
 def test_search_finds_while_the_page_refreshes_itself(bench: tuple[Api, str], chromium: Browser) -> None:

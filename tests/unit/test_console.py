@@ -6,7 +6,6 @@ import asyncio
 import hashlib
 import re
 from collections.abc import Iterator
-from http.cookies import SimpleCookie
 from pathlib import Path
 
 import httpx
@@ -26,13 +25,12 @@ from aggregator.web.in_process import InProcess
 from aggregator.web.sessions import SESSION_COOKIE
 from protocol.messages import DeviceStatus, VersionFailure
 from tests.api_bench import Api, api, csr
+from tests.console_pages import HTML, SAME, cookie_of, page, sign_in
 
 pytest.importorskip("selenium")
 from tests.console_bench import seed_fleet, seed_rounds
 
 PAGES = ("/", "/fleet", "/rounds", "/models", "/rollouts", "/campaigns", "/queries", "/privacy", "/log")
-HTML = {"Accept": "text/html"}
-SAME = {"Sec-Fetch-Site": "same-origin"}
 ATTACK = "<script>alert(1)</script><img src=x onerror=alert(2)>\"'--></style>"
 
 
@@ -40,28 +38,6 @@ ATTACK = "<script>alert(1)</script><img src=x onerror=alert(2)>\"'--></style>"
 def bench(tmp_path: Path) -> Iterator[Api]:
     with api(tmp_path) as found:
         yield found
-
-
-def cookie_of(response: httpx.Response) -> SimpleCookie:
-    found = SimpleCookie()
-    for header in response.headers.get_list("set-cookie"):
-        found.load(header)
-    return found
-
-
-def sign_in(bench: Api, role: Role | str) -> dict[str, str]:
-    """Signs in as a browser does; returns the headers that it sends from then on."""
-    token = bench.tokens[role] if isinstance(role, Role) else role
-    response = bench.call("POST", "/auth/token", None, data={"token": token}, headers=HTML | SAME)
-    assert (response.status_code, response.headers["location"]) == (303, "/")
-    return HTML | SAME | {"Cookie": f"{SESSION_COOKIE}={cookie_of(response)[SESSION_COOKIE].value}"}
-
-
-def page(bench: Api, path: str, browser: dict[str, str], status: int = 200) -> str:
-    response = bench.call("GET", path, None, headers=browser)
-    assert response.status_code == status, response.text
-    assert response.headers["content-type"].startswith("text/html")
-    return response.text
 
 
 # --- signing in
@@ -305,7 +281,7 @@ def test_every_turn_of_a_device_asks_in_its_own_words(bench: Api) -> None:
     bench.context.operator.exclude("barn-00001", "its <b>shares</b> did not fit")
     browser = sign_in(bench, Role.OPERATOR)
     for turn, question, consequence, reason in (
-        ("exclude", "Exclude barn-00001?", "until somebody includes it again", True),
+        ("exclude", "Exclude barn-00001 from rounds?", "until somebody includes it again", True),
         ("include", "Include barn-00001 again?", "its &lt;b&gt;shares&lt;/b&gt; did not fit", False),
         ("revoke", "Revoke barn-00001?", "stolen or that lies", True),
         ("retire", "Retire barn-00001?", "broken, sold or put away", False),

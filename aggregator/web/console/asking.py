@@ -16,9 +16,11 @@ class Field:
     """What a form asks for.
 
     Attributes:
-        kind: of input, as HTML names it.
-        step: of a number; `any` for one with a fraction.
+        kind: of input, as HTML names it; of `file`, several may be chosen.
+        step, least, most: of a number; `any` step for one with a fraction, no bound where it is empty.
         choices: of a list; none for a text.
+        note: what else is to be known of it.
+        group: fields of one group are folded away under its name; those of none show.
     """
 
     name: str
@@ -26,8 +28,12 @@ class Field:
     value: str = ""
     kind: str = "text"
     step: str = "1"
+    least: str = "1"
+    most: str = ""
     required: bool = False
     choices: tuple[str, ...] = ()
+    note: str = ""
+    group: str = ""
 
 
 REASON = Field("reason", "Reason, for those who look later", "by the operator", required=True)
@@ -41,7 +47,7 @@ class Turn:
         verb: what it does.
         consequence: of a yes.
         button: what the button of the form says; the verb by default.
-        again: it undoes another turn, so that the question ends with "again".
+        ending: what the question ends with after the name.
     """
 
     verb: str
@@ -49,7 +55,7 @@ class Turn:
     fields: tuple[Field, ...] = ()
     button: str = ""
     danger: bool = False
-    again: bool = False
+    ending: str = ""
 
 
 def ask(request: Request, by: Admitted, title: str, consequence: str, **more: Any) -> Response:
@@ -60,9 +66,10 @@ def ask(request: Request, by: Admitted, title: str, consequence: str, **more: An
         by: who asks.
         title: the question.
         consequence: of a yes.
-        more: `button`, `back`, and where they differ `fields`, `danger` and `action`.
+        more: `button`, `back`, and where they differ `fields`, `danger`, `action`, and `trouble`: why what
+            was answered before cannot be done.
     """
-    values = {"fields": (), "danger": False, "action": request.url.path} | more
+    values = {"fields": (), "danger": False, "action": request.url.path, "trouble": ""} | more
     return page(request, "confirm.html", by, title=title, consequence=consequence, **values)
 
 
@@ -80,7 +87,7 @@ def ask_turn(request: Request, by: Admitted, turn: Turn, what: str, back: str, m
     return ask(
         request,
         by,
-        f"{turn.verb} {what}{' again' if turn.again else ''}?",
+        f"{turn.verb} {what} {turn.ending}".rstrip() + "?",
         f"{turn.consequence} {more}".rstrip(),
         fields=turn.fields,
         button=turn.button or turn.verb,

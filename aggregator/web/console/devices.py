@@ -27,8 +27,9 @@ _TURNS = {
         "It keeps its model, and answers predictions. A round that runs goes on with it.",
         (REASON,),
         danger=True,
+        ending="from rounds",
     ),
-    "include": Turn("Include", "It may be selected for the next round.", again=True),
+    "include": Turn("Include", "It may be selected for the next round.", ending="again"),
     "revoke": Turn(
         "Revoke",
         "For a device that is stolen or that lies. The broker ends its connection within seconds and lets it "
