@@ -35,12 +35,13 @@ from aggregator.fleet import access
 from aggregator.fleet.authority import Authority, EnrolmentRefused
 from aggregator.fleet.broker import ACCESS_FILE
 from aggregator.fleet.enrolment import Doorway
-from aggregator.operations import LiveRound, Model, OperationRefused, Operator, RoundView
+from aggregator.operations import Model, OperationRefused, Operator
 from aggregator.private_file import replace_private
 from aggregator.records import Campaign, Device, IssuedCertificate, Version
 from aggregator.renewals import Renewals
 from aggregator.repository import Repository
 from aggregator.revoked_list import RevokedList
+from aggregator.round_operations import LiveRound, RoundView
 from aggregator.service import Service
 from aggregator.settings import CampaignRequest
 from aggregator.state import (

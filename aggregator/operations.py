@@ -14,39 +14,22 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from aggregator.access.roles import Role
 from aggregator.access.tokens import ID_BYTES, SECRET_BYTES, TokenRecord, make_token
+from aggregator.campaign_operations import CampaignOperations
 from aggregator.clock import Clock
 from aggregator.enrolment_operations import EnrolmentOperations
-from aggregator.evaluations import EvaluationRequest
 from aggregator.fleet.authority import Authority
 from aggregator.fleet.enrolment import Doorway
 from aggregator.lifecycle_operations import LifecycleOperations
-from aggregator.queries import QueryRequest
-from aggregator.records import (
-    AuditEntry,
-    Campaign,
-    CampaignStatus,
-    Device,
-    DeviceFilter,
-    Round,
-    RoundStatus,
-    Version,
-)
+from aggregator.records import AuditEntry, Device, DeviceFilter, Version
 from aggregator.refusals import NoSuch as NoSuch
 from aggregator.refusals import OperationRefused as OperationRefused
 from aggregator.refusals import there as _there
 from aggregator.registry.artefacts import ArtefactStore
 from aggregator.registry.publishing import manifest_of, publish
-from aggregator.repository import NotFound, Repository, Writer
+from aggregator.repository import NotFound, Repository
 from aggregator.rollout_operations import RolloutOperations
-from aggregator.rounds.evaluation import VersionEvaluation
-from aggregator.rounds.noise_tree import devices_needed
-from aggregator.rounds.planning import CampaignSettings, check_settings
-from aggregator.rounds.report import RoundReport
-from aggregator.rounds.selection import Selection
-from aggregator.settings import CampaignRequest, InvalidSettings
+from aggregator.round_operations import RoundOperations
 from models.manifest import ModelManifest
-from protocol.codec import decode_from_device
-from protocol.dp.errors import PrivacyError
 from protocol.messages import DeviceStatus
 
 
@@ -60,33 +43,9 @@ class Model:
 
 
 @dataclass(frozen=True)
-class RoundView:
-    """A round, and its figures so far."""
-
-    record: Round
-    report: RoundReport
-
-
-@dataclass(frozen=True)
-class LiveRound:
-    """The inside of a round that is running.
-
-    Attributes:
-        number: within its campaign, from 1.
-        phase: name of its phase.
-        said: device -> types of the messages that the aggregator has of it.
-        stored: devices whose masked input is in the sum.
-    """
-
-    round_id: str
-    number: int
-    phase: str
-    said: dict[str, frozenset[str]]
-    stored: frozenset[str]
-
-
-@dataclass(frozen=True)
-class Operator(EnrolmentOperations, LifecycleOperations, RolloutOperations):
+class Operator(
+    CampaignOperations, EnrolmentOperations, LifecycleOperations, RolloutOperations, RoundOperations
+):
     """The operations, on one aggregator's state."""
 
     repository: Repository
@@ -204,218 +163,6 @@ class Operator(EnrolmentOperations, LifecycleOperations, RolloutOperations):
         manifest = manifest_of(found)
         return Model(manifest, self.store.read(manifest.graph), self.store.read(manifest.weights))
 
-    # --- rounds
-
-    def start_rounds(self, request: CampaignRequest) -> Campaign:
-        """Asks for rounds; the service runs them one after the other.
-
-        Raises:
-            OperationRefused: the model has no version, or no round could follow the settings.
-        """
-        try:
-            rounds, settings = request.resolve()
-        except InvalidSettings as error:
-            raise OperationRefused(str(error)) from error
-        with self.repository.write() as writer:
-            version = writer.newest_version(request.model)
-            if version is None:
-                raise OperationRefused(
-                    f"there is no published {request.model}: publish it with `covey model publish DIR`"
-                )
-            return self._add_campaign(writer, settings, rounds, manifest_of(version))
-
-    def start_query(self, request: QueryRequest) -> Campaign:
-        """Asks a query: a campaign of one round, whose report will have the answer.
-
-        Raises:
-            OperationRefused: no round could ask it.
-        """
-        try:
-            settings = request.resolve()
-        except (InvalidSettings, PrivacyError) as error:
-            raise OperationRefused(str(error)) from error
-        with self.repository.write() as writer:
-            return self._add_campaign(writer, settings, 1, None)
-
-    # --- evaluations
-
-    def start_evaluation(self, request: EvaluationRequest) -> Campaign:
-        """Asks devices how a version does on their examples: a campaign of one round.
-
-        Raises:
-            OperationRefused: no such version, or no round could follow the settings.
-        """
-        with self.repository.write() as writer:
-            version = (
-                writer.newest_version(request.model)
-                if request.version is None
-                else writer.version(request.model, request.version)
-            )
-            if version is None:
-                what = request.model if request.version is None else f"{request.model} v{request.version}"
-                raise OperationRefused(f"there is no published {what}: see `covey model list`")
-            try:
-                settings = request.resolve(version.version)
-            except InvalidSettings as error:
-                raise OperationRefused(str(error)) from error
-            return self._add_campaign(writer, settings, 1, manifest_of(version))
-
-    def evaluations(self, model: str, version: int | None = None) -> tuple[VersionEvaluation, ...]:
-        """How a model's versions did on the devices, oldest first; with `version`, only that one."""
-        with self.repository.read() as reader:
-            found = reader.evaluations(model, version)
-        return tuple(VersionEvaluation.from_bytes(each.figures) for each in found)
-
-    def evaluation(self, model: str, version: int) -> VersionEvaluation | None:
-        """The latest evaluation of a version; None when there is none."""
-        found = self.evaluations(model, version)
-        return found[-1] if found else None
-
-    def _add_campaign(
-        self, writer: Writer, settings: CampaignSettings, rounds: int, base: ModelManifest | None
-    ) -> Campaign:
-        try:
-            check_settings(settings, base)
-        except ValueError as error:
-            raise OperationRefused(str(error)) from error
-        enrolled = sum(device.excluded is None and device.state == "active" for device in writer.devices())
-        if (needed := devices_needed(settings)) > enrolled:
-            raise OperationRefused(
-                f"no device is in two rounds of a noise tree: until it restarts, {needed} devices are needed "
-                f"and {enrolled} enrolled: use a smaller --restart-every or --cohort"
-            )
-        campaign = Campaign(
-            campaign_id=secrets.token_hex(16),
-            model=None if base is None else base.name,
-            rounds=rounds,
-            settings=settings.to_bytes(),
-            created_at=self.clock.moment().unix,
-            due_at=_due(settings, self.clock.moment().unix),
-        )
-        writer.add_campaign(campaign)
-        return campaign
-
-    def campaign(self, campaign_id: str) -> Campaign:
-        """One campaign as it is now.
-
-        Raises:
-            NoSuch: no such campaign.
-        """
-        with self.repository.read() as reader:
-            campaign = reader.campaign(campaign_id)
-        return _there(campaign, f"no campaign {campaign_id}: see `covey campaign list`")
-
-    def campaigns(self, *, active: bool = False) -> tuple[Campaign, ...]:
-        """Campaigns, oldest first; with `active`, only those that have rounds to run."""
-        with self.repository.read() as reader:
-            return reader.campaigns("waiting", "running", "paused") if active else reader.campaigns()
-
-    def pause_campaign(self, campaign_id: str) -> Campaign:
-        """Lets a campaign begin no more rounds until it is resumed; a round that runs goes to its end.
-
-        Raises:
-            OperationRefused: no such campaign, or it has ended or is paused.
-        """
-        return self._move(campaign_id, ("waiting", "running"), "paused")
-
-    def resume_campaign(self, campaign_id: str) -> Campaign:
-        """Lets a paused campaign go on; with a schedule, from its next firing.
-
-        Raises:
-            OperationRefused: no such campaign, or it is not paused.
-        """
-        return self._move(campaign_id, ("paused",), "running")
-
-    def cancel_campaign(self, campaign_id: str) -> Campaign:
-        """Ends a campaign: a round of it that runs is aborted, unless its devices were asked to unmask.
-
-        Raises:
-            OperationRefused: no such campaign, or it has ended.
-        """
-        return self._move(campaign_id, ("waiting", "running", "paused"), "cancelled")
-
-    def _move(
-        self, campaign_id: str, allowed: tuple[CampaignStatus, ...], status: CampaignStatus
-    ) -> Campaign:
-        with self.repository.write() as writer:
-            campaign = _there(
-                writer.campaign(campaign_id), f"no campaign {campaign_id}: see `covey campaign list`"
-            )
-            if campaign.status not in allowed:
-                raise OperationRefused(
-                    f"campaign {campaign_id[:8]} is {campaign.status}: only one that is "
-                    f"{' or '.join(allowed)} can become {status}"
-                )
-            if status == "running":
-                if not campaign.started:
-                    status = "waiting"
-                # A firing that the pause swallowed is not made up for: it would start at an hour that nobody
-                # asked for.
-                settings = CampaignSettings.from_bytes(campaign.settings)
-                writer.set_due(campaign_id, _due(settings, self.clock.moment().unix))
-            if status == "cancelled":
-                writer.fell_noise_tree(campaign_id)
-                writer.forget_optimizer_memory(campaign_id)
-            writer.update_campaign(campaign_id, status)
-            return _there(writer.campaign(campaign_id), f"no campaign {campaign_id}")
-
-    def rounds(
-        self,
-        campaign_id: str | None = None,
-        *,
-        status: RoundStatus | None = None,
-        last: int | None = None,
-        before: str | None = None,
-    ) -> tuple[RoundView, ...]:
-        """Rounds with their figures, oldest first; with `before`, those that began before that round."""
-        with self.repository.read() as reader:
-            records = reader.rounds(campaign_id=campaign_id, status=status, last=last, before=before)
-        return tuple(RoundView(record, RoundReport.from_bytes(record.report)) for record in records)
-
-    def round(self, round_id: str) -> RoundView:
-        """One round.
-
-        Raises:
-            NoSuch: there was none.
-        """
-        with self.repository.read() as reader:
-            record = _there(reader.round(round_id), f"no round {round_id}: see `covey round status`")
-        return RoundView(record, RoundReport.from_bytes(record.report))
-
-    def selection(self, round_id: str) -> Selection:
-        """How the cohort of a round was drawn; `chosen` draws it again.
-
-        Raises:
-            NoSuch: there was no such round, or it was drawn before this was recorded.
-        """
-        with self.repository.read() as reader:
-            record = reader.selection(round_id)
-        return Selection.from_bytes(_there(record, f"no record of how round {round_id} was drawn"))
-
-    def live_rounds(self) -> tuple[LiveRound, ...]:
-        """What the running rounds have heard so far; for those who stage accidents, and for curious ones."""
-        with self.repository.read() as reader:
-            records = reader.rounds(status="running")
-            logs = [reader.log(record.round_id) for record in records]
-        live = []
-        for record, log in zip(records, logs, strict=True):
-            said: dict[str, frozenset[str]] = {}
-            for entry in log:
-                if entry.kind == "received":
-                    message, _ = decode_from_device(entry.frame)
-                    said[entry.device_id] = said.get(entry.device_id, frozenset()) | {message.type}
-            phases = RoundReport.from_bytes(record.report).phases
-            live.append(
-                LiveRound(
-                    round_id=record.round_id,
-                    number=record.number,
-                    phase=phases[-1].phase if phases else "AdvertiseKeys",
-                    said=said,
-                    stored=frozenset(entry.device_id for entry in log if entry.kind == "stored"),
-                )
-            )
-        return tuple(live)
-
     # --- access
 
     def create_token(
@@ -464,7 +211,3 @@ class Operator(EnrolmentOperations, LifecycleOperations, RolloutOperations):
                 if device.online:
                     gone = DeviceStatus(session=bytes(32), online=False, models={})
                     writer.note_status(device.device_id, gone, device.last_seen or now)
-
-
-def _due(settings: CampaignSettings, now: float) -> float | None:
-    return None if settings.schedule is None else settings.schedule.after(now)

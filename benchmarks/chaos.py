@@ -37,7 +37,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from aggregator import main as covey
-from aggregator.operations import RoundView
+from aggregator.round_operations import RoundView
 from aggregator.settings import CampaignRequest
 from deploy.demo.processes import ChildProcess
 from edge_client.device_setup import enrol, initialise, set_policy

@@ -14,11 +14,12 @@ from aggregator.assigning import Promotion
 from aggregator.clock import Moment
 from aggregator.downloads import DEFAULT_LIMITS
 from aggregator.fleet.authority import Authority
-from aggregator.operations import Operator, RoundView
+from aggregator.operations import Operator
 from aggregator.records import Campaign
 from aggregator.registry.artefacts import ArtefactStore
 from aggregator.renewals import Renewals
 from aggregator.retention import DEFAULT_RETENTION
+from aggregator.round_operations import RoundView
 from aggregator.rounds.release import Unmask
 from aggregator.service import Service
 from aggregator.settings import CampaignRequest

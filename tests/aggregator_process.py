@@ -17,7 +17,7 @@ import paho.mqtt.client as paho
 from paho.mqtt.enums import CallbackAPIVersion
 
 from aggregator import main as covey
-from aggregator.operations import RoundView
+from aggregator.round_operations import RoundView
 from protocol import topics
 from tests.aggregator_devices import SimulatedDevice, model_files
 

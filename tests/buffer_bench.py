@@ -11,7 +11,7 @@ import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from numpy.typing import NDArray
 
-from aggregator.operations import RoundView
+from aggregator.round_operations import RoundView
 from aggregator.settings import CampaignRequest, Mode
 from edge_client.events import Connected
 from edge_client.outputs import PrepareUpdate, Train

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from aggregator.operations import OperationRefused, Operator, RoundView
+from aggregator.operations import OperationRefused, Operator
 from aggregator.registry.artefacts import MissingArtefact
+from aggregator.round_operations import RoundView
 from models.weights import decode_weights
 from protocol import ring, transcript
 from protocol.dp.mechanism import decode

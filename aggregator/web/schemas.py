@@ -10,8 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from aggregator import records
 from aggregator.access.roles import Role
 from aggregator.access.tokens import TokenRecord
-from aggregator.operations import RoundView
 from aggregator.records import CampaignStatus, DeviceState, RoundStatus, Stage
+from aggregator.round_operations import RoundView
 from aggregator.rounds.planning import VersionToEvaluate, readable
 from aggregator.rounds.report import RoundReport
 from aggregator.rounds.selector import written

@@ -8,18 +8,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from aggregator.operations import RoundView
 from aggregator.records import Version
+from aggregator.round_operations import RoundView
 from deploy.demo.baselines import Baselines
 from deploy.demo.options import DemoOptions, Fold, KillMoment
-from deploy.demo.result import (
-    ConfusionMatrix,
-    DemoResult,
-    Dropout,
-    ModelVersion,
-    PersonAccuracy,
-    PhaseSpan,
-)
+from deploy.demo.result import ConfusionMatrix, DemoResult, Dropout, ModelVersion, PersonAccuracy, PhaseSpan
 from edge_client.training import Evaluation
 from models.examples import Examples
 from models.zoo import BundledModel

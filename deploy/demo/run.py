@@ -16,7 +16,7 @@ import numpy as np
 from rich.console import Console
 
 from aggregator import main as covey
-from aggregator.operations import RoundView
+from aggregator.round_operations import RoundView
 from aggregator.settings import CampaignRequest
 from deploy.broker import BrokerProcess
 from deploy.demo.accidents import Accidents, Sight

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from aggregator import main as covey
-from aggregator.operations import RoundView
+from aggregator.round_operations import RoundView
 from aggregator.settings import CampaignRequest
 from deploy.broker import BrokerProcess
 from models.weights import decode_weights

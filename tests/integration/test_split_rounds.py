@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from aggregator import main as covey
-from aggregator.operations import RoundView
 from aggregator.queries import QueryRequest
+from aggregator.round_operations import RoundView
 from deploy.broker import BrokerProcess
 from edge_client.adapters.readings import save_fields
 from edge_client.device_setup import enrol, initialise, set_policy

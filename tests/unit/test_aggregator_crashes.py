@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from aggregator.ending import Finisher
-from aggregator.operations import RoundView
 from aggregator.registry.artefacts import StoreUnavailable
 from aggregator.registry.publishing import document_of
 from aggregator.repository import Repository, StorageUnavailable
+from aggregator.round_operations import RoundView
 from aggregator.settings import CampaignRequest
 from aggregator.transport import Connected, Disconnected
 from protocol import topics, transcript

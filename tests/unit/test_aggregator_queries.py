@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from aggregator.operations import OperationRefused, RoundView
+from aggregator.operations import OperationRefused
 from aggregator.privacy.ledger import audit_ledger
 from aggregator.queries import QueryRequest
 from aggregator.records import Campaign
+from aggregator.round_operations import RoundView
 from aggregator.rounds.answer import HistogramAnswer, NumberAnswer
 from protocol import transcript
 from protocol.dp.parameters import PrivacyMode

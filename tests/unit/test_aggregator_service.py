@@ -14,8 +14,8 @@ from pydantic import ValidationError
 
 from aggregator.downloads import BURST_BYTES, DownloadLimits
 from aggregator.fleet.authority import Authority
-from aggregator.operations import RoundView
 from aggregator.optimizers import FedAvg
+from aggregator.round_operations import RoundView
 from aggregator.rounds.events import Event, Tick
 from aggregator.rounds.planning import CampaignSettings
 from aggregator.rounds.report import PhaseReport

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from aggregator.operations import RoundView
 from aggregator.optimizers import FedAvg
 from aggregator.privacy.ledger import audit_ledger
+from aggregator.round_operations import RoundView
 from models.weights import decode_weights
 from protocol import ring, transcript
 from protocol.dp.events import DPEvent

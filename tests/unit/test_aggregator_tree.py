@@ -12,10 +12,11 @@ from numpy.typing import NDArray
 from scipy.stats import chi2
 
 from aggregator import ending, unmasking
-from aggregator.operations import OperationRefused, RoundView
+from aggregator.operations import OperationRefused
 from aggregator.privacy.ledger import audit_ledger
 from aggregator.privacy.references import tree_reference
 from aggregator.records import Campaign
+from aggregator.round_operations import RoundView
 from aggregator.rounds.release import Release
 from aggregator.settings import CampaignRequest, InvalidSettings
 from models.weights import decode_weights

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from aggregator.operations import OperationRefused, RoundView
+from aggregator.operations import OperationRefused
 from aggregator.optimizers import FedAdam, FedAvgM, Server, memory, resumed, server_optimizer
+from aggregator.round_operations import RoundView
 from aggregator.rounds.planning import CampaignSettings
 from models.weights import decode_weights
 from protocol import ring

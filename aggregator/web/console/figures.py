@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from aggregator.operations import RoundView
 from aggregator.records import Campaign, Version
+from aggregator.round_operations import RoundView
 from aggregator.rounds.planning import CampaignSettings
 from aggregator.web.console.charts import Series
 from protocol.errors import ProtocolError
