@@ -33,7 +33,7 @@ from aggregator.rounds.planning import (
 )
 from aggregator.rounds.report import RoundReport
 from aggregator.rounds.selection import places, ready
-from aggregator.rounds.subcohort import Trust
+from aggregator.rounds.subcohort_state import Trust
 from aggregator.running import LostBase, RunningRound
 from aggregator.spending import BudgetRefused, check_limit, spent_events
 from aggregator.unmasking import Unmasker

@@ -12,7 +12,7 @@ from aggregator.rounds.planning import CampaignSettings, VersionToEvaluate
 from aggregator.rounds.report import RoundReport
 from aggregator.rounds.selection import Selection, places
 from aggregator.rounds.selector import fits, written
-from aggregator.rounds.subcohort import FULL
+from aggregator.rounds.subcohort_state import FULL
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from aggregator.rounds.events import DeviceHeard, Event, Log, MaskedInputStored,
 from aggregator.rounds.machine import RoundState
 from aggregator.rounds.partial_sum import UnusableInput, add_input, input_size
 from aggregator.rounds.selection import Selection
-from aggregator.rounds.subcohort import Trust
+from aggregator.rounds.subcohort_state import Trust
 from aggregator.work import Work
 from models.assignment import Assignment, assignment_of, version_of
 from protocol.dp.mechanism import EncodingParameters

@@ -18,7 +18,7 @@ from aggregator.rounds import machine
 from aggregator.rounds.machine import RoundState
 from aggregator.rounds.partial_sum import load_sum
 from aggregator.rounds.release import Release, Unmask, release, together
-from aggregator.rounds.subcohort import SubcohortState
+from aggregator.rounds.subcohort_state import SubcohortState
 from aggregator.running import RunningRound
 from protocol.dp.mechanism import EncodingParameters
 from protocol.dp.parameters import PrivacyMode

@@ -21,10 +21,10 @@ from dataclasses import dataclass, replace
 
 from aggregator.clock import Moment
 from aggregator.records import LogEntry
-from aggregator.rounds import subcohort
+from aggregator.rounds import subcohort, subcohort_state
 from aggregator.rounds.events import Event, Output, Reconnected, Send, Tick
 from aggregator.rounds.report import PHASES, PhaseReport, SubcohortReport
-from aggregator.rounds.subcohort import SubcohortState, Trust
+from aggregator.rounds.subcohort_state import SubcohortState, Trust
 from protocol.identity import SignedDocument
 from protocol.messages import Invitation, RoundEnd
 from protocol.plan import Plan
@@ -145,14 +145,14 @@ def resume(
     """Restores a round from its log, after a restart. Nobody counts as online until a birth says so."""
     split, began = plan.cohort.split, Moment(at.clock, started_at)
     parts = [
-        subcohort.opened(number, plan, document, trust, devices, began)
+        subcohort_state.opened(number, plan, document, trust, devices, began)
         for number, devices in enumerate(split.parts(invited, document.digest))
     ]
     for entry in log:
         number = (
             entry.subcohort if entry.kind == "closed" else split.number_of(entry.device_id, document.digest)
         )
-        parts[number] = subcohort.replay(parts[number], entry, Moment(at.clock, entry.at))
+        parts[number] = subcohort_state.replay(parts[number], entry, Moment(at.clock, entry.at))
     away = (replace(part, offline=dict.fromkeys(part.invited, at.clock)) for part in parts)
     return RoundState(plan, document, tuple(away))
 
@@ -176,7 +176,7 @@ def handle(state: RoundState, event: Event, at: Moment) -> tuple[RoundState, tup
 
 def recover(state: RoundState) -> RoundState:
     """Makes masks of the answers, in every sub-cohort that has them."""
-    return replace(state, subcohorts=tuple(map(subcohort.recover, state.subcohorts)))
+    return replace(state, subcohorts=tuple(map(subcohort_state.recover, state.subcohorts)))
 
 
 def _dismissed(before: RoundState, state: RoundState) -> tuple[Send, ...]:
@@ -201,12 +201,12 @@ def request(state: RoundState, device_id: str) -> server.Request | Invitation | 
 
 def expects(state: RoundState, device_id: str) -> bool:
     """Whether a device still has a part in the round; one that has not may forget it."""
-    return subcohort.expects(state.of(device_id), device_id)
+    return subcohort_state.expects(state.of(device_id), device_id)
 
 
 def why_declined(state: RoundState) -> str:
     """How many devices declined, and what one of the most said: what an operator has to know of a failure."""
-    declined = {device_id: why for device_id, why in state.declined.items() if why != subcohort.FULL}
+    declined = {device_id: why for device_id, why in state.declined.items() if why != subcohort_state.FULL}
     if not declined:
         return ""
     codes = Counter(why.partition(":")[0] for why in declined.values())

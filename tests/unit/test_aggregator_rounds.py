@@ -32,7 +32,7 @@ from aggregator.rounds.machine import RoundState
 from aggregator.rounds.partial_sum import SLICE, UnusableInput, add_input, input_size, load_sum
 from aggregator.rounds.planning import CampaignSettings, check_settings
 from aggregator.rounds.selection import ready, select
-from aggregator.rounds.subcohort import SubcohortState, Trust
+from aggregator.rounds.subcohort_state import SubcohortState, Trust
 from aggregator.settings import CampaignRequest, InvalidSettings
 from models import zoo
 from protocol import ring

@@ -15,7 +15,7 @@ from aggregator.operations import NoSuch, OperationRefused
 from aggregator.records import Device
 from aggregator.rounds.selection import Selection, places, select
 from aggregator.rounds.selector import InvalidSelector, fits, parse, written
-from aggregator.rounds.subcohort import FULL
+from aggregator.rounds.subcohort_state import FULL
 from protocol import topics
 from protocol.codec import encode
 from protocol.conditions import Conditions
