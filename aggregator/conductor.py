@@ -1,50 +1,29 @@
-"""Runs rounds: starts what campaigns ask for, hands messages to their round, and ends what is over."""
+"""Runs rounds: hands messages to their round, and ends what is over; `aggregator.starting` begins them."""
 
 from __future__ import annotations
 
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-
-from structlog.contextvars import bound_contextvars
 
 from aggregator.buffering import Buffers
 from aggregator.clock import Moment
 from aggregator.ending import Finisher
 from aggregator.fleet.authority import Authority
 from aggregator.fleet.presence import Change, Presence
-from aggregator.gathering import Gathering, gather, selection
 from aggregator.lost_rounds import give_up
-from aggregator.records import Campaign, NoiseTree, Round, Version
-from aggregator.registry.publishing import manifest_of
+from aggregator.records import Campaign, Round
 from aggregator.repository import Reader, Repository, RepositoryError
 from aggregator.rounds import machine
-from aggregator.rounds.clipping import adapted
 from aggregator.rounds.events import DeviceOffline, DeviceOnline, MessageReceived, Reconnected, Tick
-from aggregator.rounds.noise_tree import placed
-from aggregator.rounds.planning import (
-    CampaignSettings,
-    VersionToEvaluate,
-    asked_by,
-    assign,
-    make_plan,
-    readable,
-)
 from aggregator.rounds.report import RoundReport
-from aggregator.rounds.selection import places, ready
 from aggregator.rounds.subcohort_state import Trust
-from aggregator.running import LostBase, RunningRound
-from aggregator.spending import BudgetRefused, check_limit, spent_events
+from aggregator.running import RunningRound
+from aggregator.starting import Starter
 from aggregator.unmasking import Unmasker
 from aggregator.work import TrafficMeter, Work
-from models.assignment import described
-from models.manifest import ModelManifest
-from protocol.dp.events import event_for
-from protocol.errors import IllegalEvent, ProtocolError
+from protocol.errors import IllegalEvent
 from protocol.messages import BlobChunk, Refusal, RoundEnd, UploadOffer
-from protocol.plan import TrainingParameters, TrainTask
-from protocol.round_encoding import round_encoding
 from protocol.secagg.server import ClientMessage
 
 logger = logging.getLogger(__name__)
@@ -74,15 +53,13 @@ class Conductor:
         """
         self.traffic = TrafficMeter()
         self.buffers = Buffers(authority)
-        self._authority = authority
         self._trust = Trust(authority.ca)
+        self._starter = Starter(authority, self._trust, presence, self.buffers, entropy)
         self._finisher = finisher
         self._unmasker = unmasker
         self._presence = presence
-        self._entropy = entropy
         self._running: dict[str, RunningRound] = {}
         self._ended: OrderedDict[str, tuple[RoundEnd, frozenset[str]]] = OrderedDict()
-        self._patience: dict[str, float] = {}
         self._dropped: dict[str, tuple[str, str]] = {}
         self._lost: dict[str, tuple[Round, str]] = {}
         self._restored = False
@@ -117,6 +94,12 @@ class Conductor:
     def active(self) -> bool:
         """Whether any round is running."""
         return bool(self._running)
+
+    # --- campaigns
+
+    def serve_campaigns(self, work: Work, campaigns: Sequence[Campaign]) -> None:
+        """Starts the next round of every campaign whose turn it is."""
+        self._starter.serve(work, campaigns, self._running)
 
     # --- messages
 
@@ -166,7 +149,7 @@ class Conductor:
 
     def reconnected(self, work: Work, outage: float) -> None:
         """Takes in that devices can be reached again."""
-        self._patience.clear()
+        self._starter.reconnected()
         for running in self._running.values():
             running.apply(work, Reconnected(outage))
 
@@ -277,198 +260,3 @@ class Conductor:
             work.send(device_id, RoundEnd(round_id=round_id, completed=completed, reason=reason))
         else:
             work.send(device_id, known[0])
-
-    # --- campaigns
-
-    def serve_campaigns(self, work: Work, campaigns: Sequence[Campaign]) -> None:
-        """Starts the next round of every campaign whose turn it is.
-
-        A model is trained by one campaign at a time, because each round goes on from the version of the one
-        before; one that waits for its time lets others go. Evaluations of a model are one at a time beside
-        that, and so are queries. A device is in one round only. Queries and evaluations go first, or the
-        rounds of a long campaign would leave them no devices until its end.
-        """
-        running = {each.record.campaign_id for each in self._running.values()}
-        busy = {_lane(each.record.model, each.state.plan.task) for each in self._running.values()}
-        lanes = [(_lane(campaign.model, asked_by(campaign)), campaign) for campaign in campaigns]
-        for lane, campaign in sorted(lanes, key=lambda each: each[0].trains):
-            if lane in busy:
-                if campaign.campaign_id in running and campaign.started < campaign.rounds:
-                    self._keep_training(work, campaign)
-                continue
-            if campaign.started >= campaign.rounds:
-                if not _wanted(work, campaign):
-                    continue
-                work.writer.update_campaign(campaign.campaign_id, "finished")
-                work.writer.fell_noise_tree(campaign.campaign_id)
-                work.writer.forget_optimizer_memory(campaign.campaign_id)
-                self._patience.pop(campaign.campaign_id, None)
-                logger.info("campaign %s finished", campaign.campaign_id[:8])
-                continue
-            if campaign.due_at is not None and work.at.unix < campaign.due_at:
-                # Others may use the time: each round goes on from the newest version there is.
-                continue
-            busy.add(lane)
-            try:
-                self._serve(work, campaign)
-            except (BudgetRefused, ProtocolError, LostBase, ValueError) as error:
-                if not _wanted(work, campaign):
-                    continue
-                work.writer.update_campaign(campaign.campaign_id, "failed", str(error)[:300])
-                work.writer.fell_noise_tree(campaign.campaign_id)
-                work.writer.forget_optimizer_memory(campaign.campaign_id)
-                logger.error("campaign %s failed: %s", campaign.campaign_id[:8], error)
-
-    def _keep_training(self, work: Work, campaign: Campaign) -> None:
-        """Lets devices train while a buffer of the same campaign is collected."""
-        settings = readable(campaign)
-        if settings is not None and settings.buffered and campaign.status == "running":
-            version = self._version(work, campaign.model, settings)
-            self.buffers.ask(work, campaign, settings, version, self._idle(campaign))
-
-    def _waiting(
-        self, work: Work, campaign: Campaign, settings: CampaignSettings, idle: frozenset[str]
-    ) -> frozenset[str]:
-        """The idle devices whose updates wait for a buffer; the others are asked to train."""
-        version = self._version(work, campaign.model, settings)
-        self.buffers.ask(work, campaign, settings, version, idle)
-        return idle & self.buffers.waiting(campaign.campaign_id, version.version, settings.maximum_staleness)
-
-    def _idle(self, campaign: Campaign) -> frozenset[str]:
-        """The devices that are online and in no round.
-
-        Whoever was in a round of the campaign is told of its end first: a buffer's devices are to train from
-        the version that comes of it.
-        """
-        return self._presence.online() - {
-            device_id
-            for running in self._running.values()
-            for device_id in running.state.invited
-            if running.record.campaign_id == campaign.campaign_id or machine.expects(running.state, device_id)
-        }
-
-    def _serve(self, work: Work, campaign: Campaign) -> None:
-        settings = placed(
-            CampaignSettings.from_bytes(campaign.settings), campaign.campaign_id, campaign.started + 1
-        )
-        online = self._idle(campaign)
-        size = places(settings.cohort.size, settings.over_select)
-        if settings.buffered:
-            # A buffer is collected when it is full, and then at once.
-            size = minimum = settings.cohort.size
-            candidates = self._waiting(work, campaign, settings, online)
-            short = f"waiting for updates: {{count}} of {minimum} ready"
-        else:
-            minimum = settings.cohort.minimum * settings.cohort.split.count
-            candidates = online
-            short = f"waiting for devices: {{count}} of at least {minimum} {{who}}"
-        found = Gathering((), "online")
-        if len(candidates) >= minimum:
-            found = gather(work.writer, campaign, settings, candidates)
-        available = found.pool
-        if len(available) < minimum:
-            self._patience.pop(campaign.campaign_id, None)
-            count = len(available) if len(candidates) >= minimum else len(candidates)
-            why = self.buffers.why_refused(campaign.campaign_id) if settings.buffered else ""
-            note = "; ".join(filter(None, (short.format(count=count, who=found.who), why)))[:300]
-            if campaign.note != note and _wanted(work, campaign):
-                work.writer.update_campaign(campaign.campaign_id, campaign.status, note)
-            return
-        since = self._patience.setdefault(campaign.campaign_id, work.at.clock)
-        if not ready(
-            len(available),
-            minimum=minimum,
-            size=size,
-            waited=work.at.clock - since,
-            patience=settings.gather_seconds,
-        ):
-            return
-        del self._patience[campaign.campaign_id]
-        if not _wanted(work, campaign):
-            return
-        self._start(work, campaign, settings, available)
-
-    def _start(
-        self, work: Work, campaign: Campaign, settings: CampaignSettings, pool: tuple[str, ...]
-    ) -> None:
-        base = self._base(work, campaign.model, settings)
-        assignment = assign(settings, base, order=campaign.campaign_id)
-        last = work.writer.rounds(campaign_id=campaign.campaign_id, last=1)
-        settings = adapted(settings, last[0] if last else None)
-        round_id = self._entropy()[:16].hex()
-        plan = make_plan(settings, self._authority.fleet, round_id, assignment.task, work.at)
-        document = self._authority.sign_plan(plan)
-        if settings.epsilon_limit is not None:
-            encoding = round_encoding(plan, document.digest, assignment.dimension)
-            # A round that is running has not spent yet, but it will: at most this.
-            reserved = [
-                event_for(running.encoding, running.encoding.minimum_survivors)
-                for running in self._running.values()
-            ]
-            check_limit([*spent_events(work.writer), *reserved], encoding, settings.epsilon_limit)
-        number = campaign.started + 1
-        drawn = selection(work.writer, campaign, settings, pool, number)
-        record = Round(
-            round_id=round_id,
-            campaign_id=campaign.campaign_id,
-            number=number,
-            model=campaign.model,
-            base_version=None if base is None else base.version,
-            plan=document.model_dump_json().encode(),
-            selection_seed=drawn.seed,
-            invited=drawn.chosen,
-            started_at=work.at.unix,
-        )
-        tree = settings.privacy.tree
-        known = work.writer.noise_tree(campaign.campaign_id)
-        if tree is not None and (known is None or known.tree != tree.tree):
-            work.writer.plant_noise_tree(NoiseTree(campaign.campaign_id, tree.tree, self._entropy()))
-        self._running[round_id] = RunningRound.begin(work, record, drawn, assignment, self._trust)
-        if settings.buffered:
-            self.buffers.collected(campaign.campaign_id, drawn.chosen)
-        if settings.schedule is not None:
-            # From now, not from the firing that this round serves: what was missed is not made up for.
-            work.writer.set_due(campaign.campaign_id, settings.schedule.after(work.at.unix))
-        with bound_contextvars(round=round_id, campaign=campaign.campaign_id):
-            logger.info(
-                "round %s (%d of %d) started: %s, %d devices",
-                round_id[:8],
-                number,
-                campaign.rounds,
-                described(assignment.task),
-                len(record.invited),
-            )
-
-    def _base(self, work: Work, model: str | None, settings: CampaignSettings) -> ModelManifest | None:
-        """The version that a campaign's next round is about; None for a query."""
-        return None if model is None else manifest_of(self._version(work, model, settings))
-
-    def _version(self, work: Work, model: str | None, settings: CampaignSettings) -> Version:
-        if model is None:
-            raise LostBase("a query is about no version")
-        if isinstance(settings.asks, VersionToEvaluate):
-            version = work.writer.version(model, settings.asks.version)
-        else:
-            # Rounds build on each other before anybody promotes what comes of them.
-            version = work.writer.newest_version(model, "candidate", "canary", "stable")
-        if version is None:
-            raise LostBase(f"{model} has no such version: publish one with `covey model publish`")
-        return version
-
-
-def _wanted(work: Work, campaign: Campaign) -> bool:
-    """Whether a campaign is still to go on: it may have been paused or cancelled since it was read."""
-    now = work.writer.campaign(campaign.campaign_id)
-    return now is not None and now.status in ("waiting", "running")
-
-
-@dataclass(frozen=True)
-class _Lane:
-    """What one campaign at a time works on: training of a model, evaluations of it, or queries."""
-
-    model: str | None
-    trains: bool
-
-
-def _lane(model: str | None, asks: object) -> _Lane:
-    return _Lane(model, isinstance(asks, TrainingParameters | TrainTask))
