@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
-import os
-import secrets
-import ssl
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,31 +11,21 @@ from dataclasses import replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from cryptography import x509
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
-from cryptography.hazmat.primitives.serialization import Encoding
-from pydantic import TypeAdapter, ValidationError
-
-from aggregator.access.roles import Role
-from aggregator.adapters import broker_files, keyfiles, sql_migration
+from aggregator.adapters import broker_files, sql_migration
 from aggregator.adapters.cores import Cores
 from aggregator.adapters.mqtt import MqttTransport
-from aggregator.adapters.objects_s3 import check_address
-from aggregator.adapters.sql import SqlRepository
-from aggregator.adapters.sql_engine import url_of_file, without_password
 from aggregator.adapters.tls import TlsFiles
 from aggregator.client import Client
 from aggregator.clock import SystemClock
 from aggregator.doorkeeper import Doorkeeper
 from aggregator.fleet import access
-from aggregator.fleet.authority import Authority, EnrolmentRefused
+from aggregator.fleet.authority import EnrolmentRefused
 from aggregator.fleet.broker import ACCESS_FILE
-from aggregator.fleet.enrolment import Doorway
+from aggregator.opened_state import authority_of, open_operator, open_repository, operator_of
 from aggregator.operations import Model, OperationRefused, Operator
 from aggregator.private_file import replace_private
 from aggregator.records import Campaign, Device, IssuedCertificate, Version
 from aggregator.renewals import Renewals
-from aggregator.repository import Repository
 from aggregator.revoked_list import RevokedList
 from aggregator.round_operations import LiveRound, RoundView
 from aggregator.service import Service
@@ -53,15 +39,13 @@ from aggregator.state import (
     StateDirectory,
     default_state,
     lock,
-    open_store,
     private_files,
 )
+from aggregator.state_setup import init, write_broker
 from aggregator.web.listen import ListenAddress
 from aggregator.web.local import LocalEndpoint, new_local_token
 from protocol.broker_address import BrokerAddress
-from protocol.enrolment import ApiUrl, EnrolmentBundle
-from protocol.fields import Slug
-from protocol.identity import key_id
+from protocol.enrolment import EnrolmentBundle
 
 __all__ = [
     "DATABASE_VARIABLE",
@@ -87,216 +71,9 @@ __all__ = [
     "write_broker",
 ]
 
-FIRST_TOKEN_SECONDS = 90 * 86_400
 LOOP_SECONDS = 30.0
 """A main loop that has not gone round for so long is stuck."""
-_SLUG: TypeAdapter[str] = TypeAdapter(Slug)
-_API_URL: TypeAdapter[str] = TypeAdapter(ApiUrl)
 logger = logging.getLogger(__name__)
-
-
-def init(
-    state: Path,
-    *,
-    fleet: str = "covey",
-    broker: str = DEFAULT_BROKER,
-    insecure: bool = False,
-    objects: str | None = None,
-    objects_endpoint: str | None = None,
-    broker_names: Sequence[str] = (),
-    api_url: str | None = None,
-) -> None:
-    """Makes a state directory: keys, CA, database and registry, readable by their owner only.
-
-    For a broker at an `mqtts://` address, also the files that it is started with; see `write_broker`.
-    With COVEY_DATABASE_URL, the database is that one; the settings remember its URL without the password.
-
-    Args:
-        state: the directory; made when it is not there.
-        fleet: name of the fleet.
-        broker: address of the broker.
-        insecure: allow an unencrypted broker on another machine.
-        objects: where artefacts go, such as `s3://bucket/prefix`; by default into the state directory.
-        objects_endpoint: URL of that server, unless it is Amazon's.
-        broker_names: more host names and addresses that the broker's certificate is to hold.
-        api_url: of the API as devices reach it, such as `https://hub.example:8443`; the service then listens
-            at that port of every address.
-
-    Raises:
-        FileExistsError: it holds an aggregator already; nothing was changed.
-        InvalidAddress, ValueError: a name or address that cannot be used.
-    """
-    try:
-        _SLUG.validate_python(fleet)
-    except ValidationError as error:
-        raise ValueError("a fleet's name has lower-case letters, digits and hyphens, at most 63") from error
-    address = BrokerAddress.parse(broker, insecure=insecure)
-    reach = _reach(api_url)
-    if objects is not None:
-        check_address(objects)
-    place = StateDirectory(state)
-    if place.settings_file.exists() or place.keys.exists():
-        raise FileExistsError(f"{state} holds an aggregator already")
-    database = os.environ.get(DATABASE_VARIABLE)
-    remembered = without_password(database) if database else None
-    state.mkdir(mode=0o700, parents=True, exist_ok=True)
-    state.chmod(0o700)
-    moment = SystemClock().moment()
-    authority = Authority.create(fleet, now=int(moment.unix), serial=secrets.randbits(120) | 1)
-    keyfiles.save(authority, place.keys)
-    settings = Settings(
-        fleet=fleet,
-        broker=broker,
-        database=remembered,
-        objects=objects,
-        objects_endpoint=objects_endpoint,
-        **reach,
-    )
-    if address.tls:
-        settings = settings.model_copy(update=_broker_identity(place))
-        broker_files.write(place.broker, place.keys, authority, address, broker_names, now=moment.unix)
-    with private_files():
-        url = database or url_of_file(place.database)
-        sql_migration.migrate(url)
-        with contextlib.closing(SqlRepository(url)) as repository:
-            operator = Operator(repository, open_store(place, settings), authority, SystemClock())
-            token, _ = operator.create_token(
-                role=Role.ADMIN,
-                label="first",
-                seconds=FIRST_TOKEN_SECONDS,
-                created_by="covey aggregator init",
-            )
-        (state / "admin-token").write_text(token + "\n")
-        (state / "ca.pem").write_text(ssl.DER_cert_to_PEM_cert(authority.ca))
-        # Last: a directory with settings is a complete one.
-        _save(place, settings)
-
-
-def _reach(api_url: str | None) -> dict[str, str]:
-    if api_url is None:
-        return {}
-    try:
-        _API_URL.validate_python(api_url)
-        port = urlsplit(api_url).port or 443
-    except ValueError as error:
-        raise ValueError(f"{api_url} is no address for devices: write https://HOST:8443") from error
-    return {"api_url": api_url, "listen": f"0.0.0.0:{port}"}
-
-
-def _broker_identity(place: StateDirectory) -> dict[str, Path]:
-    keys = place.keys.relative_to(place.path)
-    return {
-        "tls_ca": Path("ca.pem"),
-        "tls_certificate": keys / broker_files.IDENTITY_CERTIFICATE,
-        "tls_key": keys / broker_files.IDENTITY_KEY,
-    }
-
-
-def write_broker(state: Path, names: Sequence[str] = ()) -> Path:
-    """Writes what the broker is started with anew, with fresh certificates; returns the directory.
-
-    For a certificate that is about to end, another name, or a state directory of an earlier Covey. The broker
-    takes them at its next start, and so does the aggregator.
-
-    Args:
-        state: the state directory.
-        names: host names and addresses that the broker's certificate is to hold, besides that of its address
-            and this machine's own.
-
-    Raises:
-        OperationRefused: the address of the broker is not an `mqtts://` one.
-        NotInitialised, UnusableKeys, EnrolmentRefused: it says what to do.
-    """
-    place = StateDirectory(state)
-    settings = place.settings()
-    address = BrokerAddress.parse(settings.broker, insecure=True)
-    if not address.tls:
-        raise OperationRefused(
-            f"the broker is at {address}, without TLS: write an mqtts:// address in {place.settings_file}"
-        )
-    with private_files():
-        now = SystemClock().moment().unix
-        with _open_repository(place) as repository, repository.read() as reader:
-            devices, revoked = reader.active_devices(), reader.certificates(revoked=True)
-        broker_files.write(
-            place.broker,
-            place.keys,
-            _authority(place),
-            address,
-            names,
-            devices=devices,
-            revoked=revoked,
-            now=now,
-        )
-        if settings.tls_certificate is None:
-            _save(place, settings.model_copy(update=_broker_identity(place)))
-    return place.broker
-
-
-def _save(place: StateDirectory, settings: Settings) -> None:
-    content = settings.model_dump(mode="json", exclude_none=True)
-    replace_private(place.settings_file, (json.dumps(content, indent=2) + "\n").encode())
-
-
-@contextlib.contextmanager
-def open_operator(state: Path) -> Iterator[Operator]:
-    """Opens the operations on a state directory; the service may be running or not.
-
-    Example:
-        with open_operator(state) as operator:
-            campaign = operator.start_rounds(CampaignRequest("watch", rounds=3))
-            views = operator.rounds(campaign.campaign_id)
-
-    Raises:
-        NotInitialised, UnusableKeys, RepositoryError: it says what to do.
-    """
-    place = StateDirectory(state)
-    with _open_repository(place) as repository:
-        yield _operator(place, repository)
-
-
-@contextlib.contextmanager
-def _open_repository(place: StateDirectory) -> Iterator[SqlRepository]:
-    place.settings()
-    url = place.database_url()
-    if url == url_of_file(place.database) and not place.database.exists():
-        # Opening would make an empty one.
-        raise NotInitialised(f"{place.database} is gone: restore it, or run `covey aggregator migrate`")
-    with private_files():
-        repository = SqlRepository(url)
-    with contextlib.closing(repository):
-        yield repository
-
-
-def _operator(place: StateDirectory, repository: Repository) -> Operator:
-    settings = place.settings()
-    authority = _authority(place)
-    return Operator(
-        repository,
-        open_store(place, settings),
-        authority,
-        SystemClock(),
-        _publishers(settings),
-        Doorway(settings.api_url, _trust(place, settings, authority), settings.broker),
-    )
-
-
-def _authority(place: StateDirectory) -> Authority:
-    """The fleet's keys, read anew: the CA's may have come, or gone."""
-    return keyfiles.load(place.keys, place.file(place.settings().ca_key))
-
-
-def _trust(place: StateDirectory, settings: Settings, authority: Authority) -> bytes | None:
-    """DER of the certificate by which the API's own is checked."""
-    if settings.api_certificate is None:
-        return authority.ca
-    issuer = place.file(settings.api_ca)
-    if issuer is None:
-        return None
-    try:
-        return x509.load_pem_x509_certificate(issuer.read_bytes()).public_bytes(Encoding.DER)
-    except (OSError, ValueError) as error:
-        raise NotInitialised(f"api_ca, {issuer}, is no certificate in a PEM file: {error}") from error
 
 
 def migrate(state: Path) -> tuple[str | None, str]:
@@ -374,7 +151,7 @@ def connect(state: Path) -> Iterator[Client]:
     token, user = new_local_token()
     with open_operator(state) as operator:
         online = replace(operator, authority=replace(operator.authority, ca_key=None))
-        context = Context(online, lambda: _authority(place), local=LocalKey.of(token, user))
+        context = Context(online, lambda: authority_of(place), local=LocalKey.of(token, user))
         with Client(URL, token, transport=InProcess(create_app(context))) as client:
             yield client
 
@@ -423,9 +200,9 @@ def run(
     feed = EventFeed()
     with contextlib.ExitStack() as stack:
         stack.enter_context(lock(place))
-        opened = stack.enter_context(_open_repository(place))
+        opened = stack.enter_context(open_repository(place))
         stack.enter_context(opened.claim())
-        operator = _operator(place, opened)
+        operator = operator_of(place, opened)
         operator.note_all_offline()
         doorkeeper = _doorkeeper(place) if address.tls else None
         more = () if doorkeeper is None else (access.RESPONSES,)
@@ -450,7 +227,7 @@ def run(
             promotion=settings.promotion,
             doorkeeper=doorkeeper,
             revoked_list=None if doorkeeper is None else _revoked_list(place),
-            renewals=Renewals(lambda: _authority(place)),
+            renewals=Renewals(lambda: authority_of(place)),
             downloads=settings.downloads,
             retention=settings.keep,
         )
@@ -476,7 +253,7 @@ def run(
             serving(
                 place.api,
                 online,
-                lambda: _authority(place),
+                lambda: authority_of(place),
                 feed,
                 where,
                 vitals=vitals,
@@ -511,7 +288,7 @@ def _revoked_list(place: StateDirectory) -> RevokedList:
         if wanted != broker_files.revoked_serials(place.broker):
             try:
                 # The CA's key is read for this one signature: what runs on keeps none.
-                broker_files.write_revoked(place.broker, _authority(place), revoked, now=now)
+                broker_files.write_revoked(place.broker, authority_of(place), revoked, now=now)
             except EnrolmentRefused:
                 return False
         return True
@@ -523,8 +300,3 @@ def _names(settings: Settings) -> tuple[str, ...]:
     """What clients call the API by, besides this machine's own names."""
     own = None if settings.api_url is None else urlsplit(settings.api_url).hostname
     return settings.names if own is None else (*settings.names, own)
-
-
-def _publishers(settings: Settings) -> dict[str, Ed25519PublicKey]:
-    keys = (Ed25519PublicKey.from_public_bytes(bytes.fromhex(text)) for text in settings.publishers)
-    return {key_id(key): key for key in keys}

@@ -19,7 +19,7 @@ from typing import Any, cast
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import aggregator.main
+import aggregator.opened_state
 from aggregator.adapters.sql import SqlRepository
 from aggregator.records import LogEntry, Round, RoundEnding
 from aggregator.repository import Writer
@@ -111,7 +111,7 @@ def set_trap(trap: Trap) -> None:
             if hit and trap.side == SIDES[1]:
                 trap.strike()
 
-    aggregator.main.SqlRepository = Trapped  # type: ignore[misc]
+    aggregator.opened_state.SqlRepository = Trapped  # type: ignore[misc]
 
 
 if __name__ == "__main__":
