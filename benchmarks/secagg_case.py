@@ -38,6 +38,10 @@ from tests.secagg_round import CA, FLEET, PLAN_HASH, ROUND_ID
 
 QUANTIZATION_BITS = 16
 INPUT_BYTES = 2**26
+AT_ONCE = 25
+"""Devices whose messages wait for the server at one time."""
+UPLOADS_BYTES = 2**22
+"""The same of masked inputs; one that is larger comes alone."""
 PEER = Path(__file__).resolve().parent.parent / ".venv-peers" / "bin" / "python"
 PEER_SCRIPT = Path(__file__).resolve().parent / "secagg_flower.py"
 
@@ -240,55 +244,52 @@ def _play(case: Case, progress: Progress, server: Connection, names: list[str]) 
             progress("check in", i / case.n)
             states.append(begin(i, case.n, case.assumptions))
 
-    def ask(index: int) -> bytes:
-        server.send(("request", names[index], index in real))
-        frame: bytes = server.recv()
-        return frame
+    def ask(indices: range) -> None:
+        """Everybody gets what the server asks of it."""
+        for start in range(0, len(indices), AT_ONCE):
+            some = indices[start : start + AT_ONCE]
+            server.send(("requests", [(names[i], i in real) for i in some]))
+            for i, frame in zip(some, server.recv(), strict=True):
+                if i in real:
+                    real[i].receive(frame)
 
-    def tell(index: int, frame: bytes) -> None:
-        server.send(("message", names[index], frame))
+    def tell(indices: range, step: str, frame_of: Callable[[int], bytes]) -> None:
+        """Everybody answers."""
+        for start in range(0, len(indices), AT_ONCE):
+            progress(step, start / case.n)
+            some = indices[start : start + AT_ONCE]
+            server.send(("messages", [(names[i], frame_of(i)) for i in some]))
 
-    for i in range(case.n):
-        tell(i, real[i].frame() if i in real else encode(states[i].answer))
+    everyone = range(case.n)
+    tell(everyone, "check in", lambda i: real[i].frame() if i in real else encode(states[i].answer))
     server.send(("close",))
-    others: StandIns | None = None
-    for i in range(case.n):
-        progress("share keys", i / case.n)
-        frame = ask(i)
-        if i in real:
-            real[i].receive(frame)
-            tell(i, real[i].frame())
-            if i == MEASURED and len(real) < case.n:
-                others = StandIns(states, measured)
-        elif others is not None:
-            tell(i, others.share(i))
+    ask(everyone)
+    others = StandIns(states, measured) if len(real) < case.n else None
+    tell(everyone, "share keys", lambda i: real[i].frame() if i in real else others.share(i))  # type: ignore[union-attr]
     server.send(("close",))
-    for i in range(case.n):
-        frame = ask(i)
-        if i in real:
-            real[i].receive(frame)
+    ask(everyone)
     vector = (
         np.random.default_rng(case.n).integers(0, 2**case.bits, case.d, dtype=np.uint64).astype(np.uint32)
     )
+    waiting: list[tuple[str, list[tuple[int, bytes]]]] = []
+    several = max(1, UPLOADS_BYTES * 8 // (case.d * case.bits))
     for index, slices in _inputs(case, progress, real, others, vector):
-        for start, packed in slices:
-            server.send(("input", start, packed))
-        server.send(("stored", names[index]))
+        waiting.append((names[index], slices))
+        if len(waiting) == several or index == case.survivors[-1]:
+            server.send(("stored", waiting))
+            waiting = []
     server.send(("close",))
     members = rosters.members_to_bytes(case.survivors, case.n)
     name = rosters.survivors_hash(measured.state.membership.roster_hash, members)
-    for i in case.survivors:
-        frame = ask(i)
-        if i in real:
-            real[i].receive(frame)
-        tell(i, real[i].frame() if i in real else others.sign(i, name))  # type: ignore[union-attr]
+    ask(case.survivors)
+    tell(case.survivors, "sign", lambda i: real[i].frame() if i in real else others.sign(i, name))  # type: ignore[union-attr]
     server.send(("close",))
-    for i in case.survivors:
-        progress("unmask", i / case.n)
-        frame = ask(i)
-        if i in real:
-            real[i].receive(frame)
-        tell(i, real[i].frame() if i in real else others.unmask(i, case.survivors, name))  # type: ignore[union-attr]
+    ask(case.survivors)
+    tell(
+        case.survivors,
+        "unmask",
+        lambda i: real[i].frame() if i in real else others.unmask(i, case.survivors, name),  # type: ignore[union-attr]
+    )
     server.send(("close",))
     server.send(("finish",))
     progress("remove masks", 1.0)
