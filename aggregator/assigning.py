@@ -23,6 +23,7 @@ from aggregator.rollout.wanted import Reached, own_version
 from aggregator.rollout_operations import take
 from aggregator.rounds.evaluation import VersionEvaluation
 from aggregator.work import Work
+from protocol.client_release import CLIENT
 from protocol.version_assignment import VersionAssignment
 
 logger = logging.getLogger(__name__)
@@ -144,8 +145,11 @@ class Assigner:
         if self._promotion is Promotion.MANUAL:
             return ()
         held = {rollout.model for rollout in rollouts}
+        # What devices run is changed by a rollout alone.
         newest = (
-            reader.newest_version(model, "candidate", "stable") for model in models if model not in held
+            reader.newest_version(model, "candidate", "stable")
+            for model in models
+            if model not in held and model != CLIENT
         )
         return tuple(version for version in newest if version is not None and version.stage == "candidate")
 

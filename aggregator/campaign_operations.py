@@ -10,6 +10,7 @@ from aggregator.queries import QueryRequest
 from aggregator.records import Campaign, CampaignStatus
 from aggregator.refusals import OperationRefused, there
 from aggregator.registry.publishing import manifest_of
+from aggregator.registry.releases import check_model
 from aggregator.repository import Repository, Writer
 from aggregator.rounds.evaluation import VersionEvaluation
 from aggregator.rounds.noise_tree import devices_needed
@@ -35,6 +36,7 @@ class CampaignOperations:
             rounds, settings = request.resolve()
         except InvalidSettings as error:
             raise OperationRefused(str(error)) from error
+        check_model(request.model)
         with self.repository.write() as writer:
             version = writer.newest_version(request.model)
             if version is None:
@@ -62,6 +64,7 @@ class CampaignOperations:
         Raises:
             OperationRefused: no such version, or no round could follow the settings.
         """
+        check_model(request.model)
         with self.repository.write() as writer:
             version = (
                 writer.newest_version(request.model)

@@ -22,6 +22,7 @@ from aggregator.cli_access import audit_log as audit_log_command
 from aggregator.cli_access import console, login, logout, token_app, whoami
 from aggregator.cli_audit import audit
 from aggregator.cli_campaigns import campaign_app
+from aggregator.cli_clients import client_app
 from aggregator.cli_evaluation import evaluate
 from aggregator.cli_fleet import device_app, model_app
 from aggregator.cli_options import State
@@ -94,6 +95,7 @@ app.add_typer(query_app, name="query")
 model_cli.register(model_app)
 register_pins(model_app)
 app.add_typer(rollout_app, name="rollout")
+app.add_typer(client_app, name="client")
 app.add_typer(campaign_app, name="campaign")
 app.add_typer(privacy_app, name="privacy")
 app.add_typer(secagg_app, name="secagg")

@@ -11,6 +11,7 @@ from rich.table import Table
 from aggregator import cli_output as output
 from aggregator.web.enrolment_schemas import EnrolmentToken, IssuedCertificate, NewEnrolmentToken
 from aggregator.web.schemas import Device
+from protocol.client_release import numbered
 
 
 def tokens(items: Sequence[EnrolmentToken], *, json: bool) -> None:
@@ -44,7 +45,12 @@ def device(found: Device, certificates: Sequence[IssuedCertificate], *, json: bo
     output.line(f"  labels {' '.join(found.labels) or '(none)'}")
     if found.excluded is not None:
         output.line(f"  excluded: {found.excluded}")
-    output.line(f"  last seen {output.moment(found.last_seen)}, client {found.client_version or 'unknown'}")
+    system = f" for {found.target}" if found.target else ""
+    client = f"{found.client_version or 'unknown'}{system}"
+    output.line(f"  last seen {output.moment(found.last_seen)}, client {client}")
+    for name, failed in sorted(found.failures.items()):
+        reason = f"{failed.code}: {failed.detail}".removesuffix(": ")
+        output.line(f"  {name} {numbered(failed.version, name)} failed here: {reason}")
     for each in certificates:
         end = f"valid until {output.moment(each.expires_at)}"
         if each.revoked_at is not None:

@@ -18,6 +18,7 @@ from rich.table import Table
 from aggregator.rounds.report import RoundReport
 from aggregator.web.schemas import AuditEntry, Campaign, Device, Round, Token, Version
 from models.assignment import described
+from protocol.client_release import CLIENT, numbered
 
 _console = Console(highlight=False)
 _errors = Console(stderr=True, highlight=False)
@@ -92,11 +93,12 @@ def devices(items: Sequence[Device], *, json: bool) -> None:
         if d.excluded is not None:
             status += f" [red]excluded: {escape(d.excluded)}[/red]"
         models = ", ".join(
-            [f"{name} {number}" for name, number in sorted(d.models.items())]
+            # The client has a column of its own.
+            [f"{name} {number}" for name, number in sorted(d.models.items()) if name != CLIENT]
             + [
-                f"no {name}: {failed.version} failed"
+                f"no {name}: {numbered(failed.version, name)} failed"
                 for name, failed in sorted(d.failures.items())
-                if name not in d.models
+                if name not in d.models or name == CLIENT
             ]
         )
         row = (d.device, status, moment(d.last_seen), escape(d.client_version), escape(d.runtime))

@@ -17,6 +17,7 @@ from aggregator.client import Client
 from aggregator.refusals import NoSuch, OperationRefused
 from aggregator.rollout_operations import RolloutRequest, Turn
 from aggregator.web.rollout_schemas import Rollout
+from protocol.client_release import numbered
 
 rollout_app = typer.Typer(no_args_is_help=True, help="Versions on their way to the fleet.")
 
@@ -63,13 +64,13 @@ def rollout_start(
       covey rollout start --model watch --version 12 --group site=barn --percent 100
     """
     request = RolloutRequest(
-        model, version, _percents(percent), tuple(gate or ()), duration(soak), group, seed
+        model, version, percents(percent), tuple(gate or ()), duration(soak), group, seed
     )
     with service(state) as client:
         found = client.start_rollout(request)
     if idle(state):
         output.hint("no aggregator is running: the rollout begins when you start `covey aggregator run`")
-    _show([found], json=json or form is Form.JSON)
+    show([found], json=json or form is Form.JSON)
 
 
 @rollout_app.command("status")
@@ -98,10 +99,10 @@ def rollout_status(
                     output.line(device_id)
             return
         if rollout is None:
-            _show(client.rollouts(model), json=as_json)
+            show(client.rollouts(model), json=as_json)
             return
         found = _find(client, rollout, model)
-    _show([found], json=as_json)
+    show([found], json=as_json)
     if not as_json:
         for step in found.steps:
             detail = f": {step.detail}" if step.detail else ""
@@ -243,7 +244,7 @@ def duration(text: str) -> float:
     return float(match[1]) * _SECONDS[match[2]]
 
 
-def _percents(text: str) -> tuple[float, ...]:
+def percents(text: str) -> tuple[float, ...]:
     try:
         return tuple(float(part) for part in text.split(","))
     except ValueError as error:
@@ -253,7 +254,7 @@ def _percents(text: str) -> tuple[float, ...]:
 def _turn(rollout: str | None, turn: Turn, reason: str, state: Where) -> None:
     with service(state) as client:
         found = client.turn_rollout(_find(client, rollout, None).rollout, turn, reason)
-    _show([found], json=False)
+    show([found], json=False)
 
 
 def _find(client: Client, beginning: str | None, model: str | None) -> Rollout:
@@ -267,7 +268,7 @@ def _find(client: Client, beginning: str | None, model: str | None) -> Rollout:
     return found[-1]
 
 
-def _show(found: Sequence[Rollout], *, json: bool) -> None:
+def show(found: Sequence[Rollout], *, json: bool) -> None:
     if json:
         output.dump(found)
         return
@@ -279,7 +280,7 @@ def _show(found: Sequence[Rollout], *, json: bool) -> None:
         sight = each.sight
         table.add_row(
             each.rollout[:8],
-            f"{each.model} {each.version}",
+            f"{each.model} {numbered(each.version, each.model)}",
             escape(each.group or "fleet"),
             f"[{_STYLES[each.status]}]{each.status}[/]",
             f"{each.percent:g}",

@@ -12,7 +12,7 @@ Example:
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from urllib.parse import quote
 
 from pydantic import TypeAdapter
@@ -27,7 +27,7 @@ from aggregator.rollout_operations import RolloutRequest, Turn
 from aggregator.rounds.evaluation import VersionEvaluation
 from aggregator.rounds.selection import Selection
 from aggregator.settings import CampaignRequest
-from aggregator.web import rollout_schemas, schemas
+from aggregator.web import client_schemas, rollout_schemas, schemas
 from aggregator.web.enrolment_schemas import (
     EnrolmentToken,
     EnrolmentTokenRequest,
@@ -186,6 +186,30 @@ class Client(Connection):
     def weights(self, model: str, version: int) -> bytes:
         """The weights of a version."""
         return self._call("GET", f"/models/{_part(model)}/versions/{version}/weights").content
+
+    # --- the client that devices run
+
+    def publish_client(
+        self, bundles: Sequence[bytes], signature: bytes | None = None
+    ) -> client_schemas.Release:
+        """Publishes a release of the client.
+
+        Args:
+            bundles: the files of one version, one for each system.
+            signature: JSON of the SignedDocument around the release, where publishers sign.
+        """
+        parts = [("bundle", ("bundle", data, "application/octet-stream")) for data in bundles]
+        if signature is not None:
+            parts.append(("signature", ("signature", signature, "application/octet-stream")))
+        return self._send("POST", "/client/releases", client_schemas.Release, files=parts)
+
+    def client_releases(self) -> tuple[client_schemas.Release, ...]:
+        """Releases of the client, newest first."""
+        return self._get("/client/releases", schemas.Page[client_schemas.Release]).items
+
+    def client_versions(self) -> tuple[client_schemas.ClientCount, ...]:
+        """How many devices run each version of the client, by version and system."""
+        return self._get("/client/versions", schemas.Page[client_schemas.ClientCount]).items
 
     # --- who has which version
 

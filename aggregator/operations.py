@@ -15,6 +15,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from aggregator.access.roles import Role
 from aggregator.access.tokens import ID_BYTES, SECRET_BYTES, TokenRecord, make_token
 from aggregator.campaign_operations import CampaignOperations
+from aggregator.client_operations import ClientOperations
 from aggregator.clock import Clock
 from aggregator.enrolment_operations import EnrolmentOperations
 from aggregator.fleet.authority import Authority
@@ -26,10 +27,12 @@ from aggregator.refusals import OperationRefused as OperationRefused
 from aggregator.refusals import there as _there
 from aggregator.registry.artefacts import ArtefactStore
 from aggregator.registry.publishing import manifest_of, publish
+from aggregator.registry.releases import check_model
 from aggregator.repository import NotFound, Repository
 from aggregator.rollout_operations import RolloutOperations
 from aggregator.round_operations import RoundOperations
 from models.manifest import ModelManifest
+from protocol.client_release import CLIENT
 from protocol.messages import DeviceStatus
 
 
@@ -44,7 +47,12 @@ class Model:
 
 @dataclass(frozen=True)
 class Operator(
-    CampaignOperations, EnrolmentOperations, LifecycleOperations, RolloutOperations, RoundOperations
+    CampaignOperations,
+    ClientOperations,
+    EnrolmentOperations,
+    LifecycleOperations,
+    RolloutOperations,
+    RoundOperations,
 ):
     """The operations, on one aggregator's state."""
 
@@ -135,9 +143,9 @@ class Operator(
             )
 
     def versions(self, model: str | None = None) -> tuple[Version, ...]:
-        """Published versions."""
+        """Published versions of models."""
         with self.repository.read() as reader:
-            return reader.versions(model)
+            return tuple(each for each in reader.versions(model) if each.model != CLIENT)
 
     def version(self, name: str, version: int) -> Version:
         """One version.
@@ -155,6 +163,7 @@ class Operator(
         Raises:
             NoSuch: no such version.
         """
+        check_model(name)
         with self.repository.read() as reader:
             found = reader.newest_version(name) if version is None else reader.version(name, version)
         if found is None:

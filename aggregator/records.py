@@ -32,6 +32,7 @@ class Device:
         labels: what the operator calls it by, sorted: `site=north`, `barn`.
         failures: model -> the version that failed on it last, and why.
         token_id: of the enrolment token that let it in; None when an operator signed its request.
+        target: system that its client's bundle is for; empty where none was installed that could be updated.
     """
 
     device_id: str
@@ -48,6 +49,23 @@ class Device:
     failures: Mapping[str, VersionFailure] = field(default_factory=dict)
     state: DeviceState = "active"
     token_id: str | None = None
+    target: str = ""
+
+
+@dataclass(frozen=True)
+class ClientCount:
+    """Devices that run one version of the client on one system.
+
+    Attributes:
+        version: as they say it; empty before they have said anything.
+        target: as in `Device`.
+        devices: of the fleet, online or not.
+    """
+
+    version: str
+    target: str
+    devices: int
+    online: int
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from aggregator.clock import Moment
 from aggregator.records import Version
 from aggregator.registry.artefacts import ArtefactStore
-from aggregator.registry.publishing import manifest_of
+from aggregator.registry.publishing import blobs_of
 from aggregator.repository import Reader, Repository
 from aggregator.rollout.machine import OPEN
 from aggregator.rounds.planning import VersionToEvaluate, asked_by
@@ -93,8 +93,7 @@ class Keeper:
         kept |= set(_referred_to(reader, _models(versions)))
         artefacts: dict[bool, set[BlobRef]] = {True: set(), False: set()}
         for version in versions:
-            manifest = manifest_of(version)
-            artefacts[(version.model, version.version) in kept] |= {manifest.graph, manifest.weights}
+            artefacts[(version.model, version.version) in kept] |= set(blobs_of(version))
         old = artefacts[False] - artefacts[True] - self._removed
         # A version may come to have the file of one that was removed: then it was stored anew.
         self._removed -= artefacts[True]

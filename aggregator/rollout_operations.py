@@ -10,14 +10,16 @@ from typing import ClassVar, Literal
 from pydantic import ConfigDict, ValidationError
 
 from aggregator.clock import Clock
-from aggregator.records import Pin, Rollout, Version
+from aggregator.records import Device, Pin, Rollout, Version
 from aggregator.refusals import NoSuch, OperationRefused, there
+from aggregator.registry.publishing import release_of
 from aggregator.repository import Reader, Repository, Writer
 from aggregator.rollout import machine
 from aggregator.rollout.gates import Gate, InvalidGate
 from aggregator.rollout.machine import OPEN, Completed, Progress, RolloutSettings, WaveSight
 from aggregator.rollout.observing import look
 from aggregator.rollout.wanted import pool
+from protocol.client_release import CLIENT, ClientRelease, numbered, version_text
 from protocol.errors import IllegalEvent
 
 Turn = Literal["pause", "resume", "halt", "rollback"]
@@ -117,11 +119,17 @@ class RolloutOperations:
             replaces = _replaced(writer, request, pins)
             settings = request.resolve(replaces)
             _check_startable(writer, version, replaces)
-            labels = {each.device_id: each.labels for each in writer.devices() if each.state == "active"}
-            devices = pool(labels, pins, request.group)
+            active = [each for each in writer.devices() if each.state == "active"]
+            if version.model == CLIENT:
+                _check_gates(settings)
+                active = [each for each in active if _takes(each, release_of(version))]
+            devices = pool({each.device_id: each.labels for each in active}, pins, request.group)
             if not devices:
                 whom = "the fleet" if request.group is None else f"the group {request.group}"
-                raise OperationRefused(f"{whom} has no device that is not pinned: see `covey device list`")
+                able = "can install it and " if version.model == CLIENT else ""
+                raise OperationRefused(
+                    f"{whom} has no device that {able}is not pinned: see `covey device list`"
+                )
             progress = Progress.begin(now)
             record = Rollout(
                 rollout_id=secrets.token_hex(16),
@@ -277,6 +285,17 @@ def _version(reader: Reader, model: str, version: int) -> Version:
     return there(reader.version(model, version), what)
 
 
+def _takes(device: Device, release: ClientRelease) -> bool:
+    """Whether a device has root's program, and a system that a release is for."""
+    return CLIENT in device.models and release.bundle_for(device.target) is not None
+
+
+def _check_gates(settings: RolloutSettings) -> None:
+    for gate in settings.gates:
+        if gate.metric != "errors":
+            raise OperationRefused(f"a client has no {gate.metric}: its only gate is errors<N")
+
+
 def _replaced(reader: Reader, request: RolloutRequest, pins: Sequence[Pin]) -> int | None:
     """The version that the rollout's devices have before."""
     if request.group is not None:
@@ -287,13 +306,14 @@ def _replaced(reader: Reader, request: RolloutRequest, pins: Sequence[Pin]) -> i
 
 
 def _check_startable(reader: Reader, version: Version, replaces: int | None) -> None:
-    name = f"{version.model} version {version.version}"
+    name = f"{version.model} version {numbered(version.version, version.model)}"
     if version.stage == "withdrawn":
         raise OperationRefused(f"{name} was withdrawn: publish another one")
     for rollout in reader.rollouts(*OPEN):
         if rollout.model == version.model:
+            other = f"{rollout.model} version {numbered(rollout.version, rollout.model)}"
             raise OperationRefused(
-                f"a rollout of {rollout.model} version {rollout.version} is {rollout.status}: let it end, or "
+                f"a rollout of {other} is {rollout.status}: let it end, or "
                 f"use `covey rollout rollback {rollout.rollout_id}`"
             )
     if replaces == version.version:
@@ -302,6 +322,11 @@ def _check_startable(reader: Reader, version: Version, replaces: int | None) -> 
             'rollout has "promotion": "manual" in aggregator.json'
         )
     if replaces is not None and version.version < replaces:
+        if version.model == CLIENT:
+            raise OperationRefused(
+                f"{name} is older than {version_text(replaces)}, which the fleet is to have: go back with "
+                "`covey rollout rollback`"
+            )
         raise OperationRefused(
             f"{name} is older than {replaces}: go back with `covey model withdraw {version.model} --version "
             f"{replaces}`, or pin it"

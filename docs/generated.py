@@ -30,7 +30,7 @@ from edge_client import cli as edge_cli
 from edge_client import configuration, policy
 from edge_client.adapters import sources
 from protocol import enrolment, messages, plan, topics, transcript
-from protocol.client_release import ClientRelease
+from protocol.client_release import ClientBundle, ClientRelease
 from protocol.conditions import Conditions
 from protocol.version_assignment import VersionAssignment
 
@@ -149,7 +149,7 @@ def _messages() -> str:
         known = {*get_args(messages.FromDevice), *get_args(messages.ToDevice)}
         parts += _models(module, level=3, but=known)
     parts.append("\n## Versions and conditions\n")
-    parts += [_model(schema, 3) for schema in (VersionAssignment, ClientRelease, Conditions)]
+    parts += [_model(schema, 3) for schema in (VersionAssignment, ClientRelease, ClientBundle, Conditions)]
     return "\n".join(parts)
 
 

@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from pydantic import TypeAdapter, ValidationError
 
 from edge_client.adapters.systemd import SystemdService
-from edge_client.adapters.versions import UnusableBundle, Versions, take
+from edge_client.adapters.versions import Versions, take
 from edge_client.installed import (
     ASSIGNMENTS,
     BUNDLE,
@@ -30,6 +30,7 @@ from edge_client.installed import (
     wanted,
 )
 from edge_client.updating import Service, UpdateRefused, settle, update
+from protocol.client_bundle import UnusableBundle
 from protocol.client_release import CLIENT, MAX_RELEASE_BYTES, RELEASE_KIND, ClientRelease
 from protocol.enrolment import EnrolmentBundle
 from protocol.errors import ProtocolError

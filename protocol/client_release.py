@@ -108,3 +108,8 @@ def version_number(version: str) -> int:
 def version_text(number: int) -> str:
     """The version that has a number."""
     return f"{number // _PART**2}.{number // _PART % _PART}.{number % _PART}"
+
+
+def numbered(version: int, model: str) -> str:
+    """What people call a version of a model, or of the client."""
+    return version_text(version) if model == CLIENT else str(version)

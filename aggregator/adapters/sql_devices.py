@@ -15,12 +15,12 @@ from sqlalchemy.exc import IntegrityError
 from aggregator.adapters import sql_schema as s
 from aggregator.adapters.sql_engine import reason as reason_of
 from aggregator.adapters.sql_rollout import failures_from, failures_text
-from aggregator.records import Device, DeviceFilter, DeviceState, FleetSize
+from aggregator.records import ClientCount, Device, DeviceFilter, DeviceState, FleetSize
 from aggregator.repository import Conflict, NotFound
 from protocol.conditions import Conditions
 from protocol.messages import DeviceStatus
 
-_SAID = ("client_version", "runtime", "models", "conditions", "failures")
+_SAID = ("client_version", "runtime", "target", "models", "conditions", "failures")
 _OF_DEVICE = s.devices.c.device_id == bindparam("of_device")
 _STATE = select(s.devices.c.state).where(_OF_DEVICE)
 _GONE = update(s.devices).where(_OF_DEVICE).values({n: bindparam(n) for n in ("online", "last_seen")})
@@ -67,6 +67,15 @@ class DeviceReader:
         query = fitting(select(func.count()).select_from(s.devices), which)
         return int(self._connection.execute(query).scalar_one())
 
+    def client_counts(self) -> tuple[ClientCount, ...]:
+        """How many devices run each version of the client."""
+        devices = s.devices.c
+        online = func.count(case((devices.online, 1)))
+        query = select(devices.client_version, devices.target, func.count(), online)
+        groups = query.where(devices.state == "active").group_by(devices.client_version, devices.target)
+        rows = self._connection.execute(groups.order_by(devices.client_version, devices.target))
+        return tuple(ClientCount(*row) for row in rows)
+
 
 class DeviceWriter(DeviceReader):
     """What can be changed; see `aggregator.repository.Writer`."""
@@ -105,6 +114,7 @@ class DeviceWriter(DeviceReader):
         said = {
             "client_version": status.client_version,
             "runtime": status.runtime,
+            "target": status.target,
             "models": json.dumps(status.models),
             "conditions": _written(status.conditions),
             "failures": failures_text(status.failures),

@@ -22,7 +22,7 @@ from sqlalchemy import (
     UniqueConstraint,
 )
 
-REVISION = "0011"
+REVISION = "0012"
 """The newest migration: what a database must have to be used."""
 
 NAME = String(63).with_variant(String(63, collation="C"), "postgresql")
@@ -52,6 +52,7 @@ devices = Table(
     Column("failures", Text, nullable=False, server_default="{}"),
     Column("state", String(16), nullable=False, server_default="active"),
     Column("token_id", String(12)),
+    Column("target", String(63), nullable=False, server_default=""),
 )
 
 # One row a certificate that was ever issued: a device that was enrolled anew has several.

@@ -11,6 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from aggregator.records import Device, IssuedCertificate
 from models.manifest import ModelManifest
+from protocol.client_release import RELEASE_KIND, ClientRelease
 from protocol.enrolment import EnrolmentBundle
 from protocol.errors import BadSignature
 from protocol.fields import Slug
@@ -80,6 +81,10 @@ class Authority:
     def sign_manifest(self, manifest: ModelManifest) -> SignedDocument:
         """Signs a model manifest as the operator."""
         return SignedDocument.create(self.operator_key, MODEL_KIND, manifest.to_bytes())
+
+    def sign_release(self, release: ClientRelease) -> SignedDocument:
+        """Signs a release of the client as the operator."""
+        return SignedDocument.create(self.operator_key, RELEASE_KIND, release.to_bytes())
 
     def sign_assignment(self, assignment: VersionAssignment) -> SignedDocument:
         """Signs which version the fleet, or a device, is to have, as the operator."""

@@ -15,6 +15,7 @@ from aggregator.records import Version
 from aggregator.registry.artefacts import ArtefactStore
 from aggregator.repository import Reader, Writer
 from models.manifest import InvalidManifest, ModelManifest
+from protocol.client_release import CLIENT, ClientRelease
 from protocol.errors import BadSignature
 from protocol.fields import BlobRef
 from protocol.identity import SignedDocument
@@ -61,11 +62,13 @@ def publish(
         PublishRefused: it says what to do.
     """
     if signature is not None or publishers:
-        _check_signature(manifest, signature, publishers)
+        check_signature(MODEL_KIND, manifest, signature, publishers)
     try:
         exported = ModelManifest.from_bytes(manifest)
     except InvalidManifest as error:
         raise PublishRefused(f"manifest.json is not valid ({error}): export the model again") from error
+    if exported.name == CLIENT:
+        raise PublishRefused(f"{CLIENT} is what the client is called: give the model another name")
     for what, ref, data in (("graph", exported.graph, graph), ("weights", exported.weights, weights)):
         if len(data) != ref.size or hashlib.sha256(data).hexdigest() != ref.sha256:
             raise PublishRefused(
@@ -89,22 +92,29 @@ def publish(
     )
 
 
-def _check_signature(
-    manifest: bytes, signature: bytes | None, publishers: Mapping[str, Ed25519PublicKey]
+def check_signature(
+    kind: str, content: bytes, signature: bytes | None, publishers: Mapping[str, Ed25519PublicKey]
 ) -> None:
+    """Checks that a publisher has signed what is to be published.
+
+    Raises:
+        UnknownSigner: nobody whose signature counts has.
+        PublishRefused: the signature is none, or of something else.
+    """
     if signature is None:
         raise UnknownSigner(
-            "this fleet takes signed models only: sign it with `covey model sign`, or publish with --sign-key"
+            "this fleet takes only what a publisher signed: sign a model with `covey model sign`, or publish "
+            "with --sign-key"
         )
     try:
         document = SignedDocument.model_validate_json(signature)
-        payload = document.open(MODEL_KIND, dict(publishers))
+        payload = document.open(kind, dict(publishers))
     except ValidationError as error:
-        raise PublishRefused("the signature is no signed document: sign the model again") from error
+        raise PublishRefused("the signature is no signed document: sign it again") from error
     except BadSignature as error:
         raise UnknownSigner(f"{error}: name its key among the `publishers` in aggregator.json") from error
-    if payload != manifest:
-        raise PublishRefused("the signature is of another manifest: sign the model again")
+    if payload != content:
+        raise PublishRefused("the signature is of something else: sign it again")
 
 
 def record(
@@ -155,10 +165,19 @@ def manifest_of(version: Version) -> ModelManifest:
     return ModelManifest.from_bytes(document_of(version).payload)
 
 
+def release_of(version: Version) -> ClientRelease:
+    """The release in the record of a version of the client."""
+    return ClientRelease.from_bytes(document_of(version).payload)
+
+
+def blobs_of(version: Version) -> tuple[BlobRef, ...]:
+    """The artefacts of a version, of a model or of the client."""
+    if version.model == CLIENT:
+        return tuple(bundle.blob for bundle in release_of(version).bundles)
+    manifest = manifest_of(version)
+    return manifest.graph, manifest.weights
+
+
 def artefacts_of(reader: Reader) -> dict[BlobRef, str]:
     """Every artefact that a device may ask for, with the name of a model that needs it."""
-    wanted = {}
-    for version in reader.versions():
-        manifest = manifest_of(version)
-        wanted[manifest.graph] = wanted[manifest.weights] = manifest.name
-    return wanted
+    return {blob: version.model for version in reader.versions() for blob in blobs_of(version)}

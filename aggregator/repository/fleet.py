@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from aggregator.fleet.enrolment import EnrolmentToken
-from aggregator.records import Device, DeviceFilter, DeviceState, FleetSize, IssuedCertificate
+from aggregator.records import ClientCount, Device, DeviceFilter, DeviceState, FleetSize, IssuedCertificate
 from protocol.messages import DeviceStatus
 
 
@@ -34,6 +34,10 @@ class FleetReader(Protocol):
 
     def fleet_size(self) -> FleetSize:
         """How many devices there are that are neither revoked nor retired."""
+        ...
+
+    def client_counts(self) -> tuple[ClientCount, ...]:
+        """How many devices of the fleet run each version of the client, by version and system."""
         ...
 
     def count_devices(self, which: DeviceFilter) -> int:

@@ -13,6 +13,7 @@ from prometheus_client.core import Metric
 from aggregator.repository import Reader, Repository, RepositoryError
 from aggregator.rounds.report import RoundReport
 from aggregator.telemetry.metrics import gauge
+from protocol.client_release import CLIENT
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +71,7 @@ class Gauges:
             fleet = reader.fleet_size()
             statuses = Counter(each.status for each in reader.campaigns("waiting", "running"))
             running = len(reader.rounds(status="running"))
-            newest = {version.model: float(version.version) for version in reader.newest_versions()}
+            newest = {v.model: float(v.version) for v in reader.newest_versions() if v.model != CLIENT}
             spent = self._newest_epsilon(reader)
         yield gauge(
             "covey_devices",

@@ -13,6 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from aggregator.telemetry.metered import MeteredApi
 from aggregator.web import (
     access_routes,
+    client_routes,
     enrolment_routes,
     event_routes,
     fleet_routes,
@@ -72,6 +73,8 @@ def create_app(context: Context) -> FastAPI:
         model_routes.acting,
         round_routes.looking,
         round_routes.acting,
+        client_routes.looking,
+        client_routes.acting,
         rollout_routes.looking,
         rollout_routes.acting,
         access_routes.looking,

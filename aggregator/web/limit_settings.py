@@ -17,7 +17,7 @@ class Limits(BaseModel):
 
     Attributes:
         body_bytes: of a request.
-        upload_bytes: of a request that publishes a model: manifest, graph and weights.
+        upload_bytes: of a request that publishes a model, or bundles of the client.
         enrolment_bytes: of a device's request to be let in, which is read before anything is known of it.
         per_address: requests from one address, all its tokens together.
         per_principal: requests of one token or person.

@@ -19,7 +19,7 @@ from protocol.enrolment import ENROLMENTS_PATH
 
 CONSOLE_UPLOAD = "/models"
 """Where the console's form takes a model."""
-_UPLOADS = frozenset({f"{PREFIX}/versions", CONSOLE_UPLOAD})
+_UPLOADS = frozenset({f"{PREFIX}/versions", f"{PREFIX}/client/releases", CONSOLE_UPLOAD})
 _CLOSE = {"Connection": "close"}
 
 

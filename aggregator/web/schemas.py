@@ -87,6 +87,7 @@ class Device(ApiModel):
         failures: model -> the version that failed on it last, and why.
         state: whether it may be in the fleet.
         token: id of the enrolment token that let it in; None when an operator signed its request.
+        target: system that its client's bundle is for; empty where none was installed that could be updated.
     """
 
     device: str
@@ -102,6 +103,7 @@ class Device(ApiModel):
     failures: Mapping[str, VersionFailure] = Field(default_factory=dict)
     state: DeviceState = "active"
     token: str | None = None
+    target: str = ""
 
     @classmethod
     def of(cls, d: records.Device) -> Self:
@@ -120,6 +122,7 @@ class Device(ApiModel):
             failures=d.failures,
             state=d.state,
             token=d.token_id,
+            target=d.target,
         )
 
 

@@ -20,23 +20,17 @@ import hashlib
 import json
 import os
 import shutil
-import tarfile
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from edge_client.adapters.files import sync_directory
 from edge_client.installed import AUDIENCES, OUTCOME, Audience, Outcome
 from edge_client.updating import Link
+from protocol.client_bundle import DAMAGED, UnusableBundle, members
 from protocol.client_release import MAX_BUNDLE_BYTES
 
 _LINKS: tuple[Link, ...] = ("current", "good", "previous")
-_MAX_UNPACKED = 2**28
-_MAX_FILES = 10_000
 _BLOCK = 2**20
-
-
-class UnusableBundle(Exception):
-    """A bundle is not what it says; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +94,7 @@ class Versions:
             _unpack(bundle, partial)
             _check(partial, version)
             _compile(partial, self.path(version))
-        except (tarfile.TarError, EOFError, ValueError, KeyError, OSError) as error:
+        except (*DAMAGED, ValueError, KeyError, OSError) as error:
             shutil.rmtree(partial, ignore_errors=True)
             raise UnusableBundle(f"the bundle of {version} is damaged: {error}") from error
         except UnusableBundle:
@@ -206,22 +200,13 @@ def take(source: Path, target: Path) -> tuple[str, int]:
 
 
 def _unpack(bundle: Path, folder: Path) -> None:
-    files = size = 0
-    with tarfile.open(bundle, "r:xz") as archive:
-        for member in archive:
-            files, size = files + 1, size + member.size
-            if files > _MAX_FILES or size > _MAX_UNPACKED:
-                raise UnusableBundle("the bundle unpacks to more than any client")
-            # By hand, since Bookworm's Python 3.11.2 has no extraction filters: plain files, in the folder.
-            name = PurePosixPath(member.name)
-            source = archive.extractfile(member) if member.isfile() else None
-            if source is None or name.is_absolute() or ".." in name.parts or not name.parts:
-                raise UnusableBundle(f"the bundle holds {member.name!r}, which is no plain file in it")
-            path = folder / name
+    with bundle.open("rb") as source:
+        for member in members(source):
+            path = folder / member.path
             path.parent.mkdir(parents=True, exist_ok=True)
-            with source, path.open("xb") as file:
-                shutil.copyfileobj(source, file)
-            path.chmod(0o755 if member.mode & 0o100 else 0o644)
+            with path.open("xb") as file:
+                shutil.copyfileobj(member.content, file)
+            path.chmod(0o755 if member.program else 0o644)
 
 
 def _check(folder: Path, version: str) -> None:

@@ -16,6 +16,7 @@ from aggregator.records import (
     Assigned,
     AuditEntry,
     Campaign,
+    ClientCount,
     Device,
     DeviceFilter,
     Evaluation,
@@ -172,6 +173,7 @@ def test_devices(repository: Repository) -> None:
             online=True,
             client_version="1.0",
             runtime="lite",
+            target="bookworm-arm64",
             models={"watch": 3},
             conditions=Conditions(power="mains", metered=False, temperature=51.5),
         )
@@ -184,12 +186,17 @@ def test_devices(repository: Repository) -> None:
         online=True,
         client_version="1.0",
         runtime="lite",
+        target="bookworm-arm64",
         models={"watch": 3},
         conditions=Conditions(power="mains", metered=False, temperature=51.5),
         last_seen=5.0,
     )
     with repository.read() as reader:
         assert reader.devices() == (other, seen)
+        assert set(reader.client_counts()) == {
+            ClientCount("1.0", "bookworm-arm64", 1, 1),
+            ClientCount(other.client_version, other.target, 1, 0),
+        }
     gone = DeviceStatus(session=bytes(32), online=False, models={})
     with repository.write() as writer:
         writer.note_status("barn-1", gone, 6.0)

@@ -324,10 +324,10 @@ def test_where_publishers_sign_an_unknown_key_is_refused(tmp_path: Path) -> None
 
     with api(tmp_path, publishers=publishers) as bench, bench.client(Role.OPERATOR) as client:
         for signature, code, why in [
-            (None, "unknown-signer", "takes signed models only"),
+            (None, "unknown-signer", "only what a publisher signed"),
             (signed(unknown), "unknown-signer", "unknown key"),
             (signed(known, kind="plan"), "unknown-signer", "a signed plan"),
-            (signed(known, manifest + b" "), "publish-refused", "of another manifest"),
+            (signed(known, manifest + b" "), "publish-refused", "of something else"),
             (b"{}", "publish-refused", "no signed document"),
         ]:
             with pytest.raises(ApiError, match=why) as refused:

@@ -155,7 +155,7 @@ def test_a_refused_upload_says_what_it_lacks(bench: Api) -> None:
         (list((whole | {"weights.bin": weights[:-1]}).items()), "the weights file is not the one"),
         (list((whole | {"model.tflite": b""}).items()), "the graph file is not the one"),
         (list((whole | {"manifest.json": b"{}"}).items()), "manifest.json is not valid"),
-        ([*whole.items(), ("signature.json", b"{}")], "sign the model again"),
+        ([*whole.items(), ("signature.json", b"{}")], "sign it again"),
     ):
         refused = bench.call("POST", "/models", None, files=chosen(*files), headers=browser)
         assert refused.status_code == 422 and html.escape(why) in refused.text, (why, refused.text)
@@ -197,7 +197,7 @@ def test_a_fleet_of_signed_models_takes_a_signature_made_elsewhere(tmp_path: Pat
         browser = sign_in(bench, Role.OPERATOR)
         assert "covey model sign" in page(bench, "/models/publish", browser)
         for more, why in (
-            ([], "takes signed models only"),
+            ([], "takes only what a publisher signed"),
             ([("signature.json", foreign)], "unknown key"),
         ):
             files = chosen(*whole, *more)

@@ -20,7 +20,7 @@ from edge_client.adapters.mqtt import Inbound, LinkUp
 from edge_client.adapters.own_client import OwnClient
 from edge_client.adapters.readings import FieldReader
 from edge_client.adapters.store import DeviceStore
-from edge_client.adapters.versions import UnusableBundle, Versions
+from edge_client.adapters.versions import Versions
 from edge_client.client_updates import ClientUpdates
 from edge_client.daemon import Daemon
 from edge_client.events import Stamp, Started, Ticked
@@ -30,6 +30,7 @@ from edge_client.outputs import HandOver
 from edge_client.profile import Profile
 from edge_client.updater import Trust, run
 from edge_client.updating import UpdateRefused
+from protocol.client_bundle import UnusableBundle
 from protocol.client_release import (
     CLIENT,
     MAX_BUNDLE_BYTES,

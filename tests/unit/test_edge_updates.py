@@ -17,10 +17,11 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from deploy.bundle.build import TARGETS
 from deploy.bundle.signing import sign_bundle
 from edge_client.adapters import systemd, versions
-from edge_client.adapters.versions import UnusableBundle, Versions
+from edge_client.adapters.versions import Versions
 from edge_client.installed import Outcome
 from edge_client.updater import Trust, run
 from edge_client.updating import UpdateRefused
+from protocol.client_bundle import UnusableBundle
 from protocol.client_release import CLIENT, RELEASE_KIND, ClientBundle, ClientRelease
 from protocol.identity import SignedDocument, key_id
 from protocol.version_assignment import ASSIGNMENT_KIND, VersionAssignment

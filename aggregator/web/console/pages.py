@@ -78,6 +78,7 @@ def fleet(
         next=found[PAGE - 1].device_id if len(found) > PAGE else None,
         matching=by.operator.count_devices(chosen),
         total=by.operator.count_devices(DeviceFilter()),
+        clients=by.operator.client_counts(),
         q=q,
         which=which,
         after=after,

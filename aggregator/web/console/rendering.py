@@ -16,6 +16,7 @@ from aggregator.web.admission import Admitted
 from aggregator.web.console.assets import address_of_asset
 from aggregator.web.console.charts import line_chart
 from aggregator.web.context import context_of
+from protocol.client_release import numbered
 
 THEMES = ("light", "dark")
 THEME_COOKIE = "covey_theme"
@@ -31,6 +32,7 @@ def _templates() -> Environment:
         lstrip_blocks=True,
     )
     environment.filters |= {
+        "numbered": numbered,
         "moment": moment,
         "ago": ago,
         "span": span,
