@@ -39,6 +39,7 @@ from rich.progress import Progress
 from aggregator import main as covey
 from aggregator.round_operations import RoundView
 from aggregator.settings import CampaignRequest
+from deploy.broker import free_port
 from deploy.demo.processes import ChildProcess
 from edge_client.device_setup import enrol, initialise, set_policy
 from edge_client.policy import DevicePolicy
@@ -48,7 +49,7 @@ from protocol import transcript
 from protocol.dp.parameters import PrivacyMode
 from protocol.plan import Deadlines
 from tests.faulty_network import HOST_ADDRESS, Group, bad_links, can_make_namespaces
-from tests.fleet_broker import FleetBroker, free_port
+from tests.fleet_broker import FleetBroker
 
 GROUPS = 4
 LATENCY, LOSS, RATE = 0.3, 0.05, "2mbit"

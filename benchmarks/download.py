@@ -35,12 +35,13 @@ from rich.table import Table
 
 from aggregator import main as covey
 from benchmarks.load import cpu_seconds, resident_mb
+from deploy.broker import free_port
 from edge_client.device_setup import enrol, initialise
 from models.manifest import ModelManifest
 from protocol.fields import BlobRef
 from tests.aggregator_devices import model_files
 from tests.aggregator_process import ServiceProcess
-from tests.fleet_broker import FleetBroker, free_port
+from tests.fleet_broker import FleetBroker
 
 SPACE, HERE, THERE = "covey-dl", "covey-dl-a", "covey-dl-b"
 HUB, EDGE = "10.77.0.1", "10.77.0.2"

@@ -11,6 +11,7 @@ import contextlib
 import getpass
 import logging
 import os
+import secrets
 import shutil
 import signal
 import socket
@@ -28,6 +29,8 @@ BrokerChoice = Literal["auto", "mosquitto", "amqtt"]
 
 _HOST = "127.0.0.1"
 _START_ATTEMPTS = 5
+_PORTS = range(10_000, 32_768)
+"""Below Linux's ephemeral ports, and above those of well-known services."""
 # MQTT 3.1.1 section 3.1: CONNECT, clean session, keep-alive 10 s, client id "covey-probe".
 _CONNECT = b"\x10\x17\x00\x04MQTT\x04\x02\x00\x0a\x00\x0bcovey-probe"
 _CONNACK_ACCEPTED = b"\x20\x02\x00\x00"
@@ -64,6 +67,17 @@ def find_mosquitto() -> str | None:
     return shutil.which("mosquitto", path=search)
 
 
+def free_port() -> int:
+    """A TCP port of 127.0.0.1 on which nobody listens, for a server that binds it later, or again.
+
+    It is none of those that the kernel gives to whoever asks for any: a connection of another program could
+    hold such a one just when the server starts.
+    """
+    while not _is_free(port := secrets.choice(_PORTS)):
+        pass
+    return port
+
+
 def choose_kind(choice: BrokerChoice = "auto") -> BrokerKind:
     """The broker that `choice` stands for on this machine: mosquitto when it is installed.
 
@@ -86,7 +100,7 @@ class BrokerProcess:
     """
 
     def __init__(
-        self, kind: BrokerChoice = "auto", *, port: int | None = None, start_seconds: float = 20.0
+        self, kind: BrokerChoice = "auto", *, port: int | None = None, start_seconds: float = 60.0
     ) -> None:
         """Describes a broker; entering the context starts it.
 
@@ -162,7 +176,7 @@ class BrokerProcess:
 
     def _start_on_some_port(self) -> None:
         for attempt in range(1, _START_ATTEMPTS + 1):
-            self._port = _free_port() if self._fixed_port is None else self._fixed_port
+            self._port = free_port() if self._fixed_port is None else self._fixed_port
             self._process = self._make_process(self._port)
             try:
                 self._start()
@@ -218,12 +232,6 @@ class BrokerProcess:
             if self._files is not None:
                 self._files.cleanup()
                 self._files = None
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind((_HOST, 0))
-        return int(probe.getsockname()[1])
 
 
 def _is_free(port: int) -> bool:

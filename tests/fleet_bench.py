@@ -14,11 +14,12 @@ from pathlib import Path
 from aggregator import main as covey
 from aggregator.adapters.tls import TlsFiles
 from aggregator.fleet import access
+from deploy.broker import free_port
 from edge_client.adapters.credentials import tls_files
 from edge_client.device_setup import enrol, initialise, set_policy
 from edge_client.policy import DevicePolicy
 from tests.aggregator_process import COMMAND
-from tests.fleet_broker import FleetBroker, Peer, free_port
+from tests.fleet_broker import FleetBroker, Peer
 
 POLICY = DevicePolicy(minimum_cohort=3, minimum_survivors=2, maximum_epsilon=None)
 

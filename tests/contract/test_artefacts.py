@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -22,6 +21,7 @@ from aggregator.adapters.objects import DirectoryStore
 from aggregator.adapters.objects_s3 import S3Store, check_address
 from aggregator.registry.artefacts import ArtefactStore, MissingArtefact, StoreUnavailable
 from aggregator.service import STORE_PAUSE_SECONDS
+from deploy.broker import free_port
 from protocol.fields import BlobRef
 from tests.aggregator_bench import Bench
 from tests.aggregator_devices import model_files
@@ -46,7 +46,7 @@ class S3Server:
         command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(self.port)]
         quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
         self.process = subprocess.Popen(command, **quiet)  # type: ignore[call-overload]
-        end = time.monotonic() + 60
+        end = time.monotonic() + 120
         while True:
             try:
                 urllib.request.urlopen(f"{self.url}/moto-api/", timeout=2).close()  # noqa: S310
@@ -65,14 +65,12 @@ class S3Server:
         """Writes an object, or makes a bucket, past the store."""
         message = urllib.request.Request(f"{self.url}/{key}", data=data or None, method="PUT")  # noqa: S310
         message.add_header("Authorization", "AWS4-HMAC-SHA256 Credential=key/20260101/us-east-1/s3/aws4")
-        urllib.request.urlopen(message, timeout=60).close()  # noqa: S310
+        urllib.request.urlopen(message, timeout=120).close()  # noqa: S310
 
 
 @pytest.fixture(scope="module")
 def s3() -> Iterator[S3Server]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        server = S3Server(free.getsockname()[1])
+    server = S3Server(free_port())
     server.start()
     yield server
     server.stop()
@@ -183,9 +181,7 @@ def bench_with(store: ArtefactStore, path: Path) -> Iterator[Bench]:
 
 
 def test_a_round_waits_for_a_bucket_that_is_away_and_everything_else_goes_on(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        server = S3Server(free.getsockname()[1])
+    server = S3Server(free_port())
     server.start()
     server.put("fleet")
     store = S3Store("s3://fleet", tmp_path / "cache", endpoint=server.url)

@@ -26,7 +26,7 @@ import pytest
 pytest.importorskip("fastapi")
 
 from aggregator import main as covey
-from deploy.broker import find_mosquitto
+from deploy.broker import find_mosquitto, free_port
 from deploy.bundle.build import TARGETS, build_bundle
 from deploy.image.build import build_image
 from deploy.image.root import RootRecipe, default_cache, root_archive
@@ -38,7 +38,7 @@ from models.examples import Examples
 from tests.aggregator_process import COMMAND, ServiceProcess
 from tests.arm64_system import HOST, Machine, missing_programs
 from tests.edge_broker import Device, running, wait_for
-from tests.fleet_broker import FleetBroker, free_port
+from tests.fleet_broker import FleetBroker
 
 SOURCES = [Path("/etc/apt/sources.list.d/debian.sources"), Path("/etc/apt/sources.list")]
 PROGRAMS = ("ssh", "ssh-keygen", "mmdebstrap", "mke2fs", "sfdisk")
@@ -222,7 +222,7 @@ def test_from_an_image_to_a_new_version(tmp_path: Path, capsys: pytest.CaptureFi
         service = ServiceProcess(state, broker.url)
         service.options = ("--listen", f"https://127.0.0.1:{api_port}")
         stack.enter_context(service)
-        wait_for(lambda: covey.is_running(state), 60, "the service")
+        wait_for(lambda: covey.is_running(state), what="the service")
         run("model", "publish", Path(zoo.__file__).parent / "watch", "--state", state)
 
         power_on = time.monotonic()

@@ -13,8 +13,7 @@ import pytest
 
 pytest.importorskip("fastapi")
 
-from deploy.broker import find_mosquitto
-from tests.fleet_broker import free_port
+from deploy.broker import find_mosquitto, free_port
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "tutorial" / "five-devices.md"
@@ -34,8 +33,8 @@ def test_from_nothing_to_five_devices(tmp_path: Path) -> None:
     install, *steps = _BLOCK.findall(PAGE.read_text())
     assert "make setup" in install
     script = "set -eu\n" + "\n".join(steps)
-    for port in ("8883", "8443"):
-        script = script.replace(port, str(free_port()))
+    ports = {"8883": str(free_port()), "8443": str(free_port())}
+    script = re.sub("|".join(ports), lambda found: ports[found[0]], script)
     if os.geteuid() == 0:
         assert START in script
         script = script.replace(START, AS_NOBODY)

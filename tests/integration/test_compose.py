@@ -21,11 +21,11 @@ pytest.importorskip("yaml")
 import yaml
 
 from aggregator import main as covey
-from deploy.broker import find_mosquitto
+from deploy.broker import find_mosquitto, free_port
 from edge_client.device_setup import enrol, initialise
 from tests.databases import find_postgresql, postgresql
 from tests.edge_broker import Device, running, wait_for
-from tests.fleet_broker import FleetBroker, free_port
+from tests.fleet_broker import FleetBroker
 
 COMPOSE = Path(__file__).parents[2] / "deploy" / "compose.yaml"
 
@@ -88,21 +88,21 @@ def test_the_three_processes_work_together(tmp_path: Path, monkeypatch: pytest.M
                 def answers(path: str) -> bool:
                     url = f"https://localhost:{api_port}/api/v1/{path}"
                     try:
-                        return bool(urllib.request.urlopen(url, context=context, timeout=5).status == 200)
+                        return bool(urllib.request.urlopen(url, context=context, timeout=120).status == 200)
                     except (urllib.error.URLError, OSError):
                         return False
 
-                wait_for(lambda: answers("ready"), 60, f"readiness: {log.read_text()}")
+                wait_for(lambda: answers("ready"), what=f"readiness: {log.read_text()}")
                 # The container's own check.
                 check = services["aggregator"]["healthcheck"]["test"]
                 assert check[:2] == ["CMD", "python"]
-                subprocess.run([sys.executable, *map(here, check[2:])], check=True, timeout=30)
+                subprocess.run([sys.executable, *map(here, check[2:])], check=True, timeout=120)
                 with running(Device(edge, data, broker)):  # type: ignore[arg-type]
 
                     def online() -> bool:
                         return any(device.online for device in covey.devices(state))
 
-                    wait_for(online, 30, "the device")
+                    wait_for(online, what="the device")
             finally:
                 service.send_signal(signal.SIGTERM)
-                assert service.wait(timeout=30) == 0
+                assert service.wait(timeout=120) == 0
