@@ -39,14 +39,16 @@ from rich.console import Console
 from rich.table import Table
 
 from aggregator import main as covey
+from deploy.broker import free_port
 from protocol import topics
 from protocol.codec import encode
 from protocol.identity import create_request
 from protocol.messages import DeviceStatus
 from tests.aggregator_process import ServiceProcess
-from tests.fleet_broker import FleetBroker, free_port
+from tests.fleet_broker import FleetBroker
 
 IDLE_SECONDS = 5.0
+END_VERSION, END_SECONDS = 4, 60.0
 CONNECTING = 50
 """Handshakes under way at once."""
 
@@ -105,11 +107,11 @@ class Device(asyncio.Protocol):
         if not self.connected.done():
             self.connected.set_exception(error or ConnectionError("the broker hung up"))
 
-    def check_in(self) -> str:
-        """Says that it is there; returns the session, in hexadecimal."""
+    def check_in(self, version: int = 3) -> str:
+        """Says that it is there, and what it serves; returns the session, in hexadecimal."""
         session = secrets.token_bytes(32)
         payload = encode(
-            DeviceStatus(session=session, online=True, client_version="load", models={"watch": 3})
+            DeviceStatus(session=session, online=True, client_version="load", models={"watch": version})
         )
         topic = topics.up(self.name, "status").encode()
         self._mid = self._mid % 65_535 + 1
@@ -135,8 +137,9 @@ async def generate(
     rate: float,
     seconds: float,
     usage: Callable[[], list[float]],
+    served: Callable[[str], int],
 ) -> tuple[dict[str, float], list[float], list[float]]:
-    """Connects every device, lets them check in, and hangs up.
+    """Connects every device, lets them check in, waits until the service has heard the last, and hangs up.
 
     Returns:
         When each session was sent, on the monotonic clock; how late each was; and cores used meanwhile.
@@ -167,7 +170,13 @@ async def generate(
         late.append(max(0.0, now - moment))
         sent[devices[who].check_in()] = now
     cores = [(end - start) / (time.monotonic() - begin) for start, end in zip(before, usage(), strict=True)]
-    await asyncio.sleep(2.0)
+    await asyncio.sleep(1.0)  # the broker takes from many connections in any order
+    # And then gives in order: when the service knows of this one, it has had those before.
+    name, device = next(zip(identities, devices, strict=True))
+    device.check_in(END_VERSION)
+    patience = time.monotonic() + END_SECONDS
+    while served(name) != END_VERSION and time.monotonic() < patience:
+        await asyncio.sleep(0.1)
     gone = sum(device.lost for device in devices)
     if gone:
         raise ConnectionError(f"the broker hung up on {gone} devices")
@@ -231,7 +240,12 @@ def run(devices: int, rate: float, seconds: float) -> Result:
             def usage() -> list[float]:
                 return [cpu_seconds(service.pid), cpu_seconds(broker.pid), time.process_time()]
 
-            sent, late, cores = asyncio.run(generate(broker, identities, rate, seconds, usage))
+            operator = stack.enter_context(covey.open_operator(state))
+
+            def served(name: str) -> int:
+                return operator.device(name).models.get("watch", 0)
+
+            sent, late, cores = asyncio.run(generate(broker, identities, rate, seconds, usage, served))
             loaded = resident_mb(service.pid)
             service.end(signal.SIGTERM)
         done: dict[str, float] = json.loads(moments.read_text())
