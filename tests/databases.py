@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from sqlalchemy import create_engine, make_url
@@ -23,7 +24,19 @@ from aggregator.adapters.sql_migration import migrate
 
 def sqlite_repository(path: Path) -> SqlRepository:
     """The repository in a file, which is made when it is not there."""
-    return repository_at(url_of_file(path))
+    if not path.exists():
+        path.write_bytes(_newest_schema())
+    return SqlRepository(url_of_file(path))
+
+
+@cache
+def _newest_schema() -> bytes:
+    """A file with the tables and nothing in them: to migrate anew for each of a thousand takes long."""
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "newest.db"
+        migrate(url_of_file(path))
+        assert [each.name for each in path.parent.iterdir()] == [path.name], "nothing of it is elsewhere"
+        return path.read_bytes()
 
 
 def repository_at(url: str) -> SqlRepository:
