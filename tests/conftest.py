@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from importlib.util import find_spec
 
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 # The bare install is the device's: it has neither the service's packages nor the exporter's.
 collect_ignore_glob = (
@@ -36,7 +36,8 @@ collect_ignore_glob = (
     ]
 )
 
+# A slow machine is no failure: examples have no time limit, nor has making them.
+settings.register_profile("covey", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 # In CI the examples follow from the code, so that a red run is red again when somebody looks at it.
-settings.register_profile("ci", derandomize=True, print_blob=True)
-if os.environ.get("CI"):
-    settings.load_profile("ci")
+settings.register_profile("ci", settings.get_profile("covey"), derandomize=True, print_blob=True)
+settings.load_profile("ci" if os.environ.get("CI") else "covey")
