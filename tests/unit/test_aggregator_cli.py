@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from importlib.metadata import EntryPoint
 from pathlib import Path
@@ -30,10 +31,16 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
     def call(*arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["covey", *map(str, arguments)])
         code: object = 0
+        root = logging.getLogger()
+        handlers, level = root.handlers[:], root.level
         try:
             cli.main()
         except SystemExit as exit_:
             code = exit_.code or 0
+        finally:
+            # `aggregator run` logs to the standard error of now, which is closed in other tests.
+            root.handlers[:] = handlers
+            root.setLevel(level)
         captured = capsys.readouterr()
         assert isinstance(code, int)
         return code, captured.out, captured.err
