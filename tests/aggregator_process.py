@@ -64,7 +64,7 @@ class ServiceProcess:
             return 0
         if process.poll() is None:
             process.send_signal(number)
-        code = process.wait(timeout=20)
+        code = process.wait(timeout=120)
         self._process = None
         return code
 
@@ -150,7 +150,7 @@ class SimulatedFleet:
             topic, frame = self.devices[name].birth()
         self._client.publish(topic, frame, qos=1, retain=True)
 
-    def wait(self, done: Callable[[], bool], *, seconds: float = 60.0) -> None:
+    def wait(self, done: Callable[[], bool], *, seconds: float = 120.0) -> None:
         """Waits until `done`."""
         end = time.monotonic() + seconds
         while not done():

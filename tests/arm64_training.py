@@ -47,7 +47,7 @@ def trained(model: str, data: Path) -> NDArray[np.float32]:
             worker.submit(Train("00" * 16, manifest, CONFIG))
             event = results.get(timeout=180)
         finally:
-            worker.stop()
+            worker.stop(60.0)
     if not isinstance(event, TrainingFinished):
         raise SystemExit(f"no update: {event}")
     return event.update.delta

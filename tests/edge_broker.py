@@ -155,7 +155,7 @@ class Hub:
         other.on_connect = lambda *_: taken.set()
         other.connect(self._broker.host, self._broker.port)
         other.loop_start()
-        assert taken.wait(10)
+        assert taken.wait(120)
         other.disconnect()
         other.loop_stop()
 
@@ -178,8 +178,11 @@ class Hub:
         return status is not None and status.online
 
 
-def wait_for(condition: Callable[[], object], seconds: float = 30.0, what: str = "the condition") -> None:
-    """Waits until a condition holds."""
+def wait_for(condition: Callable[[], object], seconds: float = 120.0, what: str = "the condition") -> None:
+    """Waits until a condition holds.
+
+    The limit is for what never comes, not for slow machines: it is generous everywhere.
+    """
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"{what} did not come in {seconds} s"
@@ -235,7 +238,7 @@ class Device:
             return -1 if self._process is None else int(self._process.returncode)
         self._process.send_signal(signal.SIGTERM)
         try:
-            return self._process.wait(timeout=20)
+            return self._process.wait(timeout=120)
         except subprocess.TimeoutExpired:
             self.kill()
             raise

@@ -126,5 +126,5 @@ def enroll(state: Path, ticket: Path, *options: str) -> subprocess.Popen[str]:
 
 def ended(process: subprocess.Popen[str]) -> tuple[int, str, str]:
     """Exit code, output and errors of a process, when it has ended."""
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=120)
     return process.returncode, out, err

@@ -20,12 +20,6 @@ from paho.mqtt.enums import CallbackAPIVersion, MQTTProtocolVersion
 from deploy.broker import find_mosquitto
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 class FleetBroker:
     """The broker of a state directory.
 
@@ -48,7 +42,7 @@ class FleetBroker:
             identity = {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []}
         with self.log_file.open("ab") as log:
             self._process = subprocess.Popen(["/bin/sh", "start"], cwd=self.directory, stderr=log, **identity)
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 120
         while True:
             assert self._process.poll() is None, self.log_file.read_text()
             try:
@@ -74,7 +68,7 @@ class FleetBroker:
     def stop(self) -> None:
         if self._process is not None:
             self._process.terminate()
-            self._process.wait(timeout=20)
+            self._process.wait(timeout=120)
 
     def __enter__(self) -> Self:
         self.start()
@@ -143,7 +137,7 @@ class Peer:
         """Whether the broker let it in."""
         self._client.connect(self._broker.host, self._broker.port)
         self._client.loop_start()
-        assert self._answered.wait(10)
+        assert self._answered.wait(120)
         return not self.reason
 
     def subscribe(self, topic: str) -> bool:
@@ -161,7 +155,7 @@ class Peer:
         self._wait(self._client.publish(topic, payload, qos=1, retain=retain).mid)
 
     def _wait(self, mid: int) -> None:
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 120
         while mid not in self._done:
             assert time.monotonic() < deadline, (mid, self.reason, self._broker.log_file.read_text())
             time.sleep(0.005)

@@ -44,8 +44,8 @@ NOISE_MULTIPLIER = 0.1
 BITS = 16
 """Of the ring: finer steps would drown in the noise, and cost upload and memory."""
 
-START_SECONDS = 60.0
-SETTLE_SECONDS = 30.0
+START_SECONDS = 120.0
+SETTLE_SECONDS = 60.0
 _POLL_SECONDS = 0.02
 _DEADLINES = Deadlines(
     advertise_keys=20.0,

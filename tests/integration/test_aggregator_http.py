@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import re
+import select
 import signal
 import socket
 import ssl
@@ -60,34 +62,27 @@ def test_an_upload_of_two_gigabytes_is_refused_before_it_is_sent(bench: Api, ser
         "POST /api/v1/versions HTTP/1.1\r\nHost: x\r\nContent-Type: multipart/form-data; boundary=x\r\n"
         f"Authorization: Bearer {bench.tokens[Role.OPERATOR]}\r\n"
     )
-    with socket.create_connection(("127.0.0.1", server.port), timeout=10) as connection:
+    with socket.create_connection(("127.0.0.1", server.port), timeout=120) as connection:
         connection.sendall(f"{head}Content-Length: {2 * 2**30}\r\n\r\n".encode())
         assert b" 413 " in connection.recv(65536).splitlines()[0]
     # The same without saying so: chunk after chunk, until the service has had enough.
     sent = 0
     part = b"10000\r\n" + bytes(2**16) + b"\r\n"
     begin = b'--x\r\nContent-Disposition: form-data; name="weights"; filename="w"\r\n\r\n'
-    with socket.create_connection(("127.0.0.1", server.port), timeout=10) as connection:
+    with socket.create_connection(("127.0.0.1", server.port), timeout=120) as connection:
         connection.sendall(f"{head}Transfer-Encoding: chunked\r\n\r\n".encode())
         answer = b""
         connection.setblocking(False)
-        end = time.monotonic() + 60
         rest = b"%x\r\n%s\r\n" % (len(begin), begin)
-        while not answer and sent < 2 * 2**30 and time.monotonic() < end:
-            try:
+        while not answer and sent < 2 * 2**30:
+            readable, _, _ = select.select([connection], [connection], [], 60)
+            if readable:
+                answer = connection.recv(65536)
+                break
+            with contextlib.suppress(BlockingIOError, ConnectionError):  # what it said can still be read
                 rest = rest or part
                 count = connection.send(rest)
                 rest, sent = rest[count:], sent + count
-            except BlockingIOError:
-                time.sleep(0.001)
-            except OSError:
-                break  # it hung up
-            try:
-                answer = connection.recv(65536)
-            except BlockingIOError:
-                continue
-            except OSError:
-                break
     assert sent < 300 * 2**20
     assert b" 413 " in answer.splitlines()[0]
     with Client(server.url, bench.tokens[Role.OPERATOR]) as client:
@@ -107,12 +102,12 @@ def test_events_arrive_live_and_resume(bench: Api, server: ApiServer) -> None:
     thread = threading.Thread(target=listen)
     thread.start()
     with Client(server.url, bench.tokens[Role.OPERATOR]) as client:
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 120
         while not heard and time.monotonic() < deadline:
             time.sleep(0.01)
         for name in ("barn-1", "barn-2"):
             client.enrol(csr(name))
-        thread.join(20)
+        thread.join(60)
         assert [(e.kind, e.data.get("device")) for e in heard] == [
             ("hello", None),
             ("device", "barn-1"),
@@ -222,7 +217,7 @@ def test_what_a_killed_service_leaves_leads_no_command_to_another_port(run, tmp_
     state, found = tmp_path / "agg", tmp_path / "agg" / "api" / "local.json"
     covey.init(state, fleet="orchard", broker=NOBODY_LISTENS)
     with ServiceProcess(state, NOBODY_LISTENS) as service:
-        wait_for(lambda: LocalEndpoint.read(state / "api"), 60, "the service")
+        wait_for(lambda: LocalEndpoint.read(state / "api"), what="the service")
         first = LocalEndpoint.read(state / "api")
         assert first is not None
         service.end(signal.SIGKILL)
@@ -237,7 +232,7 @@ def test_what_a_killed_service_leaves_leads_no_command_to_another_port(run, tmp_
     with Client(first.url, first.token) as client, pytest.raises(Unreachable, match="covey aggregator run"):
         client.whoami()
     with ServiceProcess(state, NOBODY_LISTENS) as service:
-        wait_for(lambda: LocalEndpoint.read(state / "api"), 60, "the next service")
+        wait_for(lambda: LocalEndpoint.read(state / "api"), what="the next service")
         second = LocalEndpoint.read(state / "api")
         assert second is not None and second.token != first.token
         with covey.connect(state) as client:
@@ -279,7 +274,7 @@ def test_the_commands_find_the_service_here_and_log_in_from_elsewhere(run, tmp_p
     for name, data in zip(("manifest.json", "model.tflite", "weights.bin"), model_files(50), strict=True):
         (model / name).write_bytes(data)
     with ServiceProcess(state, NOBODY_LISTENS) as service:
-        wait_for(lambda: LocalEndpoint.read(state / "api"), 60, "the service")
+        wait_for(lambda: LocalEndpoint.read(state / "api"), what="the service")
         endpoint = LocalEndpoint.read(state / "api")
         assert endpoint is not None, service.log
         # Here: by the state directory, over the socket.
@@ -332,7 +327,7 @@ def test_ten_thousand_devices_on_one_page(bench: Api, server: ApiServer) -> None
         for number in range(9_999):
             writer.add_device(replace(device, device_id=f"device-{number:05}", models={"watch": 3}))
     headers = {"Authorization": f"Bearer {bench.tokens[Role.VIEWER]}"}
-    response = httpx.get(f"{server.url}/api/v1/devices?limit=10000", headers=headers, timeout=60)
+    response = httpx.get(f"{server.url}/api/v1/devices?limit=10000", headers=headers, timeout=120)
     content = response.json()
     assert (len(content["items"]), content["next"]) == (10_000, None)
     with Client(server.url, bench.tokens[Role.VIEWER]) as client:

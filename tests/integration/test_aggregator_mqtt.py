@@ -26,14 +26,17 @@ class Device:
 
     def __init__(self, broker: BrokerProcess) -> None:
         self.got: list[tuple[str, bytes, bool]] = []
+        subscribed = threading.Event()
         self._client = paho.Client(CallbackAPIVersion.VERSION2, client_id="barn-1")
         self._client.on_message = lambda _, __, m: self.got.append((m.topic, bytes(m.payload), m.retain))
+        self._client.on_subscribe = lambda *_: subscribed.set()
         self._client.connect(broker.host, broker.port)
         self._client.loop_start()
         self._client.subscribe([(topics.downlinks("barn-1"), 1), (topics.MODELS, 1)])
+        assert subscribed.wait(120)
 
     def say(self, payload: bytes, *, retain: bool = False) -> None:
-        self._client.publish(TOPIC, payload, qos=1, retain=retain).wait_for_publish(5)
+        self._client.publish(TOPIC, payload, qos=1, retain=retain).wait_for_publish(60)
 
     def stop(self) -> None:
         self._client.disconnect()
@@ -58,7 +61,7 @@ def device(broker: BrokerProcess) -> Iterator[Device]:
 def until(transport: MqttTransport, done: Callable[[list[Inbound]], bool]) -> list[Inbound]:
     """Receives until `done`; acknowledges nothing."""
     got: list[Inbound] = []
-    end = time.monotonic() + 20
+    end = time.monotonic() + 120
     while not done(got):
         assert time.monotonic() < end, got
         got += transport.receive(10, 0.05)
@@ -66,8 +69,20 @@ def until(transport: MqttTransport, done: Callable[[list[Inbound]], bool]) -> li
 
 
 def connect(transport: MqttTransport) -> None:
+    """Until the transport is connected and its subscription is there: then it hears what it says itself."""
     assert until(transport, bool)[0] == Connected()
-    time.sleep(0.3)  # the subscription follows
+    for number in range(60):
+        probe, heard = b"probe %d" % number, False
+        assert transport.publish(topics.up("probe", "msg"), probe)
+        # When the last one has come, no earlier one is on its way any more.
+        while not heard and (batch := transport.receive(10, 1.0)):
+            for delivery in batch:
+                assert isinstance(delivery, Delivery)
+                transport.acknowledge(delivery)
+                heard = heard or delivery.payload == probe
+        if heard:
+            return
+    raise AssertionError("the transport hears nothing")
 
 
 def payloads(got: list[Inbound]) -> list[bytes]:
@@ -83,7 +98,7 @@ def test_messages_go_both_ways(transport: MqttTransport, device: Device) -> None
     transport.acknowledge(delivery)
     assert transport.publish(topics.down("barn-1", "msg"), b"answer")
     assert transport.publish(topics.model("watch"), b"version", retain=True)
-    end = time.monotonic() + 10
+    end = time.monotonic() + 120
     while len(device.got) < 2 and time.monotonic() < end:
         time.sleep(0.02)
     assert {(topic, payload) for topic, payload, _ in device.got} == {

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import socket
 import subprocess
 import sys
 import time
@@ -31,6 +30,7 @@ from aggregator.web.oidc import LOGIN_COOKIE, Oidc
 from aggregator.web.oidc_settings import OidcSettings
 from aggregator.web.server import ApiServer
 from aggregator.web.sessions import SESSION_COOKIE
+from deploy.broker import free_port
 from tests.api_bench import Api, api, csr
 
 V1 = "/api/v1"
@@ -39,9 +39,7 @@ SECRET = "of the client"
 
 @pytest.fixture(scope="module")
 def issuer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     log = tmp_path_factory.mktemp("oidc") / "log"
     with log.open("wb") as output:
         process = subprocess.Popen(
@@ -51,21 +49,21 @@ def issuer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         )
     url = f"http://127.0.0.1:{port}"
     try:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 120
         while True:
             try:
-                found = httpx.get(f"{url}/.well-known/openid-configuration").json()
+                found = httpx.get(f"{url}/.well-known/openid-configuration", timeout=120).json()
                 break
             except httpx.HTTPError:
                 assert process.poll() is None and time.monotonic() < deadline, log.read_text()
                 time.sleep(0.1)
         for name, groups in {"ada": ["staff", "ml", "admins"], "bob": ["ml"], "eve": ["staff"]}.items():
             claims = {"email": f"{name}@example.org", "groups": groups}
-            httpx.put(f"{url}/users/{name}", json=claims).raise_for_status()
+            httpx.put(f"{url}/users/{name}", json=claims, timeout=120).raise_for_status()
         yield found["issuer"]
     finally:
         process.terminate()
-        process.wait(20)
+        process.wait(120)
 
 
 @pytest.fixture
@@ -88,7 +86,7 @@ def bench(issuer: str, tmp_path: Path) -> Iterator[Api]:
 def browser(bench: Api) -> Iterator[httpx.Client]:
     with (
         ApiServer(bench.app, ListenAddress.parse("127.0.0.1:0")) as server,
-        httpx.Client(base_url=server.url, timeout=30) as client,
+        httpx.Client(base_url=server.url, timeout=120) as client,
     ):
         yield client
 
@@ -101,7 +99,7 @@ def begin(browser: httpx.Client, who: str) -> str:
     query = parse_qs(urlsplit(address).query)
     assert query["code_challenge_method"] == ["S256"] and len(query["code_challenge"][0]) == 43
     assert {"state", "nonce"} <= query.keys()
-    agreed = httpx.post(address, data={"sub": who})
+    agreed = httpx.post(address, data={"sub": who}, timeout=120)
     assert agreed.status_code == 302, agreed.text
     return agreed.headers["location"]
 
@@ -142,7 +140,7 @@ def test_a_person_signs_in_acts_and_signs_out(bench: Api, browser: httpx.Client)
     secret = browser.cookies[SESSION_COOKIE]
     assert browser.post("/auth/logout").status_code == 403
     assert browser.post("/auth/logout", headers={"Origin": own}).status_code == 303
-    again = httpx.get(f"{own}{V1}/whoami", cookies={SESSION_COOKIE: secret})
+    again = httpx.get(f"{own}{V1}/whoami", cookies={SESSION_COOKIE: secret}, timeout=120)
     assert again.status_code == 401 and "sign in again" in again.json()["detail"]
 
 
@@ -189,7 +187,7 @@ def test_the_code_goes_back_with_the_verifier_of_its_challenge(
 
     start = browser.get("/auth/login")
     address = start.headers["location"]
-    back = post(address, data={"sub": "bob"}).headers["location"]
+    back = post(address, data={"sub": "bob"}, timeout=120).headers["location"]
     monkeypatch.setattr("aggregator.web.oidc.httpx.post", recorded)
     assert browser.get(back).status_code == 200
     (verifier,) = parse_qs(bodies[0])["code_verifier"]
@@ -206,7 +204,7 @@ def test_the_issuers_tokens_are_bearers_and_nobody_elses(bench: Api, issuer: str
     oidc._claims = lambda token, now: (caught.append(token), decode(token, now))[1]  # type: ignore[method-assign]
     with (
         ApiServer(bench.app, ListenAddress.parse("127.0.0.1:0")) as server,
-        httpx.Client(base_url=server.url) as browser,
+        httpx.Client(base_url=server.url, timeout=120) as browser,
     ):
         sign_in(browser, "bob")
     token = caught[0]

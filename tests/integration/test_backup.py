@@ -101,7 +101,7 @@ def test_a_fleet_comes_back(
             with covey.open_operator(state) as operator:
                 return operator.campaign(campaign.campaign_id).status == "finished"
 
-        wait_for(finished, 60, "the round")
+        wait_for(finished, what="the round")
         # While it runs.
         run(f"Back up: {kind}")
     before = told(state)

@@ -88,7 +88,7 @@ def pending(device: Device) -> int:
 def kill_in_a_buffer(service: ServiceProcess, state: Path) -> str:
     """SIGKILLs the service while a buffer is collected; returns its id."""
     with covey.open_operator(state) as operator:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 120
         while not (live := operator.live_rounds()):
             assert time.monotonic() < deadline, "no buffer came"
     service.end(signal.SIGKILL)
@@ -113,27 +113,27 @@ def test_fast_devices_wait_for_nobody_and_kills_use_no_update_twice(
     fast = [prepared(tmp_path, name, aggregator, mosquitto, FEW) for name in FAST]
     slow = prepared(tmp_path, SLOW, aggregator, mosquitto, MANY)
     with ServiceProcess(aggregator, mosquitto.url) as service, running(*fast, slow):
-        wait_for(lambda: LocalEndpoint.read(aggregator / "api"), 60, "the service")
+        wait_for(lambda: LocalEndpoint.read(aggregator / "api"), what="the service")
         with covey.connect(aggregator) as client:
             weights = encode_weights(np.array(WATCH.weights))
             client.publish(WATCH.manifest.to_bytes(), WATCH.graph, weights)
             campaign = client.start_rounds(REQUEST)
 
             # The fast ones make versions while the slow one trains; killed in it, it is ordered anew.
-            wait_for(lambda: events(slow, "preparing-update"), 60, "the slow device's order")
+            wait_for(lambda: events(slow, "preparing-update"), what="the slow device's order")
             before = completed(client)
-            wait_for(lambda: completed(client) >= before + 2, 60, "two buffers of fast devices")
+            wait_for(lambda: completed(client) >= before + 2, what="two buffers of fast devices")
             assert not events(slow, "update-ready"), "the slow device is too fast for this test"
             slow.kill()
             slow.start()
-            wait_for(lambda: len(events(slow, "preparing-update")) == 2, 60, "the order again")
+            wait_for(lambda: len(events(slow, "preparing-update")) == 2, what="the order again")
 
         # The aggregator is killed while it collects a buffer.
         hit = kill_in_a_buffer(service, aggregator)
         service.start()
-        wait_for(lambda: LocalEndpoint.read(aggregator / "api"), 60, "the service again")
+        wait_for(lambda: LocalEndpoint.read(aggregator / "api"), what="the service again")
         with covey.connect(aggregator) as client:
-            wait_for(lambda: one(client, hit).status != "running", 60, "the end of the buffer that was hit")
+            wait_for(lambda: one(client, hit).status != "running", what="the end of the buffer that was hit")
             assert one(client, hit).status == "completed", one(client, hit)
 
             # Nobody collects for a while; the slow one is killed between its training and its upload.
@@ -144,7 +144,9 @@ def test_fast_devices_wait_for_nobody_and_kills_use_no_update_twice(
             assert pending(slow) == 1
             slow.start()
             client.resume_campaign(campaign.campaign)
-            wait_for(lambda: events(slow, "update-collected"), 60, "the buffer with the slow device's update")
+            wait_for(
+                lambda: events(slow, "update-collected"), what="the buffer with the slow device's update"
+            )
             (collected, *_) = events(slow, "update-collected")
             assert int(collected["staleness"]) >= 2
             assert len(events(slow, "preparing-update")) == 2, "it was trained once more"
@@ -157,7 +159,7 @@ def test_fast_devices_wait_for_nobody_and_kills_use_no_update_twice(
 
             # What waits for a campaign that is over is erased.
             client.cancel_campaign(campaign.campaign)
-            wait_for(lambda: not any(pending(device) for device in fast), 60, "the erasure")
+            wait_for(lambda: not any(pending(device) for device in fast), what="the erasure")
             versions = [each.version for each in client.versions()]
             assert versions == list(range(1, len(versions) + 1))
             assert len(versions) - 1 == completed(client)
@@ -183,6 +185,6 @@ def entries(device: Device) -> list[str]:
         capture_output=True,
         text=True,
         check=True,
-        timeout=60,
+        timeout=120,
     )
     return [entry["round_id"] for entry in json.loads(done.stdout)["entries"]]

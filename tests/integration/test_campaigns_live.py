@@ -17,7 +17,7 @@ from tests.aggregator_process import ServiceProcess, SimulatedFleet
 PARAMETERS = 500
 REQUEST = CampaignRequest(
     "toy", rounds=3, cohort=4, minimum=3, min_survivors=3, gather_seconds=0.2,
-    deadlines=Deadlines(advertise_keys=20, share_keys=20, masked_input=20),
+    deadlines=Deadlines(advertise_keys=60, share_keys=60, masked_input=60),
 )  # fmt: skip
 
 
@@ -36,15 +36,15 @@ def test_schedule_pause_resume_cancel_and_two_models(mosquitto: BrokerProcess, t
                 return client.campaign(campaign_id).status
 
             # Two models at once, on devices of their own.
-            fleet.pause = 0.05
+            fleet.pause = 0.5
             both = [client.start_rounds(replace(REQUEST, model=name, rounds=1)) for name in ("toy", "other")]
             fleet.wait(lambda: sum(each.status == "running" for each in client.rounds()) == 2)
+            fleet.pause = 0.0
             fleet.wait(lambda: all(status(each.campaign) == "finished" for each in both))
             first, second = client.rounds()
             assert {first.model, second.model} == {"toy", "other"}
             assert not set(first.invited) & set(second.invited)
             assert client.selection(first.round).chosen == first.invited
-            fleet.pause = 0.0
 
             # A schedule: due by the clock of the year before, as after a long downtime: one round, no burst.
             nightly = client.start_rounds(replace(REQUEST, schedule="0 2 1 1 *", time_zone="Europe/Berlin"))
@@ -67,9 +67,10 @@ def test_schedule_pause_resume_cancel_and_two_models(mosquitto: BrokerProcess, t
             time.sleep(1.5)  # some polls of the service
             assert len(client.rounds(campaign.campaign)) == 1
             client.resume_campaign(campaign.campaign)
-            fleet.pause = 0.2
+            fleet.pause = 0.5
             fleet.wait(lambda: len(client.rounds(campaign.campaign)) == 2)
             client.cancel_campaign(campaign.campaign)
+            fleet.pause = 0.0
             fleet.wait(lambda: client.rounds(campaign.campaign)[1].status != "running")
             assert client.rounds(campaign.campaign)[1].code == "cancelled"
             assert client.campaign(campaign.campaign).status == "cancelled"

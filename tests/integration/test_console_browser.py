@@ -302,7 +302,7 @@ def test_a_round_moves_while_one_watches(
     ):
         fleet.pause = 0.4
         link = tmp_path / "link"
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 120
         while not link.exists():
             printed = CliRunner().invoke(app, ["console", "--state", str(state)])
             if printed.exit_code == 0:

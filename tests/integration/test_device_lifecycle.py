@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import signal
 import ssl
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -33,7 +32,7 @@ pytestmark = [
     pytest.mark.skipif(find_mosquitto() is None, reason="mosquitto is not installed"),
 ]
 
-SECONDS = 8.0
+SECONDS = 30.0
 """Within which somebody must be cut off; on a machine with nothing else to do it takes one or two."""
 
 
@@ -46,7 +45,7 @@ def bench(tmp_path: Path) -> Iterator[Bench]:
 @pytest.fixture
 def service(bench: Bench) -> Iterator[ServiceProcess]:
     with ServiceProcess(bench.state, bench.broker.url) as running_service:
-        wait_for(lambda: covey.is_running(bench.state), 60, "the service")
+        wait_for(lambda: covey.is_running(bench.state), what="the service")
         yield running_service
 
 
@@ -59,7 +58,7 @@ def gets_nothing(peer: Peer, device_id: str) -> bool:
 
 def test_a_revoked_device_is_cut_off_and_cannot_return(bench: Bench, service: ServiceProcess) -> None:
     one, two = bench.device("barn-1"), bench.device("barn-2")
-    wait_for(lambda: bench.knows("barn-1") and bench.knows("barn-2"), 30, "both to be let in")
+    wait_for(lambda: bench.knows("barn-1") and bench.knows("barn-2"), what="both to be let in")
     with bench.peer(one, "barn-1") as a, bench.peer(two, "barn-2") as b:
         assert a.connect() and a.subscribe(topics.downlinks("barn-1"))
         assert b.connect() and b.subscribe(topics.downlinks("barn-2"))
@@ -79,7 +78,7 @@ def test_a_revoked_device_is_cut_off_and_cannot_return(bench: Bench, service: Se
             with bench.peer(one, "barn-1") as more:
                 return not more.connect()
 
-        wait_for(refused, 20, "the broker to take up the list")
+        wait_for(refused, what="the broker to take up the list")
         assert b.connected
     service.end(signal.SIGTERM)
     bench.broker.stop()
@@ -102,7 +101,7 @@ def test_with_the_ca_key_elsewhere_a_revoked_device_still_gets_nothing(
     bench: Bench, service: ServiceProcess
 ) -> None:
     one = bench.device("barn-1")
-    wait_for(lambda: bench.knows("barn-1"), 30, "the device to be let in")
+    wait_for(lambda: bench.knows("barn-1"), what="the device to be let in")
     (bench.state / "keys" / "ca-key.pem").rename(bench.state.parent / "elsewhere.pem")
     with bench.peer(one, "barn-1") as a:
         assert a.connect()
@@ -117,7 +116,7 @@ def test_with_the_ca_key_elsewhere_a_revoked_device_still_gets_nothing(
 
 def test_who_takes_a_name_over_has_it_alone(bench: Bench, service: ServiceProcess) -> None:
     old = bench.device("barn-1")
-    wait_for(lambda: bench.knows("barn-1"), 30, "the device to be let in")
+    wait_for(lambda: bench.knows("barn-1"), what="the device to be let in")
     with bench.peer(old, "barn-1") as former:
         assert former.connect()
         key = Ed25519PrivateKey.generate()
@@ -138,7 +137,7 @@ def test_who_takes_a_name_over_has_it_alone(bench: Bench, service: ServiceProces
             bench.broker.adopt()
             return not former.connected
 
-        wait_for(sent_away, 30, "the former device to be sent away")
+        wait_for(sent_away, what="the former device to be sent away")
     with bench.peer(old, "barn-1") as former, bench.peer(new, "barn-1") as successor:
         assert not former.connect()
         assert successor.connect() and successor.subscribe(topics.downlinks("barn-1"))
@@ -157,25 +156,24 @@ def test_a_round_goes_on_without_a_device_that_is_revoked(bench: Bench, service:
             listed = run("device", "list", "--state", bench.state, "--json")
             return listed.count('"online": true') == 4 and listed.count('"watch": 1') == 4
 
-        wait_for(ready, 90, "four devices with the model")
+        wait_for(ready, what="four devices with the model")
         # One that was invited and says nothing more would hold the round until its deadline.
         devices[3].signal(signal.SIGSTOP)
         try:
-            began = time.monotonic()
             run(
                 *("round", "start", "--state", bench.state, "--model", "watch", "--rounds", 2, "--cohort", 4),
                 *("--minimum", 3, "--min-survivors", 3, "--privacy", "distributed"),
-                *("--noise-multiplier", 0.01),
+                *("--noise-multiplier", 0.01, "--advertise-seconds", 600, "--share-seconds", 600),
+                *("--input-seconds", 600, "--check-seconds", 600, "--unmask-seconds", 600),
             )
 
             with covey.open_operator(bench.state) as operator:
-                wait_for(lambda: operator.rounds(), 60, "the round")
+                wait_for(lambda: operator.rounds(), what="the round")
                 assert "barn-4" in operator.rounds()[0].record.invited
                 run("device", "revoke", "barn-4", "--state", bench.state)
-                wait_for(lambda: operator.rounds()[0].record.status == "completed", 60, "its end")
+                wait_for(lambda: operator.rounds()[0].record.status == "completed", what="its end")
                 first = operator.rounds()[0]
                 assert first.report.survivors == names[:3]
-                assert time.monotonic() - began < 60
                 # Three are enough, and the fourth is not asked again.
                 wait_for(lambda: len(operator.rounds()) == 2, 120, "the second round")
                 assert operator.rounds()[1].record.invited == names[:3]

@@ -53,11 +53,11 @@ def test_a_device_says_how_it_is_and_refuses_what_its_owner_does(
     device = Device(state, fleet.data("device-0", WATCH.manifest), mosquitto)
     with Hub(mosquitto) as hub, running(device):
         hub.publish(WATCH.manifest, WATCH.graph, encode_weights(WATCH.weights), fleet.operator)
-        wait_for(lambda: hub.serving("device-0") == {"watch": 1}, 60, "the version")
+        wait_for(lambda: hub.serving("device-0") == {"watch": 1}, what="the version")
         status = hub.last_status("device-0")
         assert status is not None and status.conditions.free_memory and status.conditions.load is not None
         hub.send("device-0", invitation(fleet))
-        _, answer, _ = hub.heard.get(timeout=30)
+        _, answer, _ = hub.heard.get(timeout=120)
         assert isinstance(answer, Refusal) and answer.code == "conditions"
         assert "it trains from 1048576 MiB" in answer.detail
         assert device.stop() == 0
@@ -76,9 +76,16 @@ def test_the_service_is_ready_without_a_broker_and_says_so(tmp_path: Path) -> No
         with running(device):
             assert systemd.recv(1024) == b"READY=1"
             assert systemd.recv(1024) == b"WATCHDOG=1"
-            assert systemd.recv(1024) == b"STATUS=no broker: going on without; waiting for a round"
+            assert next_but_alive(systemd) == b"STATUS=no broker: going on without; waiting for a round"
             assert device.stop() == 0
-        assert systemd.recv(1024) == b"STOPPING=1"
+        assert next_but_alive(systemd) == b"STOPPING=1"
+
+
+def next_but_alive(systemd: socket.socket) -> bytes:
+    """What comes next, besides the signs of life, which take their own time."""
+    while (heard := systemd.recv(1024)) == b"WATCHDOG=1":
+        pass
+    return heard
 
 
 def test_a_misspelt_limit_stops_the_start_and_names_itself(mosquitto: BrokerProcess, tmp_path: Path) -> None:
@@ -88,7 +95,7 @@ def test_a_misspelt_limit_stops_the_start_and_names_itself(mosquitto: BrokerProc
     (state / "edge.toml").write_text("[conditions]\nmaximum_temprature = 70\n")
     for arguments in (("run", "--broker", mosquitto.url, "--data", data), ("config",)):
         done = subprocess.run(
-            command(*arguments, "--state", state), capture_output=True, text=True, timeout=60, check=False
+            command(*arguments, "--state", state), capture_output=True, text=True, timeout=120, check=False
         )
         assert done.returncode == 1
         assert done.stderr.strip().endswith(

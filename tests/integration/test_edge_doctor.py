@@ -166,7 +166,7 @@ def test_the_client_waits_for_the_right_time_and_says_so(fleet: Fleet, state: Pa
         device = Device(state, tmp_path / "data", SimpleNamespace(url=url))  # type: ignore[arg-type]
         with running(device):
             said = "certificate is not yet valid"
-            wait_for(lambda: device.log.read_text().count(said) >= 2, 60, "the second attempt")
+            wait_for(lambda: device.log.read_text().count(said) >= 2, what="the second attempt")
             assert device.stop() == 0
     assert "waiting for the right time, this device's clock says 20" in device.log.read_text()
 

@@ -42,19 +42,20 @@ def test_a_new_version_is_personalised_by_the_daemon(broker: BrokerProcess, tmp_
 
     with Hub(broker) as hub, running(device):
         hub.publish(WATCH.manifest, WATCH.graph, WEIGHTS, fleet.operator)
-        wait_for(lambda: personal() == [1], 60, "the first personal model")
+        wait_for(lambda: personal() == [1], what="the first personal model")
         assert answer("predict", "--state", device.state, "--input", tmp_path / "x.npy")["personal"]
         weights = encode_weights((WATCH.weights * np.float32(0.9)).astype(np.float32))
         hub.publish(WATCH.manifest.next_version(weights), WATCH.graph, weights, fleet.operator)
-        wait_for(lambda: personal() == [2], 60, "the second personal model")
+        wait_for(lambda: personal() == [2], what="the second personal model")
         # The owner may do the same at any time.
         (status,) = answer("status", "--state", device.state)["personal"]  # type: ignore[misc]
         assert (status["version"], status["kept"]) == (2, True)
         again = answer("personalise", "--state", device.state, "--data", data, "--epochs", 15)
         assert (again["version"], again["kept"]) == (2, True)
         device.kill()
+        hub.statuses.clear()  # what it said before is no news
         device.start()
-        wait_for(lambda: hub.serving("device-0") == {"watch": 2}, 30, "the device after a kill")
+        wait_for(lambda: hub.serving("device-0") == {"watch": 2}, what="the device after a kill")
         assert answer("predict", "--state", device.state, "--input", tmp_path / "x.npy")["personal"]
         assert device.stop() == 0
     log = device.log.read_text()

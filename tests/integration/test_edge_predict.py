@@ -55,11 +55,11 @@ def test_programs_are_answered_while_versions_come(mosquitto: BrokerProcess, tmp
             troubles.append(error)
 
     with Hub(mosquitto) as hub, running(device):
-        wait_for(path.exists, 30, "the socket")
+        wait_for(path.exists, what="the socket")
         assert code_of(path) == "no-model"
         manifest, weights = WATCH.manifest, encode_weights(np.array(WATCH.weights))
         hub.publish(manifest, WATCH.graph, weights, fleet.operator)
-        wait_for(lambda: code_of(path) == "", 60, "the first version")
+        wait_for(lambda: code_of(path) == "", what="the first version")
         threads = [threading.Thread(target=ask) for _ in range(3)]
         for thread in threads:
             thread.start()
@@ -67,10 +67,10 @@ def test_programs_are_answered_while_versions_come(mosquitto: BrokerProcess, tmp
             weights = encode_weights((np.frombuffer(weights, "<f4") * np.float32(0.9)).astype(np.float32))
             manifest = manifest.next_version(weights)
             hub.publish(manifest, WATCH.graph, weights, fleet.operator)
-            wait_for(lambda: found and found[-1].version == manifest.version, 60, "the next version")  # noqa: B023
+            wait_for(lambda: found and found[-1].version == manifest.version, what="the next version")  # noqa: B023
         stopping.set()
         for thread in threads:
-            thread.join(20)
+            thread.join(60)
         assert troubles == [] and len(found) > 50 and {answer.version for answer in found} == {1, 2, 3}
 
         answers: queue.SimpleQueue[dict[str, object]] = queue.SimpleQueue()
@@ -82,7 +82,7 @@ def test_programs_are_answered_while_versions_come(mosquitto: BrokerProcess, tmp
         request = json.dumps({"id": "a", "inputs": WINDOW.tolist()})
         for payload in (request, "{", request.replace('"a"', '"b"'), "x" * 2_000_000, request):
             client.publish("house/covey/request", payload, qos=1)
-        heard = [answers.get(timeout=20) for _ in range(5)]
+        heard = [answers.get(timeout=120) for _ in range(5)]
         client.disconnect()
         client.loop_stop()
         codes = [answer["error"]["code"] if "error" in answer else answer["id"] for answer in heard]  # type: ignore[index]
@@ -92,7 +92,7 @@ def test_programs_are_answered_while_versions_come(mosquitto: BrokerProcess, tmp
         device.kill()
         assert path.exists() and code_of(path) == "unavailable"
         device.start()
-        wait_for(lambda: code_of(path) == "", 30, "the socket after a kill")
+        wait_for(lambda: code_of(path) == "", what="the socket after a kill")
         assert device.stop() == 0
         assert not path.exists()
     assert "Traceback" not in device.log.read_text()
@@ -108,6 +108,6 @@ def test_a_socket_that_cannot_be_made_stops_the_start_with_a_word(
     (state / "edge.toml").write_text(f'[predict]\nsocket = "{taken}"\n')
     data = fleet.data("device-0", WATCH.manifest)
     argv = command("run", "--state", state, "--broker", mosquitto.url, "--data", data)
-    done = subprocess.run(argv, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 1 and f"{taken} is no socket" in done.stderr, done.stderr
     assert taken.read_text() == "mine" and "Traceback" not in done.stderr

@@ -39,7 +39,7 @@ def run(installation: Path, *arguments: object) -> str:
         cwd=installation,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=120,
         check=False,
     )
     assert done.returncode == 0, done.stderr

@@ -31,12 +31,12 @@ def test_a_plan_by_an_unknown_key_is_refused_by_a_running_device(
     with Hub(mosquitto) as hub, running(device):
 
         def answer() -> FromDevice:
-            wait_for(lambda: not hub.heard.empty(), 30, "an answer")
+            wait_for(lambda: not hub.heard.empty(), what="an answer")
             return hub.heard.get()[1]
 
         weights = encode_weights(np.array(WATCH.weights))
         hub.publish(WATCH.manifest, WATCH.graph, weights, fleet.operator)
-        wait_for(lambda: hub.serving("device-1") == {"watch": 1}, 60, "the version")
+        wait_for(lambda: hub.serving("device-1") == {"watch": 1}, what="the version")
 
         now = int(time.time())
         times = {"issued_at": now, "expires_at": now + 600}
@@ -58,7 +58,7 @@ def test_a_plan_by_an_unknown_key_is_refused_by_a_running_device(
             assert isinstance(refusal, Refusal) and refusal.code == "bad-signature"
 
         hub.publish(WATCH.manifest.model_copy(update={"version": 2}), WATCH.graph, weights, stranger)
-        wait_for(lambda: "announcement-refused" in device.log.read_text(), 30, "the refusal of the version")
+        wait_for(lambda: "announcement-refused" in device.log.read_text(), what="the refusal of the version")
         done = subprocess.run(
             command("status", "--state", state, "--json"), capture_output=True, text=True, check=True
         )

@@ -29,7 +29,7 @@ from aggregator import main as covey
 from aggregator.fleet.authority import Authority
 from aggregator.web.limits import Limits
 from aggregator.web.server import CertificateFiles
-from deploy.broker import find_mosquitto
+from deploy.broker import find_mosquitto, free_port
 from edge_client.adapters.credentials import load_credentials
 from edge_client.adapters.store import DeviceStore
 from edge_client.durable import SaveContribution
@@ -39,7 +39,7 @@ from protocol.identity import key_id
 from tests.aggregator_process import ServiceProcess
 from tests.edge_broker import wait_for
 from tests.enrolment_door import Door, come_in, door, ended, enroll, lead_to, server_files
-from tests.fleet_broker import FleetBroker, free_port
+from tests.fleet_broker import FleetBroker
 from tests.unit.test_edge_store import committed_round
 
 YEARS = 365 * 86_400
@@ -383,7 +383,7 @@ def covey_command(*arguments: object) -> str:
         [sys.executable, "-c", program, *map(str, arguments)],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=120,
         check=False,
     )
     assert done.returncode == 0, done.stderr
@@ -406,7 +406,7 @@ def test_a_service_killed_between_issue_and_answer_and_then_the_broker(
     service.program, service.options = ("-c", SUICIDE), ("--listen", f"0.0.0.0:{port}")
     ticket, edge = tmp_path / "ticket", tmp_path / "edge"
     with FleetBroker(state, broker_port), service:
-        wait_for(lambda: (state / "api" / "local.json").exists(), 60, "the service")
+        wait_for(lambda: (state / "api" / "local.json").exists(), what="the service")
         told = covey_command(
             *("device", "token", "--count", 2, "--name", "barn-{n}", "--label", "site=barn"),
             *("--out", tmp_path / "tickets", "--qr-dir", tmp_path / "qr", "--state", state),
@@ -417,7 +417,7 @@ def test_a_service_killed_between_issue_and_answer_and_then_the_broker(
         ticket.write_text((tmp_path / "tickets").read_text().splitlines()[0])
         flag.touch()
         process = enroll(edge, ticket, "--retry")
-        wait_for(lambda: not flag.exists(), 60, "the request")
+        wait_for(lambda: not flag.exists(), what="the request")
         assert service.end(signal.SIGKILL) == -signal.SIGKILL
         with covey.open_operator(state) as operator:
             (issued,) = operator.certificates("barn-1")
@@ -435,8 +435,7 @@ def test_a_service_killed_between_issue_and_answer_and_then_the_broker(
         try:
             wait_for(
                 lambda: "barn-1" in covey_command("device", "list", "--online", "--json", "--state", state),
-                60,
-                "the device at its broker",
+                what="the device at its broker",
             )
         finally:
             client.terminate()

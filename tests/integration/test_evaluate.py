@@ -51,11 +51,11 @@ def test_devices_evaluate_a_version(mosquitto: BrokerProcess, tmp_path: Path) ->
         truth.append(trainer.evaluate(np.array(WATCH.weights), examples(seed)))
         devices.append(Device(place, data, mosquitto))
     with ServiceProcess(state, mosquitto.url), running(*devices):
-        wait_for(lambda: covey.is_running(state), 60, "the service")
+        wait_for(lambda: covey.is_running(state), what="the service")
         with covey.connect(state) as client:
             client.publish(WATCH.manifest.to_bytes(), WATCH.graph, weights)
         command = [sys.executable, "-c", "from aggregator.cli import main; main()", "evaluate", "watch"]
-        options = ["--version", "1", "--cohort", "3", "--gather", "30", "--privacy", "none", "--json"]
+        options = ["--version", "1", "--cohort", "3", "--gather", "120", "--privacy", "none", "--json"]
         done = subprocess.run(
             [*command, *options, "--state", str(state)],
             capture_output=True,

@@ -41,7 +41,7 @@ REQUEST = CampaignRequest(
     noise_multiplier=HIDING.noise_multiplier,
     example_clip_norm=HIDING.clip_norm,
     sampling_probability=HIDING.sampling_probability,
-    gather_seconds=20.0,
+    gather_seconds=120.0,
 )
 
 
@@ -70,7 +70,7 @@ def privacy(of: Device) -> dict[str, Any]:
         capture_output=True,
         text=True,
         check=True,
-        timeout=60,
+        timeout=120,
     )
     found: dict[str, Any] = json.loads(done.stdout)
     return found
@@ -111,7 +111,7 @@ def test_a_fleet_trains_and_hides_examples_within_every_owners_limit(
         device(tmp_path, state, f"barn-{n}", policy, mosquitto) for n, policy in enumerate(policies, start=1)
     ]
     with ServiceProcess(state, mosquitto.url), running(*devices):
-        wait_for(lambda: covey.is_running(state), 60, "the service")
+        wait_for(lambda: covey.is_running(state), what="the service")
         first = campaign(state)
         assert first.record.status == "completed", first.record
         assert first.report.survivors == ("barn-1", "barn-2", "barn-3", "barn-4")

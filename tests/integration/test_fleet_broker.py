@@ -42,7 +42,7 @@ def test_a_round_over_mutual_tls(bench: Bench) -> None:
     devices = [Device(bench.device(name), data.data(name, manifest), bench.broker) for name in names]  # type: ignore[arg-type]
     folder = Path(zoo.__file__).parent / "watch"
     with ServiceProcess(bench.state, bench.broker.url) as service, running(*devices):
-        wait_for(lambda: covey.is_running(bench.state), 60, "the service")
+        wait_for(lambda: covey.is_running(bench.state), what="the service")
         run("model", "publish", folder, "--state", bench.state)
         told = run(
             *("round", "start", "--state", bench.state, "--model", "watch", "--rounds", 1, "--cohort", 3),
@@ -50,7 +50,9 @@ def test_a_round_over_mutual_tls(bench: Bench) -> None:
         )
         assert "completed" in told, service.log
         # Every device gets the new version by the broker too, and says so.
-        wait_for(lambda: run("device", "list", "--state", bench.state).count("watch 2") == 3, 60, "version 2")
+        wait_for(
+            lambda: run("device", "list", "--state", bench.state).count("watch 2") == 3, what="version 2"
+        )
     assert "refused" not in bench.broker.log_file.read_text().lower()
 
 
@@ -112,7 +114,7 @@ def test_a_device_has_its_own_topics_and_no_others(bench: Bench) -> None:
         hub.publish(topics.down("barn-1", "msg"), b"to A")
         hub.publish(topics.model("watch"), b"to all", retain=True)
         # What comes last has come after all that was let through before it.
-        wait_for(lambda: len(hub.heard) >= 2 and len(a.heard) >= 2 and b.heard, 20, "the messages")
+        wait_for(lambda: len(hub.heard) >= 2 and len(a.heard) >= 2 and b.heard, what="the messages")
         time.sleep(0.3)
         assert sorted(hub.heard) == [
             (topics.up("barn-1", "msg"), b"from A"),
@@ -139,9 +141,9 @@ def test_what_was_retained_and_last_wills_are_guarded_alike(bench: Bench) -> Non
             b.drop()
         with bench.peer(one, "barn-1", will=(topics.up("barn-1", "status"), b"gone")) as a:
             assert a.connect() and a.subscribe(topics.downlinks("barn-1"))
-            wait_for(lambda: a.heard, 10, "what was retained")
+            wait_for(lambda: a.heard, what="what was retained")
             a.drop()
-        wait_for(lambda: hub.heard, 20, "the will")
+        wait_for(lambda: hub.heard, what="the will")
         assert hub.heard == [(topics.up("barn-1", "status"), b"gone")]
         assert a.heard == [(topics.own_model("barn-1", "watch"), b"to A")]
         assert b.heard == []
@@ -168,7 +170,7 @@ def test_nobody_connects_as_another(bench: Bench) -> None:
                 impostor.connect()
                 impostor.subscribe(topics.downlinks("barn-1"))
                 hub.publish(topics.down("barn-1", "msg"), name.encode())
-                wait_for(lambda n=name: (topics.down("barn-1", "msg"), n.encode()) in a.heard, 10, name)
+                wait_for(lambda n=name: (topics.down("barn-1", "msg"), n.encode()) in a.heard, what=name)
                 assert not impostor.heard
         assert a.connected and hub.connected
 

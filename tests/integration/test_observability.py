@@ -30,7 +30,7 @@ DEVICES = 5
 
 
 def scrape(endpoint: LocalEndpoint, token: str) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
-    answer = httpx.get(f"{endpoint.url}/metrics", headers={"Authorization": f"Bearer {token}"})
+    answer = httpx.get(f"{endpoint.url}/metrics", headers={"Authorization": f"Bearer {token}"}, timeout=120)
     assert answer.status_code == 200 and answer.headers["content-type"].startswith(
         "text/plain; version=0.0.4"
     )
@@ -100,7 +100,7 @@ def test_a_round_is_counted_and_its_log_holds_no_secret(mosquitto: BrokerProcess
     service.options = ("--log", "json", "--verbose")
     with pytest.MonkeyPatch.context() as patch, fleet, service:
         patch.setattr(SimulatedDevice, "receive", spying)
-        wait_for(lambda: covey.is_running(state) and LocalEndpoint.read(state / "api"), 60, "the service")
+        wait_for(lambda: covey.is_running(state) and LocalEndpoint.read(state / "api"), what="the service")
         endpoint = LocalEndpoint.read(state / "api")
         assert endpoint is not None
         campaign = covey.start_rounds(
@@ -114,11 +114,11 @@ def test_a_round_is_counted_and_its_log_holds_no_secret(mosquitto: BrokerProcess
             with covey.open_operator(state) as operator:
                 return operator.campaign(campaign.campaign_id).status == "finished"
 
-        wait_for(finished, 60, "the round")
+        wait_for(finished, what="the round")
         assert not fleet.errors
         found = scrape(endpoint, viewer)
-        assert httpx.get(f"{endpoint.url}/metrics").status_code == 401
-        assert httpx.get(f"{endpoint.url}/nowhere/{'x' * 50}").status_code == 404
+        assert httpx.get(f"{endpoint.url}/metrics", timeout=120).status_code == 401
+        assert httpx.get(f"{endpoint.url}/nowhere/{'x' * 50}", timeout=120).status_code == 404
         again = scrape(endpoint, viewer)
         service.end(signal.SIGTERM)
 

@@ -79,7 +79,7 @@ def test_a_client_renews_by_itself_and_by_hand_and_goes_on(bench: Bench) -> None
     old_key = (states["barn-1"] / KEY).read_bytes()
     devices = [Device(state, data.data(name, manifest), bench.broker) for name, state in states.items()]  # type: ignore[arg-type]
     with ServiceProcess(bench.state, bench.broker.url) as service, running(*devices):
-        wait_for(lambda: ends(states["barn-1"]) > time.time() + 700 * DAY, 90, "the renewal")
+        wait_for(lambda: ends(states["barn-1"]) > time.time() + 700 * DAY, what="the renewal")
         assert (states["barn-1"] / KEY).read_bytes() == old_key
         asked = subprocess.run(
             [sys.executable, "-m", "edge_client.main", "renew", "--state", states["barn-2"], "--new-key"],

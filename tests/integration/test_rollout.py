@@ -63,7 +63,7 @@ class World:
 
     def wait(self, rollout_id: str, status: str) -> RolloutView:
         """Waits until a rollout has this status."""
-        wait_for(lambda: self.operator.rollout(rollout_id).record.status == status, 60, status)
+        wait_for(lambda: self.operator.rollout(rollout_id).record.status == status, what=status)
         return self.operator.rollout(rollout_id)
 
     def first_wave(self, rollout_id: str) -> str:
@@ -89,7 +89,7 @@ def world(broker: BrokerProcess, path: Path) -> Iterator[World]:
         service = stack.enter_context(ServiceProcess(state, broker.url))
         stack.enter_context(running(*devices.values()))
         found = World(operator, service, broker, devices)
-        wait_for(lambda: all(d.online for d in operator.devices()), 60, "the devices")
+        wait_for(lambda: all(d.online for d in operator.devices()), what="the devices")
         yield found
     assert "Traceback" not in "".join(device.log.read_text() for device in devices.values())
 
@@ -101,7 +101,7 @@ def place(mosquitto: BrokerProcess, tmp_path: Path) -> Iterator[World]:
         first = found.publish(WATCH.weights)
         rollout = found.start(first, 100.0)
         found.wait(rollout, "completed")
-        wait_for(lambda: found.all_serve(1), 60, "the first version")
+        wait_for(lambda: found.all_serve(1), what="the first version")
         yield found
 
 
@@ -113,7 +113,7 @@ def retained(broker: BrokerProcess, topic: str) -> bytes:
     client.connect(broker.host, broker.port)
     client.loop_start()
     client.subscribe(topic, 1)
-    wait_for(lambda: got, 10, "the retained message")
+    wait_for(lambda: got, what="the retained message")
     client.disconnect()
     client.loop_stop()
     return got[0]
@@ -124,7 +124,7 @@ def repeat(broker: BrokerProcess, topic: str, payload: bytes) -> None:
     client = paho.Client(CallbackAPIVersion.VERSION2, client_id="liar")
     client.connect(broker.host, broker.port)
     client.loop_start()
-    client.publish(topic, payload, qos=1, retain=True).wait_for_publish(10)
+    client.publish(topic, payload, qos=1, retain=True).wait_for_publish(60)
     client.disconnect()
     client.loop_stop()
 
@@ -136,13 +136,13 @@ def test_a_good_version_reaches_everybody_through_a_crash_and_comes_back(place: 
     assert number == 2 and place.operator.version("watch", 2).stage == "candidate"
     rollout = place.start(2, soak_seconds=4.0, gate=("errors<0.5",))
     canary = place.first_wave(rollout)
-    wait_for(lambda: place.serving()[canary] == 2, 60, "the canary")
+    wait_for(lambda: place.serving()[canary] == 2, what="the canary")
     assert sorted(v or 0 for v in place.serving().values()) == [1, 1, 1, 2]
     place.service.end(signal.SIGKILL)
     place.service.start()
     view = place.wait(rollout, "completed")
     assert [step.wave for step in view.progress.steps] == [0, 1, 1]
-    wait_for(lambda: place.all_serve(2), 60, "the second version")
+    wait_for(lambda: place.all_serve(2), what="the second version")
     assert place.operator.fleet_version("watch") == 2
 
     # A device that is away for the way back finds it when it returns.
@@ -150,17 +150,16 @@ def test_a_good_version_reaches_everybody_through_a_crash_and_comes_back(place: 
     place.devices[away].kill()
     second = retained(place.broker, topic)
     place.operator.turn_rollout(rollout, "rollback", "wrong labels")
-    wait_for(lambda: set(place.serving().values()) == {1, 2}, 60, "the others")
+    wait_for(lambda: set(place.serving().values()) == {1, 2}, what="the others")
     place.devices[away].start()
-    wait_for(lambda: place.all_serve(1), 60, "the device that was away")
+    wait_for(lambda: place.all_serve(1), what="the device that was away")
 
     # Nobody can bring the second version back by saying it again, nor say the first one in its place.
     for payload in (second, first):
         repeat(place.broker, topic, payload)
     wait_for(
         lambda: all(d.log.read_text().count("assignment-not-newer") >= 2 for d in place.devices.values()),
-        30,
-        "the refusals",
+        what="the refusals",
     )
     assert place.all_serve(1)
 
@@ -170,18 +169,17 @@ def test_bad_versions_stay_with_the_first_wave_and_go_back(place: World) -> None
     place.publish(np.zeros_like(WATCH.weights))
     rollout = place.start(2, gate=("accuracy>=0.99",))
     canary = place.first_wave(rollout)
-    wait_for(lambda: place.serving()[canary] == 2, 60, "the canary")
+    wait_for(lambda: place.serving()[canary] == 2, what="the canary")
     wait_for(
         lambda: "evaluation" in getattr(place.operator.rollout(rollout).progress.state, "waits_for", ""),
-        30,
-        "what it waits for",
+        what="what it waits for",
     )
     request = EvaluationRequest("watch", version=2, cohort=4, minimum=3, privacy=PrivacyMode.NONE)
     place.operator.start_evaluation(request)
     view = place.wait(rollout, "rolled-back")
     assert "the gate accuracy>=0.99 failed" in view.progress.steps[-1].detail
     assert [step.wave for step in view.progress.steps] == [0, 0]
-    wait_for(lambda: place.all_serve(1), 60, "the way back")
+    wait_for(lambda: place.all_serve(1), what="the way back")
     assert place.operator.version("watch", 2).stage == "withdrawn"
     # Everybody evaluated it; only the first wave ever served it.
     served = [name for name in NAMES if " version-good model=watch version=2" in log(place, name)]
@@ -201,9 +199,9 @@ def test_bad_versions_stay_with_the_first_wave_and_go_back(place: World) -> None
     number = place.publish(WATCH.weights * np.float32(1.02))
     place.wait(place.start(number, 100.0), "completed")
     others = {name: number for name in NAMES if name != "device-0"}
-    wait_for(lambda: place.serving() == {"device-0": 1, **others}, 60, "the others")
+    wait_for(lambda: place.serving() == {"device-0": 1, **others}, what="the others")
     place.operator.unpin("watch", device="device-0")
-    wait_for(lambda: place.all_serve(number), 60, "the device that was pinned")
+    wait_for(lambda: place.all_serve(number), what="the device that was pinned")
 
 
 def log(place: World, name: str) -> str:

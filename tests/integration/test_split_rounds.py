@@ -33,7 +33,7 @@ ASKED = QueryRequest(
     min_survivors=2,
     subcohort_limit=4,
     privacy=PrivacyMode.NONE,
-    gather_seconds=30.0,
+    gather_seconds=120.0,
 )
 
 
@@ -74,7 +74,7 @@ def test_the_sums_of_the_sub_cohorts_make_one_answer(mosquitto: BrokerProcess, t
     covey.init(state, fleet="orchard", broker=mosquitto.url)
     devices = [device(tmp_path, state, name, mosquitto) for name in VALUES]
     with ServiceProcess(state, mosquitto.url), running(*devices):
-        wait_for(lambda: covey.is_running(state), 60, "the service")
+        wait_for(lambda: covey.is_running(state), what="the service")
         # The hash of the fresh plan decides who is where: one round in fourteen has a part with one device
         # or none, which fails on its own.
         for _ in range(4):

@@ -30,6 +30,7 @@ from protocol.identity import SignedDocument
 from protocol.messages import BlobChunk
 from protocol.plan import Plan
 from protocol.round_encoding import round_encoding
+from tests.edge_broker import wait_for
 
 MODEL = Path(zoo.__file__).parent / "watch"
 BITS = 18
@@ -69,14 +70,17 @@ class Observer:
                 self.uploads[key][chunk.index] = bytes(body)
                 self.sizes[key] = chunk.blob.size
 
-    def stop(self) -> list[bytes]:
+    def whole(self) -> list[bytes]:
+        with self._lock:
+            joined = (b"".join(chunks[i] for i in sorted(chunks)) for chunks in self.uploads.values())
+            return [data for data, size in zip(joined, self.sizes.values(), strict=True) if len(data) == size]
+
+    def stop(self) -> None:
         self._client.disconnect()
         self._client.loop_stop()
-        whole = (b"".join(chunks[i] for i in sorted(chunks)) for chunks in self.uploads.values())
-        return [data for data, size in zip(whole, self.sizes.values(), strict=True) if len(data) == size]
 
 
-def finish(running: Fleet, campaign_id: str, seconds: float = 60.0) -> None:
+def finish(running: Fleet, campaign_id: str, seconds: float = 120.0) -> None:
     deadline = time.monotonic() + seconds
     while running.operator.campaign(campaign_id).status not in ("finished", "failed"):
         assert time.monotonic() < deadline, "the round did not end"
@@ -109,7 +113,10 @@ def test_one_masked_input_is_uniform_on_the_wire_and_gone_from_storage() -> None
         campaign = running.operator.start_rounds(request)
         finish(running, campaign.campaign_id)
         (view,) = running.operator.rounds(campaign.campaign_id)
-        uploads = observer.stop()
+        # It may hear them a little later than the aggregator.
+        wait_for(lambda: len(observer.whole()) >= 4, what="four uploads")
+        observer.stop()
+        uploads = observer.whole()
         for process in running.devices.values():
             maps = Path(f"/proc/{process.pid}/maps").read_text()
             assert "tflite_runtime" in maps or "ai_edge_litert" in maps

@@ -118,7 +118,7 @@ def test_however_it_ends_no_process_is_left(number: signal.Signals, tmp_path: Pa
             break
     assert any("worker_binary" in line for line in left(tmp_path)), "TFF's executor runs"
     process.send_signal(number)
-    process.communicate(timeout=60)
+    process.communicate(timeout=120)
     assert process.returncode == {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGKILL: -9}[number]
     assert gone(tmp_path) == []
     files = [path.name for path in tmp_path.glob("covey-simulate-*")]

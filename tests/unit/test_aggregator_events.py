@@ -72,7 +72,7 @@ def test_a_listener_that_is_no_longer_welcome_is_let_go_and_so_is_everybody_at_t
         return len([frame async for frame in feed.stream(None, lambda: valid, keepalive=0.01)])
 
     assert asyncio.run(count(False)) == 1
-    assert asyncio.run(asyncio.wait_for(count(True), 5)) > 1
+    assert asyncio.run(asyncio.wait_for(count(True), 60)) > 1
 
 
 def test_what_was_rolled_back_never_happened(tmp_path: Path) -> None:

@@ -89,7 +89,7 @@ def test_a_check_in_is_answered_while_a_thread_unmasks(tmp_path: Path) -> None:
 
     def slow(vector: NDArray[np.uint32], masks: Sequence[Mask]) -> None:
         begun.set()
-        assert go_on.wait(60)
+        assert go_on.wait(120)
         apply_masks(vector, masks)
 
     with one_thread() as beside:

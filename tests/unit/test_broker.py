@@ -61,10 +61,10 @@ def receive_one(broker: BrokerProcess, topic: str, publish: bytes | None = None)
     client.loop_start()
     try:
         client.subscribe(topic, qos=1)
-        subscribed.get(timeout=10)
+        subscribed.get(timeout=120)
         if publish is not None:
-            client.publish(topic, publish, qos=1, retain=True).wait_for_publish(10)
-        return received.get(timeout=10)
+            client.publish(topic, publish, qos=1, retain=True).wait_for_publish(60)
+        return received.get(timeout=120)
     finally:
         client.disconnect()
         client.loop_stop()
@@ -72,7 +72,7 @@ def receive_one(broker: BrokerProcess, topic: str, publish: bytes | None = None)
 
 def wait_until_gone(pid: int) -> None:
     """Waits until no process `pid` runs; a zombie counts as gone."""
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
         try:
             state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]

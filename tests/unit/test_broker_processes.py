@@ -20,7 +20,7 @@ STUBBORN = [sys.executable, "-c", IGNORE_SIGTERM + SLEEP[2]]
 
 def wait_for_log(path: Path, text: str) -> None:
     """Waits until `text` stands in the log."""
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 120
     while text not in path.read_text():
         assert time.monotonic() < deadline, f"{text!r} never came"
         time.sleep(0.02)
@@ -59,7 +59,7 @@ def test_killed_child_starts_again_and_keeps_its_log() -> None:
 def test_unexpected_end_is_reported_with_the_log() -> None:
     with ProcessGroup() as group:
         child = group.start("device", [sys.executable, "-c", "raise SystemExit('no broker')"])
-        child.wait(10)
+        child.wait(120)
         with pytest.raises(ProcessError, match="device ended with code 1\nno broker"):
             group.check()
         group.check(may_be_down=frozenset({"device"}))

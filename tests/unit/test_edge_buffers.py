@@ -520,20 +520,20 @@ def test_the_worker_trains_clips_keeps_and_reads(tmp_path: Path) -> None:
             # A round's job that comes after an order's does not replace it.
             worker.submit(PrepareUpdate(ORDER, manifest(), TrainingConfig(1, 0.1), 2.0))
             worker.submit(ReadUpdate("b" * 32, describe(b"lost")))
-            prepared = results.get(timeout=20)
+            prepared = results.get(timeout=120)
             assert isinstance(prepared, UpdatePrepared) and prepared.order == ORDER
-            failed = results.get(timeout=20)
+            failed = results.get(timeout=120)
             assert isinstance(failed, WorkFailed) and failed.fault.code == "update-lost"
             worker.submit(ReadUpdate("b" * 32, prepared.blob))
-            read = results.get(timeout=20)
+            read = results.get(timeout=120)
             assert isinstance(read, UpdateRead)
             assert np.linalg.norm(read.contribution.vector) == pytest.approx(2.0)
             assert read.contribution.metrics["examples"] == 3
             worker.submit(PrepareUpdate(ORDER, manifest(2), TrainingConfig(1, 0.1), 2.0))
-            missing = results.get(timeout=20)
+            missing = results.get(timeout=120)
             assert isinstance(missing, PreparationFailed) and missing.fault.code == "storage"
         finally:
-            worker.stop()
+            worker.stop(60.0)
 
 
 def test_reset_local_parameters_do_not_come_back_with_an_update(tmp_path: Path) -> None:

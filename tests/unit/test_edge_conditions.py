@@ -207,11 +207,11 @@ def test_training_waits_at_a_closed_gate_and_ends_as_it_would_have() -> None:
     trainer = TfliteTrainer(WATCH.manifest, WATCH.graph, between=between)
     thread = threading.Thread(target=lambda: found.append(train(trainer)))
     thread.start()
-    assert waiting.wait(30)
+    assert waiting.wait(120)
     thread.join(0.2)
     assert thread.is_alive() and calls == 8
     gate.set(None)
-    thread.join(30)
+    thread.join(60)
     assert calls > 8 and np.array_equal(found[0], undisturbed)
 
 
@@ -252,7 +252,7 @@ def test_systemd_hears_how_the_service_is(tmp_path: Path, abstract: bool) -> Non
     name = f"@covey-test-{id(tmp_path)}" if abstract else str(tmp_path / "notify")
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
         systemd.bind("\0" + name[1:] if abstract else name)
-        systemd.settimeout(5)
+        systemd.settimeout(60)
         notifier = Notifier(name)
         notifier.ready()
         notifier.status("connected\nREADY=0")

@@ -164,7 +164,7 @@ def test_nothing_is_said_that_the_disk_does_not_know(bench: Bench) -> None:
     bench.serve()
     bench.worker.start()
     bench.full = True
-    item = bench.inbox.get(20.0)
+    item = bench.inbox.get(60.0)
     assert item is not None and not isinstance(item, Stop)
     bench.daemon._take(item)  # tested, and the disk is full: the result waits
     assert bench.daemon._state.library.serving() == {}
@@ -185,7 +185,7 @@ def test_nothing_is_said_that_the_disk_does_not_know(bench: Bench) -> None:
     bench.full = False
     bench.daemon._tick(time.monotonic() + daemons.STORAGE_PAUSE_SECONDS + 1)
     assert [type(message) for message in bench.take()] == [ClientAbort]
-    bench.worker.stop()
+    bench.worker.stop(60.0)
 
 
 def test_garbage_is_counted_and_acknowledged(bench: Bench) -> None:
@@ -233,7 +233,7 @@ def test_training_for_rounds_that_are_over_is_not_made_up_for(
 
     def train(job: Train) -> VersionTested:
         started.set()
-        release.wait(5)
+        release.wait(120)
         done.append(job.round_id)
         return VersionTested("", None)
 
@@ -241,11 +241,11 @@ def test_training_for_rounds_that_are_over_is_not_made_up_for(
     config = TrainingConfig(local_epochs=1, learning_rate=0.1, proximal_mu=0.0, seed=1)
     bench.worker.start()
     bench.worker.submit(Train("a" * 32, WATCH.manifest, config))
-    assert started.wait(5)
+    assert started.wait(120)
     for name in "bcd":
         bench.worker.submit(Train(name * 32, WATCH.manifest, config))
     release.set()
-    bench.worker.stop()
+    bench.worker.stop(60.0)
     assert done == ["a" * 32, "d" * 32]
 
 

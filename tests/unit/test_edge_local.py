@@ -215,10 +215,10 @@ def test_the_worker_reads_and_writes_them(tmp_path: Path) -> None:
         try:
             for number in range(3):
                 worker.submit(Train("a" * 32, OWN, TrainingConfig(1, 0.1), local))
-                finished = results.get(timeout=20)
+                finished = results.get(timeout=120)
                 assert isinstance(finished, TrainingFinished)
                 worker.submit(MaskInput("a" * 32, contribution_of(finished.update), encoding, (), bytes(32)))
-                written = results.get(timeout=20)
+                written = results.get(timeout=120)
                 assert isinstance(written, InputWritten)
                 local = written.local
                 assert local is not None
@@ -226,8 +226,8 @@ def test_the_worker_reads_and_writes_them(tmp_path: Path) -> None:
             # A file that rotted does not keep the device out: they start anew.
             (tmp_path / "state" / "local" / local.sha256).write_bytes(b"rot")
             worker.submit(Train("a" * 32, OWN, TrainingConfig(1, 0.1), local))
-            finished = results.get(timeout=20)
+            finished = results.get(timeout=120)
             assert isinstance(finished, TrainingFinished)
             assert finished.update.local is not None and finished.update.local.tolist() == [1.0] * 6
         finally:
-            worker.stop()
+            worker.stop(60.0)

@@ -14,7 +14,7 @@ from edge_client.adapters.memory import DEFERRED, library_pages
 def run(program: str) -> str:
     """Runs a program in a process of its own: what is deferred there is loaded here."""
     program = f"from edge_client.adapters import memory\nmemory.settle()\n{program}"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 

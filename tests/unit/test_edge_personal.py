@@ -357,7 +357,7 @@ def test_the_worker_does_what_the_command_does(state: Path, data: Path, tmp_path
         worker.start()
         try:
             worker.submit(Personalise(WATCH.manifest, PersonalConfig(30, 0.1)))
-            event = results.get(timeout=60)
+            event = results.get(timeout=120)
             assert isinstance(event, Personalised) and isinstance(event.result, PersonalRecord)
             assert event.result.kept and event.result.personal_accuracy > 0.6
             assert store.load().personalised == {WATCH.manifest.sha256()}
@@ -366,8 +366,8 @@ def test_the_worker_does_what_the_command_does(state: Path, data: Path, tmp_path
             # A failure is an event, too, and leaves what there is.
             with store.blobs.personal.writing():
                 worker.submit(Personalise(WATCH.manifest, PersonalConfig(1, 0.1)))
-                event = results.get(timeout=60)
+                event = results.get(timeout=120)
             assert isinstance(event, Personalised) and isinstance(event.result, Fault)
             assert event.result.code == "storage" and store.blobs.personal.load(WATCH.manifest) is not None
         finally:
-            worker.stop()
+            worker.stop(60.0)

@@ -8,7 +8,6 @@ import os
 import socket
 import stat
 import threading
-import time
 import tracemalloc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -47,7 +46,7 @@ from models.weights import encode_weights
 from protocol.identity import SignedDocument
 from protocol.plan import MODEL_KIND
 from protocol.transfer import chunks
-from tests.edge_broker import Fleet
+from tests.edge_broker import Fleet, wait_for
 from tests.edge_fleet import OPERATOR, PERMISSIVE
 from tests.unit.test_edge_personal import person
 
@@ -239,10 +238,10 @@ def test_no_request_is_lost_while_versions_change(state: Path) -> None:
         for number in range(2, 7):
             serve(store, number)
             served.append(number)
-            time.sleep(0.1)
+            wait_for(lambda: number in seen or troubles)  # noqa: B023
         stopping.set()
         for thread in threads:
-            thread.join(20)
+            thread.join(60)
     assert troubles == [] and seen >= {2, 3, 4, 5, 6}
 
 

@@ -195,7 +195,7 @@ def source(directory: Path, sensor: Thermometer, **keys: Any) -> RecordedSource:
 def record(directory: Path, sensor: Thermometer, count: int = 30, **keys: Any) -> RecordedSource:
     recorder, end = source(directory, sensor, **keys), sensor.looks + count
     recorder.start()
-    wait_for(lambda: sensor.looks >= end, 20)
+    wait_for(lambda: sensor.looks >= end)
     recorder.stop()
     return recorder
 
@@ -260,9 +260,9 @@ def test_a_disk_that_refuses_costs_nothing_that_fits_in_memory(
     directory.write_text("in the way")
     recorder = source(directory, sensor, flush_seconds=1, stride=1, max_gap_seconds=60)
     recorder.start()
-    wait_for(lambda: "recording-not-written" in caplog.text, 20)
+    wait_for(lambda: "recording-not-written" in caplog.text)
     directory.unlink()
-    wait_for(lambda: (directory / DATABASE).exists() and recorder.fault() is None, 20)
+    wait_for(lambda: (directory / DATABASE).exists() and recorder.fault() is None)
     recorder.stop()
     assert recorder.load(taking(1, 2)).x[:5, 0, 0].tolist() == [1, 2, 3, 4, 5]
 
@@ -331,7 +331,7 @@ def test_iio_readings_become_examples(sysfs: Path, tmp_path: Path) -> None:
     recorder = open_iio(given, tmp_path / "iio")
     (sysfs / "label.txt").write_text("right")
     recorder.start()
-    time.sleep(0.3)
+    wait_for(lambda: len(recorder._batch) >= 12)
     recorder.stop()
     found = recorder.load(taking(4, 2))
     assert set(found.y.tolist()) == {1}

@@ -112,7 +112,7 @@ def test_a_person_is_asked(state: Path, said: str, code: int) -> None:
     argv = [sys.executable, "-m", "edge_client.main", "reset", "--state", str(state)]
     with subprocess.Popen(argv, stdin=slave, stdout=subprocess.PIPE, text=True) as process:
         os.write(master, f"{said}\n".encode())
-        out, _ = process.communicate(timeout=60)
+        out, _ = process.communicate(timeout=120)
     os.close(master)
     os.close(slave)
     assert process.returncode == code and "key and enrolment go" in out

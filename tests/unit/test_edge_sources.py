@@ -408,7 +408,7 @@ def test_the_plug_in_of_the_manual_works_as_another_package(tmp_path: Path) -> N
     def run(path: Path) -> subprocess.CompletedProcess[str]:
         environment = {**os.environ, "PYTHONPATH": f"{site}:{Path(__file__).parents[2]}"}
         argv = [sys.executable, "-c", code, str(path), str(state), str(tmp_path / "manifest.json")]
-        return subprocess.run(argv, capture_output=True, text=True, env=environment, timeout=60)
+        return subprocess.run(argv, capture_output=True, text=True, env=environment, timeout=120)
 
     done = run(tmp_path / "edge.toml")
     assert done.stdout == "(24, 4, 1) [[4.0], [8.0]]\n", done.stderr

@@ -91,7 +91,7 @@ def run_a_little(state: Path) -> str:
                 break
         process.send_signal(signal.SIGTERM)
         log += process.stderr.read()
-        assert process.wait(timeout=20) == 0
+        assert process.wait(timeout=120) == 0
     return log
 
 

@@ -133,7 +133,7 @@ def run_firstrun(root: Path, files: object) -> str:
         env={"PATH": f"{root}/programs:/usr/bin:/bin"},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=120,
         check=False,
     )
     assert done.returncode == 0, done.stderr

@@ -118,11 +118,11 @@ def test_a_round_moves_what_predict_answers_with(tmp_path: Path, capsys: pytest.
         worker.start()
         try:
             worker.submit(Train("a" * 32, manifest, TrainingConfig(5, 0.1)))
-            finished = results.get(timeout=60)
+            finished = results.get(timeout=120)
             assert isinstance(finished, TrainingFinished) and finished.update.local is not None
             assert finished.update.delta.shape == (manifest.parameter_count,)
         finally:
-            worker.stop()
+            worker.stop(60.0)
         own = store.blobs.write_local(encode_weights(finished.update.local))
         # Written, but not committed: as after a kill.
         assert np.array_equal(predicted()[1], start)

@@ -66,7 +66,7 @@ def test_training_runs_with_the_fast_kernels_of_the_runtime() -> None:
         model = zoo.load("watch")
         TfliteTrainer(model.manifest, model.graph)
     """
-    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert child.returncode == 0, child.stderr
     assert "XNNPACK delegate" in child.stderr
 
