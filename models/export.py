@@ -25,7 +25,9 @@ from numpy.typing import NDArray
 from tensorflow.lite.python.convert import ConverterError
 
 from models import flatbuffer
+from models.losses import LOSSES
 from models.manifest import (
+    REGRESSION_LOSSES,
     DropoutSpec,
     InputSpec,
     LossName,
@@ -103,12 +105,7 @@ def export(
     if example_gradients and local_layers:
         raise ValueError("mode example hides examples in every parameter that trains: none can be local")
     network = Network(model, local_layers)
-    outputs = 1 if loss == "binary_crossentropy" else len(labels)
-    if network.example_shape != scaling.shape or network.classes != outputs:
-        raise ValueError(
-            f"the model maps {network.example_shape} to {network.classes} outputs, "
-            f"the manifest says {scaling.shape} and {len(labels)} labels, which need {outputs}"
-        )
+    _check_ends(network, scaling, labels, loss)
     if network.vocabulary != scaling.vocabulary:
         scaling = InputSpec.model_validate(dict(scaling) | {"vocabulary": network.vocabulary})
     form = TrainingForm(
@@ -119,16 +116,15 @@ def export(
         accumulation=accumulation,
         example_gradients=example_gradients,
     )
-    signatures = signatures_of(network, form)
-    graph = flatbuffer.finish(_convert(build_program(network, form), signatures))
     shared = network.shared_count
     weights = network.flat_weights()[:shared]
+    # Whatever the manifest refuses is said before the conversion, which takes its time.
     manifest = ModelManifest(
         name=name,
         version=1,
-        graph=describe(graph),
+        graph=describe(b"not yet"),
         weights=describe(encode_weights(weights)),
-        signatures=signatures,
+        signatures=signatures_of(network, form),
         input=scaling,
         labels=tuple(labels),
         loss=loss,
@@ -145,8 +141,33 @@ def export(
             if part.offset >= shared
         ),
     )
+    graph = flatbuffer.finish(_convert(build_program(network, form), manifest.signatures))
+    manifest = ModelManifest.model_validate(dict(manifest) | {"graph": describe(graph)})
     prove_parity(model, graph, manifest)
     return ExportedModel(manifest, graph, weights)
+
+
+def _check_ends(network: Network, scaling: InputSpec, labels: Sequence[str], loss: LossName) -> None:
+    """Refuse a model that does not go from this input to these labels.
+
+    Raises:
+        ValueError: another shape, or another number of outputs than labels and loss need; or no such loss.
+        UnsupportedLayer: probabilities at the end of what a cross-entropy trains.
+    """
+    if loss not in LOSSES:
+        raise ValueError(f"there is no loss {loss}: choose one of {', '.join(LOSSES)}")
+    if network.example_shape != scaling.shape:
+        raise ValueError(
+            f"the model takes inputs {network.example_shape}, but the scaling is of {scaling.shape}"
+        )
+    outputs = 1 if loss == "binary_crossentropy" else len(labels)
+    if network.classes != outputs:
+        raise ValueError(
+            f"the model gives {network.classes} outputs, but {len(labels)} labels under the loss {loss} "
+            f"need {outputs}"
+        )
+    if loss not in REGRESSION_LOSSES:
+        network.refuse_probabilities()
 
 
 def default_target(loss: LossName, count: int) -> TargetSpec:

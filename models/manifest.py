@@ -41,6 +41,7 @@ LossName = Literal[
     "huber",
 ]
 """What training lowers: one class of many, of two, any number of labels, or values (the last two)."""
+REGRESSION_LOSSES = frozenset({"mean_squared_error", "huber"})
 TensorName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,63}$")]
 ParameterName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_./-]{0,127}$")]
 Label = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[^\x00-\x1f\x7f]+$")]
@@ -191,7 +192,7 @@ class ModelManifest(Schema):
     @property
     def regression(self) -> bool:
         """Whether values are predicted, and not classes or labels."""
-        return self.loss in {"mean_squared_error", "huber"}
+        return self.loss in REGRESSION_LOSSES
 
     @property
     def local_count(self) -> int:

@@ -14,8 +14,8 @@ from models.layers.dense import Embedding
 from models.layers.lowering import LoweredLayer, UnsupportedLayer
 from models.layers.primitives import Tensor
 from models.layers.registry import lower
-from models.layers.shape import Dropout
-from models.manifest import ParameterSpec
+from models.layers.shape import Dropout, Rearranged
+from models.manifest import FLOAT32_BYTES, MAX_GRAPH_BYTES, MAX_PARAMETERS, ParameterSpec
 
 
 class UnsupportedModel(ValueError):
@@ -63,17 +63,12 @@ class Network:
             local_layers: names of the layers, or of models used as layers, whose weights stay on a device.
 
         Raises:
-            UnsupportedModel: not exactly one input and one output, a shape that is not fixed, a local layer
-                that is not there or has nothing to train, or none that is shared.
+            UnsupportedModel: see `check_form`; a local layer that is not there or has nothing to train, or
+                none that is shared; an input of another type than devices give.
             UnsupportedLayer: a layer that has no builtin-only form.
         """
-        if not getattr(model, "built", False) or len(model.inputs or ()) != 1 or len(model.outputs) != 1:
-            raise UnsupportedModel(f"model {model.name!r} must be built, with one input and one output")
+        check_form(model)
         self.example_shape: tuple[int, ...] = tuple(model.inputs[0].shape[1:])
-        if None in self.example_shape or len(model.outputs[0].shape) != 2:
-            raise UnsupportedModel(
-                f"model {model.name!r} must have a fixed input shape and logits (n, classes)"
-            )
         self.classes = int(model.outputs[0].shape[1])
         self._input = id(model.inputs[0])
         self._output = id(model.outputs[0])
@@ -97,9 +92,13 @@ class Network:
         self._trace(model)
         if not self.shared_count:
             raise UnsupportedModel(f"model {model.name!r} has no parameters to train and share")
-        _refuse_final_probabilities(self._last())
         # Some refusals need the shapes that reach a layer.
         self.forward(self.split(tf.zeros([self.parameter_count])), tf.zeros([1, *self.example_shape]))
+        if self.vocabulary is None and not model.inputs[0].dtype.is_floating:
+            raise UnsupportedModel(
+                f"model {model.name!r} takes {model.inputs[0].dtype.name}, but devices give it float32: "
+                "leave the dtype of Input out"
+            )
         self.layer_count = len(self._lowered)
         self.frozen_count = sum(
             int(weight.size)
@@ -160,8 +159,9 @@ class Network:
         places: list[int | NDArray[np.float32]] = []
         for variable in layer.weights:
             if id(variable) not in trainable:
-                places.append(np.asarray(variable, np.float32))
+                places.append(_finite(layer, variable))
                 continue
+            _finite(layer, variable)
             places.append(len(self.parameters))
             name, shape = _parameter_name(layer, variable), tuple(variable.shape)
             if any(name == parameter.name for parameter in self.parameters):
@@ -183,7 +183,8 @@ class Network:
                 self._steps.append(_Rename(id(layer.outputs[0]), id(node.outputs)))
                 continue
             lowered = self._lowered[id(layer)]
-            unknown = [name for name, value in node.call_kwargs.items() if value not in (None, False)]
+            # By identity: a value may be a tensor.
+            unknown = [n for n, value in node.call_kwargs.items() if value is not None and value is not False]
             if unknown:
                 raise UnsupportedLayer(layer, f"it is called with {unknown}", "call it on its inputs alone")
             if isinstance(lowered, Dropout):
@@ -193,9 +194,80 @@ class Network:
                 self.vocabulary = int(layer.input_dim)
             self._steps.append(_Step(lowered, sources, id(node.outputs)))
 
-    def _last(self) -> Any:
-        """The Keras layer that gives the logits."""
-        return next(step for step in reversed(self._steps) if isinstance(step, _Step)).layer.layer
+    def refuse_probabilities(self) -> None:
+        """Refuse a softmax or sigmoid at the end, before layers that rearrange too: a cross-entropy has it.
+
+        Raises:
+            UnsupportedLayer: there is one.
+        """
+        for step in reversed(self._steps):
+            if isinstance(step, _Rename):
+                continue
+            layer = step.layer.layer
+            name = getattr(getattr(layer, "activation", None), "__name__", "")
+            if isinstance(layer, tf.keras.layers.Softmax) or name in {"softmax", "sigmoid"}:
+                raise UnsupportedLayer(
+                    layer,
+                    f"its {name or 'softmax'} is already part of the loss",
+                    "remove it: the last layer gives logits, and predictions are made probabilities on the "
+                    "device",
+                )
+            if not isinstance(step.layer, Rearranged | Dropout):
+                return
+
+
+def check_form(model: Any) -> None:
+    """Look at a model as a whole, before its layers.
+
+    Raises:
+        UnsupportedModel: no Keras model, not built, without exactly one input and one output, of shapes that
+            are not fixed or no logits, or too large; says what to do.
+    """
+    if not _is_model(model):
+        raise UnsupportedModel(
+            f"a {type(model).__name__} is no Keras model: give a Sequential or functional one"
+        )
+    name = f"model {model.name!r}"
+    if isinstance(model, tf.keras.Sequential) and not model.inputs:
+        raise UnsupportedModel(f"{name} must be built: let it begin with tf.keras.layers.Input(shape)")
+    if not getattr(model, "_is_graph_network", False):
+        raise UnsupportedModel(
+            f"{name} is a subclass of Model, whose calls cannot be followed: "
+            "build it as Sequential, or as tf.keras.Model(inputs, outputs)"
+        )
+    if len(model.inputs) != 1 or len(model.outputs) != 1:
+        raise UnsupportedModel(
+            f"{name} needs one input and one output, and its numbers of them are {len(model.inputs)} and "
+            f"{len(model.outputs)}: measure into one array, and join outputs by Concatenate"
+        )
+    shape, outputs = tuple(model.inputs[0].shape[1:]), tuple(model.outputs[0].shape)
+    if not shape or None in shape:
+        raise UnsupportedModel(
+            f"{name} takes {shape}, not a fixed input shape: give every axis a length, and cut or pad the "
+            "data to it"
+        )
+    if len(outputs) != 2:
+        raise UnsupportedModel(
+            f"{name} gives {outputs}, not logits (n, classes): let it end with Flatten or global pooling, "
+            "and Dense"
+        )
+    trained = sum(variable.shape.num_elements() for variable in model.trainable_weights)
+    fixed = FLOAT32_BYTES * sum(variable.shape.num_elements() for variable in model.non_trainable_weights)
+    if trained > MAX_PARAMETERS or fixed > MAX_GRAPH_BYTES:
+        raise UnsupportedModel(
+            f"{name} has {trained:,} weights to train and {fixed:,} bytes of fixed ones; devices take "
+            f"{MAX_PARAMETERS:,} and {MAX_GRAPH_BYTES:,}: make its layers narrower"
+        )
+
+
+def _finite(layer: Any, variable: Any) -> NDArray[np.float32]:
+    """A weight's values, of which none is infinite or NaN."""
+    values = np.asarray(variable, np.float32)
+    if not np.isfinite(values).all():
+        raise UnsupportedLayer(
+            layer, f"its {variable.name} is not finite everywhere", "load or train its weights again"
+        )
+    return values
 
 
 def _is_model(layer: Any) -> bool:
@@ -251,13 +323,3 @@ def _parameter_name(layer: Any, variable: Any) -> str:
     """`layer/kernel`, or `layer/cell/kernel`."""
     path = str(variable.name).split(":")[0]
     return path if path.startswith(f"{layer.name}/") else f"{layer.name}/{path.rsplit('/', 1)[-1]}"
-
-
-def _refuse_final_probabilities(layer: Any) -> None:
-    name = getattr(getattr(layer, "activation", None), "__name__", "")
-    if isinstance(layer, tf.keras.layers.Softmax) or name in {"softmax", "sigmoid"}:
-        raise UnsupportedLayer(
-            layer,
-            f"its {name or 'softmax'} is already part of the loss",
-            "remove it: the last layer gives logits, and predictions are made probabilities on the device",
-        )

@@ -20,6 +20,13 @@ class UnsupportedLayer(ValueError):
         self.alternative = alternative
 
 
+_NEVER_HONOURED = {
+    "_regularizer": "leave it out: devices lower the loss alone (Dropout and a round's clip norm hold back)",
+    "_constraint": "leave it out: an update is added to the weights as it is",
+}
+"""Endings of options that every kind of layer may have, and what to do instead."""
+
+
 class LoweredLayer(ABC):
     """One Keras layer in builtin-only form.
 
@@ -36,6 +43,7 @@ class LoweredLayer(ABC):
             UnsupportedLayer: an option of the layer has no builtin-only form.
         """
         self.layer = layer
+        self._refuse_what_no_layer_honours()
         self.check()
 
     def check(self) -> None:
@@ -54,6 +62,31 @@ class LoweredLayer(ABC):
         if not condition:
             raise UnsupportedLayer(self.layer, reason, alternative)
 
+    def _refuse_what_no_layer_honours(self) -> None:
+        """Refuse options of Keras that would change training, or its precision, and are in no graph."""
+        layer = self.layer
+        self.refuse_unless(
+            layer.compute_dtype not in {"float16", "bfloat16"},
+            f"it computes in {layer.compute_dtype}",
+            "build the model under tf.keras.mixed_precision.set_global_policy('float32')",
+        )
+        given = [name for name, value in layer.get_config().items() if value is not None]
+        for ending, instead in _NEVER_HONOURED.items():
+            # What is fixed is moved by neither; its activities still depend on the layers before it.
+            odd = [n for n in given if n.endswith(ending) and (layer.trainable or n.startswith("activity"))]
+            self.refuse_unless(not odd, f"its {' and '.join(odd)} would not train", instead)
+
+    def input_shape(self) -> tuple[int | None, ...]:
+        """The shape that reaches the layer, with None for the examples; refuses a layer that gets several."""
+        try:
+            shape = self.layer.input_shape
+        except AttributeError:
+            shape = None
+        self.refuse_unless(
+            isinstance(shape, tuple), "it gets inputs of several shapes", "use a layer of its own for each"
+        )
+        return tuple(shape)
+
     def need_channels_last(self) -> None:
         """Refuse a layer that wants its channels first."""
         form = getattr(self.layer, "data_format", "channels_last")
@@ -68,6 +101,10 @@ def activation_name(layer: Any, attribute: str = "activation") -> str:
     """
     function = getattr(layer, attribute)
     name = getattr(function, "__name__", type(function).__name__)
+    if name in ACTIVATIONS and not function.__module__.startswith(("keras.", "tensorflow.")):
+        raise UnsupportedLayer(
+            layer, f"its activation {name} is a function of {function.__module__}", "use Keras's of that name"
+        )
     if name not in ACTIVATIONS:
         raise UnsupportedLayer(
             layer, f"its activation {name} has no builtin-only form", f"use one of {', '.join(ACTIVATIONS)}"

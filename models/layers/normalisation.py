@@ -31,7 +31,7 @@ class FrozenBatchNormalisation(LoweredLayer):
             "set trainable = False (pretrained), or use GroupNormalization or LayerNormalization",
         )
         self.refuse_unless(
-            list(layer.axis) == [len(layer.input_shape) - 1], "it is not over the last axis", "use axis=-1"
+            list(layer.axis) == [len(self.input_shape()) - 1], "it is not over the last axis", "use axis=-1"
         )
 
     def forward(self, values: Sequence[Tensor], x: Tensor) -> Tensor:
@@ -57,7 +57,7 @@ class LayerNormalisation(_Scaled):
     handles = (keras.LayerNormalization,)
 
     def check(self) -> None:
-        axis, last = self.layer.axis, len(self.layer.input_shape) - 1
+        axis, last = self.layer.axis, len(self.input_shape()) - 1
         self.refuse_unless(
             axis in (-1, last, [-1], [last]),
             "it is not over the last axis alone",

@@ -33,8 +33,12 @@ class _Recurrent(LoweredLayer):
             "it has dropout",
             "put Dropout layers around it",
         )
-        steps = layer.input_spec[0].shape[1] if layer.input_spec[0].shape else None
-        steps = steps or layer.input_shape[1]
+        self.refuse_unless(
+            not isinstance(getattr(layer, "input_shape", None), list),
+            "it is given the state that it starts from",
+            "start it from zeros: call it on its input alone",
+        )
+        steps = self.input_shape()[1] or 0
         self.refuse_unless(
             steps <= MAX_STEPS,
             f"it has {steps} steps, more than devices accept",

@@ -48,6 +48,34 @@ LAYERS: tuple[type[LoweredLayer], ...] = (
 )
 
 
+INSTEAD: dict[str, str] = {
+    "Lambda": "say it by layers such as Add, Multiply, Rescaling, Reshape and Activation",
+    "Normalization": "put means and standard deviations into SCALING, an InputSpec",
+    "StringLookup": "do it in the data adapter, and give the model ids",
+    "TextVectorization": "do it in the data adapter, and give the model ids",
+    "Subtract": "use Rescaling(-1) and Add",
+    "PReLU": "use LeakyReLU",
+    "ThresholdedReLU": "use ReLU",
+    "GaussianNoise": "use Dropout",
+    "GaussianDropout": "use Dropout",
+    "AlphaDropout": "use Dropout",
+    "SpatialDropout1D": "use Dropout",
+    "SpatialDropout2D": "use Dropout",
+    "SimpleRNN": "use GRU or LSTM",
+    "RNN": "use GRU or LSTM",
+    "Bidirectional": "use a GRU or LSTM of one direction, or Conv1D",
+    "TimeDistributed": "use the layer alone where it is Dense, which works along the last axis; or Conv1D",
+    "Masking": "cut or pad sequences to one length in the data adapter",
+    "ActivityRegularization": "leave it out: devices lower the loss alone",
+    "AddLoss": "leave it out: devices lower the loss alone",
+    **dict.fromkeys(
+        ["RandomFlip", "RandomRotation", "RandomZoom", "RandomCrop", "RandomContrast", "RandomTranslation"],
+        "change the examples in the data adapter",
+    ),
+}
+"""By the name of a Keras layer without a form: what does its work."""
+
+
 def lower(layer: Any) -> LoweredLayer:
     """The builtin-only form of a built Keras layer.
 
@@ -63,4 +91,8 @@ def lower(layer: Any) -> LoweredLayer:
             layer, "it is a bare TensorFlow operation", "use a layer, such as Add, Multiply or Reshape"
         )
     known = sorted({handled.__name__ for kind in LAYERS for handled in kind.handles})
-    raise UnsupportedLayer(layer, "it has no builtin-only form", f"supported are {', '.join(known)}")
+    supported = f"supported are {', '.join(known)}"
+    instead = INSTEAD.get(type(layer).__name__)
+    raise UnsupportedLayer(
+        layer, "it has no builtin-only form", f"{instead}; {supported}" if instead else supported
+    )

@@ -23,7 +23,7 @@ class Rearranged(LoweredLayer):
         self.need_channels_last()
 
     def forward(self, values: Sequence[Tensor], x: Tensor) -> Tensor:
-        return tf.reshape(x, [-1, *self.layer.output_shape[1:]])
+        return tf.reshape(x, [-1, *self.layer.compute_output_shape(x.shape)[1:]])
 
 
 class Permuted(LoweredLayer):

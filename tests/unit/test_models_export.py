@@ -16,6 +16,7 @@ tf = pytest.importorskip("tensorflow")
 from edge_client.adapters.tflite import TfliteTrainer
 from edge_client.training import Examples, TrainingConfig
 from models import export as exporter
+from models import network as network_module
 from models import zoo
 from models.architectures import ARCHITECTURES
 from models.export import export
@@ -228,6 +229,13 @@ def test_graph_does_not_grow_with_its_parameters() -> None:
     assert len(large.graph) <= len(small.graph) + 256
 
 
+def own_relu(x: Any) -> Any:
+    return 2 * tf.nn.relu(x)
+
+
+own_relu.__name__ = "relu"
+
+
 @pytest.mark.parametrize(
     ("layer", "words"),
     [
@@ -241,6 +249,17 @@ def test_graph_does_not_grow_with_its_parameters() -> None:
         (lambda: layers.LSTM(4, dropout=0.5, name="leaky"), ["leaky", "Dropout layers"]),
         (lambda: layers.ELU(0.5, name="half"), ["half", "alpha"]),
         (lambda: layers.Lambda(lambda x: x, name="own"), ["own", "Lambda", "supported are"]),
+        (lambda: layers.Lambda(lambda x: x, name="own"), ["say it by layers such as Add"]),
+        (lambda: layers.RandomContrast(0.1, name="vary"), ["vary", "in the data adapter"]),
+        (lambda: layers.Bidirectional(layers.GRU(2), name="both"), ["both", "one direction"]),
+        (
+            lambda: layers.Dense(4, kernel_regularizer="l2", name="held"),
+            ["held", "kernel_reg", "leave it out"],
+        ),
+        (lambda: layers.Dense(4, activity_regularizer="l1", name="calm"), ["calm", "activity_regularizer"]),
+        (lambda: layers.GRU(4, recurrent_constraint="max_norm", name="tied"), ["tied", "recurrent_con"]),
+        (lambda: layers.Dense(4, dtype="mixed_float16", name="mixed"), ["mixed", "float16", "policy"]),
+        (lambda: layers.Dense(4, activation=own_relu, name="other"), ["other", "relu is a function of"]),
     ],
 )
 def test_refusals_name_layer_reason_and_alternative(layer: Any, words: list[str]) -> None:
@@ -252,9 +271,61 @@ def test_refusals_name_layer_reason_and_alternative(layer: Any, words: list[str]
 
 
 def test_softmax_at_the_end_is_refused_since_the_loss_has_it() -> None:
-    model = sequential(layers.Input((5,)), layers.Dense(4, activation="softmax"))
+    for behind in ([], [layers.Dropout(0.1)], [layers.Reshape((2, 2)), layers.Flatten()]):
+        model = sequential(layers.Input((5,)), layers.Dense(4, activation="softmax"), *behind)
+        with pytest.raises(UnsupportedLayer, match="gives logits"):
+            exported(model, 5)
     with pytest.raises(UnsupportedLayer, match="gives logits"):
-        Network(model)
+        exported(sequential(layers.Input((5,)), layers.Dense(4), layers.Softmax()), 5)
+
+
+def test_values_may_end_in_a_sigmoid_which_no_loss_of_theirs_has() -> None:
+    model = sequential(layers.Input((5,)), layers.Dense(2, activation="sigmoid"))
+    made = export(
+        model,
+        name="try",
+        labels=["a", "b"],
+        scaling=scaling(5),
+        train_batch_size=8,
+        loss="mean_squared_error",
+    )
+    assert prove_parity(model, made.graph, made.manifest, seed=1) < TOLERANCE
+
+
+def test_a_frozen_layer_may_have_what_would_only_hold_its_weights() -> None:
+    frozen = layers.Dense(3, kernel_regularizer="l2", bias_constraint="max_norm", trainable=False)
+    assert Network(sequential(layers.Input((5,)), frozen, layers.Dense(4))).frozen_count == 18
+
+
+def test_layers_that_get_several_shapes_export_or_are_named() -> None:
+    inputs = tf.keras.Input((8, 3))
+    twice, flat = layers.Conv1D(3, 2), layers.Flatten()
+    both = layers.Concatenate()([flat(twice(inputs)), flat(twice(twice(inputs)))])
+    exported(tf.keras.Model(inputs, layers.Dense(4)(both)), 8, 3)
+    gru = layers.GRU(2, name="memory")
+    both = layers.Concatenate()([gru(inputs), gru(twice(inputs))])
+    with pytest.raises(UnsupportedLayer, match=r"memory.*several shapes"):
+        Network(tf.keras.Model(inputs, layers.Dense(4)(both)))
+
+
+def test_calls_with_more_than_the_inputs_are_refused() -> None:
+    inputs = tf.keras.Input((6, 4))
+    start = layers.Dense(2)(layers.GlobalAveragePooling1D()(inputs))
+    with pytest.raises(UnsupportedLayer, match="state that it starts from"):
+        Network(tf.keras.Model(inputs, layers.GRU(2)(inputs, initial_state=start)))
+    attention = layers.MultiHeadAttention(2, 2)(inputs, inputs, attention_mask=tf.ones([1, 6, 6]))
+    with pytest.raises(UnsupportedLayer, match="attention_mask"):
+        Network(tf.keras.Model(inputs, layers.Flatten()(attention)))
+
+
+@pytest.mark.parametrize("local", [(), ("first",)])
+@pytest.mark.parametrize("trainable", [True, False])
+def test_weights_that_are_not_finite_are_named(local: tuple[str, ...], trainable: bool) -> None:
+    first = layers.Dense(3, name="first", trainable=trainable)
+    model = sequential(layers.Input((5,)), first, layers.Dense(4))
+    first.set_weights([np.full((5, 3), np.nan), np.zeros(3)])
+    with pytest.raises(UnsupportedLayer, match="first/kernel:0 is not finite"):
+        Network(model, local if trainable else ())
 
 
 def test_a_subclass_of_a_known_layer_is_refused() -> None:
@@ -276,15 +347,71 @@ def test_bare_operations_and_long_sequences_are_refused() -> None:
         Network(sequential(layers.Input((4,)), layers.Embedding(5, 2, mask_zero=True), layers.GRU(3)))
 
 
-def test_models_that_are_no_classifiers_of_fixed_inputs_are_refused() -> None:
-    with pytest.raises(UnsupportedModel, match="fixed"):
-        Network(sequential(layers.Input((None, 2)), layers.GlobalAveragePooling1D(), layers.Dense(4)))
-    with pytest.raises(UnsupportedModel, match="logits"):
-        Network(sequential(layers.Input((6, 2)), layers.Conv1D(4, 3)))
-    with pytest.raises(UnsupportedModel, match="parameters"):
-        Network(sequential(layers.Input((6,)), layers.ReLU()))
-    with pytest.raises(ValueError, match="labels"):
-        exported(sequential(layers.Input((5,)), layers.Dense(4)), 5, classes=3)
+class Subclass(tf.keras.Model):  # type: ignore[misc]
+    def call(self, inputs: Any) -> Any:
+        return inputs
+
+
+def two(inputs: int, outputs: int) -> Any:
+    ends = [tf.keras.Input((4,)) for _ in range(inputs)]
+    whole = layers.Concatenate()(ends) if inputs > 1 else ends[0]
+    return tf.keras.Model(ends, [layers.Dense(4)(whole) for _ in range(outputs)])
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        (lambda: None, "NoneType is no Keras model"),
+        (lambda: tf.keras.Sequential([layers.Dense(4)]), "must be built.*Input"),
+        (Subclass, "subclass of Model"),
+        (lambda: two(2, 1), "one input.*are 2 and 1"),
+        (lambda: two(1, 2), "one output.*are 1 and 2"),
+        (lambda: sequential(layers.Input((None, 2)), layers.GlobalMaxPooling1D()), "fixed.*every axis"),
+        (lambda: sequential(layers.Input((6, 2)), layers.Conv1D(4, 3)), "logits.*Flatten"),
+        (lambda: sequential(layers.Input((6,)), layers.ReLU()), "no parameters to train"),
+        (lambda: sequential(layers.Input((6,)), layers.Dense(4, trainable=False)), "no parameters"),
+        (lambda: sequential(layers.Input((6,), dtype="uint8"), layers.Dense(4)), "takes uint8"),
+    ],
+)
+def test_models_that_cannot_be_exported_as_a_whole_say_what_to_do(model: Any, words: str) -> None:
+    with pytest.raises(UnsupportedModel, match=words):
+        Network(model())
+
+
+def test_a_model_with_more_weights_than_devices_take_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    frozen = layers.Dense(30, trainable=False)
+    model = sequential(layers.Input((5,)), frozen, layers.Dense(4))
+    for limit, least, words in (
+        ("MAX_PARAMETERS", 124, "124 weights"),
+        ("MAX_GRAPH_BYTES", 720, "720 bytes"),
+    ):
+        monkeypatch.setattr(network_module, limit, least)
+        Network(model)
+        monkeypatch.setattr(network_module, limit, least - 1)
+        with pytest.raises(UnsupportedModel, match=f"{words}.*narrower"):
+            Network(model)
+        monkeypatch.undo()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"labels": ["a", "b", "c"]}, "4 outputs, but 3 labels"),
+        ({"loss": "binary_crossentropy", "labels": ["a", "b"]}, "need 1"),
+        ({"scaling": scaling(6)}, r"inputs \(5,\), but the scaling is of \(6,\)"),
+        ({"loss": "mse"}, "choose one of .*mean_squared_error"),
+        ({"labels": ["a", "a", "b", "c"]}, "same name"),
+        ({"train_batch_size": 5000}, "4096"),
+        ({"name": "My Model"}, "name"),
+    ],
+)
+def test_what_does_not_fit_the_model_is_said_before_it_is_converted(
+    changes: dict[str, Any], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(exporter, "_convert")
+    given = {"name": "try", "labels": list("abcd"), "scaling": scaling(5), "train_batch_size": 8}
+    with pytest.raises(ValueError, match=words):
+        export(sequential(layers.Input((5,)), layers.Dense(4)), **given | changes)
 
 
 def test_parity_notices_a_graph_of_another_model() -> None:
