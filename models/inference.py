@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +14,8 @@ import tensorflow as tf
 from numpy.typing import NDArray
 
 from models.examples import Examples
+from models.flatbuffer import compact
+from models.layers import looping
 from models.losses import stock_losses
 from models.manifest import LOCAL_SIGNATURE, ModelManifest
 from models.network import Network
@@ -67,7 +70,9 @@ def convert(
     values = [tf.constant(part) for part in network.split(tf.constant(weights))]
     signature = [tf.TensorSpec([None, *network.example_shape], tf.float32, "x")]
     predict = tf.function(lambda x: network.forward(values, x), input_signature=signature, autograph=False)
-    converter = tf.lite.TFLiteConverter.from_concrete_functions([predict.get_concrete_function()], predict)
+    with looping.written_out() if precision == "int8" else nullcontext():
+        concrete = predict.get_concrete_function()
+    converter = tf.lite.TFLiteConverter.from_concrete_functions([concrete], predict)
     converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS]
     if precision != "float32":
         converter.optimizations = [tf.lite.Optimize.DEFAULT]
@@ -79,7 +84,7 @@ def convert(
     with warnings.catch_warnings():
         # The ranges of inputs come from the representative examples, which the converter does not count.
         warnings.filterwarnings("ignore", "Statistics for quantized inputs", UserWarning)
-        return bytes(converter.convert())
+        return compact(bytes(converter.convert()))
 
 
 def set_start(interpreter: Any, manifest: ModelManifest, weights: NDArray[np.float32]) -> None:
@@ -112,16 +117,20 @@ def evaluate(directory: Path, manifest: ModelManifest, examples: Examples) -> It
 
 
 def _run(graph: bytes, x: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Outputs (n, k) of scaled inputs x (n, ...), always in batches of one size.
+
+    With float16 weights XNNPACK of TensorFlow 2.14 gives anything at all once an interpreter gets another.
+    """
     interpreter = tf.lite.Interpreter(model_content=graph, num_threads=1)
     place, result = interpreter.get_input_details()[0]["index"], interpreter.get_output_details()[0]["index"]
+    interpreter.resize_tensor_input(place, (BATCH, *x.shape[1:]))
+    interpreter.allocate_tensors()
     outputs = []
     for start in range(0, len(x), BATCH):
         part = x[start : start + BATCH]
-        interpreter.resize_tensor_input(place, part.shape)
-        interpreter.allocate_tensors()
-        interpreter.set_tensor(place, part)
+        interpreter.set_tensor(place, np.concatenate([part, np.repeat(part[:1], BATCH - len(part), 0)]))
         interpreter.invoke()
-        outputs.append(interpreter.get_tensor(result))
+        outputs.append(interpreter.get_tensor(result)[: len(part)])
     return np.concatenate(outputs)
 
 

@@ -6,7 +6,9 @@ bound is a constant that a device can check before it runs a file (`models.graph
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import tensorflow as tf
 
@@ -14,6 +16,22 @@ from models.layers.primitives import Gradient, Tensor, differentiable
 
 Cell = Callable[[Tensor, Sequence[Tensor], Sequence[Tensor]], list[Tensor]]
 """From a step's input (n, g), the states (n, u) before it and the weights to the states after it."""
+
+
+_written_out = ContextVar("_written_out", default=False)
+
+
+@contextmanager
+def written_out() -> Iterator[None]:
+    """Recurrences that are traced in here have their steps one behind the other, for prediction alone.
+
+    TensorFlow 2.14 measures ranges for 8 bits in the main graph, and dies of a loop.
+    """
+    token = _written_out.set(True)
+    try:
+        yield
+    finally:
+        _written_out.reset(token)
 
 
 def scan(
@@ -35,6 +53,12 @@ def scan(
         All outputs (t, n, units), or the last one (n, units).
     """
     length = int(inputs.shape[0])
+    if _written_out.get():
+        now, outputs = [inputs[0, :, :units] * 0.0] * states, []
+        for step in tf.unstack(inputs, axis=0):
+            now = cell(step, now, weights)
+            outputs.append(now[0])
+        return tf.stack(outputs) if every else now[0]
 
     @differentiable
     def run(inputs: Tensor, *weights: Tensor) -> tuple[Tensor, Gradient]:
