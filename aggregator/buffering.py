@@ -20,6 +20,7 @@ from aggregator.records import Campaign, Version
 from aggregator.registry.publishing import document_of, manifest_of
 from aggregator.repository import Reader
 from aggregator.rounds.planning import CampaignSettings, assign, make_plan
+from aggregator.rounds.report import BufferReport
 from aggregator.work import Work
 from protocol.identity import SignedDocument
 from protocol.messages import Refusal, RoundEnd, TrainingOrder, UpdateReady
@@ -56,12 +57,14 @@ class _Buffer:
     Attributes:
         updates: device id -> version that its waiting update was trained from.
         refused: device id -> why it does not train, in its own words.
+        too_old: devices whose updates were dropped since the last buffer was collected.
         order: the order as it was signed last, of which version, and when.
     """
 
     updates: dict[str, int] = field(default_factory=dict)
     asked: dict[str, _Asked] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
+    too_old: set[str] = field(default_factory=set)
     order: tuple[SignedDocument, str, float] | None = None
     look_at: float = float("-inf")
 
@@ -137,12 +140,26 @@ class Buffers:
             )
             del buffer.updates[device_id]
             buffer.asked.pop(device_id, None)
+            buffer.too_old.add(device_id)
         return frozenset(buffer.updates)
+
+    def report(self, campaign_id: str, devices: Collection[str], newest: int) -> BufferReport:
+        """How old the updates of these devices are, for the round that is about to collect them.
+
+        Args:
+            newest: version that the buffer will be added to.
+        """
+        buffer = self._of(campaign_id)
+        return BufferReport(
+            staleness={each: newest - buffer.updates[each] for each in devices if each in buffer.updates},
+            too_old=tuple(sorted(buffer.too_old)),
+        )
 
     def collected(self, campaign_id: str, devices: Collection[str]) -> None:
         """Takes in that a buffer asks these devices for their updates: afterwards they are ordered anew."""
         buffer = self._of(campaign_id)
         versions = Counter(buffer.updates[each] for each in devices if each in buffer.updates)
+        buffer.too_old.clear()
         for device_id in devices:
             buffer.updates.pop(device_id, None)
             buffer.asked.pop(device_id, None)

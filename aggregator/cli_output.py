@@ -194,7 +194,7 @@ def rounds_table(rounds: Sequence[Round]) -> Table:
         phase = report.phases[-1] if report.phases else None
         outcome = {
             "running": "selected" if phase is None else f"{phase.phase} {phase.answered}/{phase.expected}",
-            "completed": f"[green]{_result(r)}[/green]{_lost_parts(report)}",
+            "completed": f"[green]{_result(r)}{_staleness(report)}[/green]{_lost_parts(report)}",
             "aborted": f"[red]{escape(r.code)}[/red]",
         }[r.status]
         table.add_row(
@@ -222,6 +222,15 @@ def _result(r: Round) -> str:
     if r.version is not None:
         return f"version {r.version}"
     return "an answer" if r.report.evaluation is None else "an evaluation"
+
+
+def _staleness(report: RoundReport) -> str:
+    """Of a buffer: how many versions behind its updates were."""
+    ages = report.ages()
+    if not ages:
+        return ""
+    mean = sum(behind * updates for behind, updates in ages.items()) / sum(ages.values())
+    return f", {mean:.2g} behind, at most {max(ages)}"
 
 
 def _lost_parts(report: RoundReport) -> str:
@@ -290,7 +299,7 @@ class Watcher:
             phase = r.report.phases[-1].phase if r.report.phases else "selected"
             what = {
                 "running": phase,
-                "completed": f"completed with {_result(r)}",
+                "completed": f"completed with {_result(r)}{_staleness(r.report)}",
                 "aborted": f"aborted: {r.code}: {r.detail}",
             }[r.status]
             if self._lines.get(r.round) != what:

@@ -181,6 +181,7 @@ class Conductor:
                     survivors=running.state.survivors,
                     traffic=self.traffic.read(running.state.invited),
                     delta=running.encoding.privacy.delta,
+                    buffer=running.buffer,
                 )
                 work.writer.save_report(running.round_id, report.to_bytes())
                 running.changed = False

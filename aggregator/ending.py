@@ -212,6 +212,7 @@ class Finisher:
             evaluation=None if outcome is None else outcome.evaluation,
             epsilon=epsilon_of(events, delta),
             delta=delta,
+            buffer=running.buffer,
         )
         ledger = None
         if event is not None:

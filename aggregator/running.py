@@ -15,6 +15,7 @@ from aggregator.rounds import machine
 from aggregator.rounds.events import DeviceHeard, Event, Log, MaskedInputStored, MessageReceived, Send
 from aggregator.rounds.machine import RoundState
 from aggregator.rounds.partial_sum import UnusableInput, add_input, input_size
+from aggregator.rounds.report import BufferReport, RoundReport
 from aggregator.rounds.selection import Selection
 from aggregator.rounds.subcohort_state import Trust
 from aggregator.work import Work
@@ -48,6 +49,7 @@ class RunningRound:
         inputs: device id -> SHA-256 of the masked input that is in the partial sum.
         receptions: uploads under way, by device.
         base: the signed manifest of that version, for devices that have to fetch it; None if they need none.
+        buffer: what a buffered campaign's round collects; None for others.
         changed: whether the report has to be saved.
     """
 
@@ -58,6 +60,7 @@ class RunningRound:
     inputs: dict[str, str] = field(default_factory=dict)
     receptions: dict[str, Reception] = field(default_factory=dict)
     base: SignedDocument | None = None
+    buffer: BufferReport | None = None
     changed: bool = True
 
     @classmethod
@@ -70,7 +73,9 @@ class RunningRound:
         state, outputs = machine.begin(plan, document, trust, record.invited, work.at)
         work.writer.begin_round(record)
         work.writer.note_selection(record.round_id, selection.to_bytes())
-        running = cls(record, assignment, encoding, state, base=_document(work.writer, plan))
+        running = cls(
+            record, assignment, encoding, state, base=_document(work.writer, plan), buffer=_buffer(record)
+        )
         running._execute(work, outputs)
         return running
 
@@ -101,6 +106,7 @@ class RunningRound:
             reader.inputs(record.round_id),
             {upload.device_id: Reception.begin(upload.blob, upload.stored) for upload in uploads},
             _document(reader, plan),
+            _buffer(record),
         )
 
     @property
@@ -230,6 +236,10 @@ class RunningRound:
         self._receipt(work, device_id, blob, code)
         # Logged as the device's own leaving, so that the round's state still follows from its log alone.
         self.apply(work, MessageReceived(device_id, ClientAbort(round_id=self.round_id, code=code)))
+
+
+def _buffer(record: Round) -> BufferReport | None:
+    return RoundReport.from_bytes(record.report).buffer
 
 
 def _parse(record: Round) -> tuple[SignedDocument, Plan]:

@@ -25,6 +25,7 @@ from aggregator.rounds.planning import (
     make_plan,
     readable,
 )
+from aggregator.rounds.report import RoundReport
 from aggregator.rounds.selection import places, ready
 from aggregator.rounds.subcohort_state import Trust
 from aggregator.running import LostBase, RunningRound
@@ -203,6 +204,10 @@ class Starter:
             check_limit([*spent_events(work.writer), *reserved], encoding, settings.epsilon_limit)
         number = campaign.started + 1
         drawn = selection(work.writer, campaign, settings, pool, number)
+        report = RoundReport()
+        if settings.buffered and base is not None:
+            collects = self._buffers.report(campaign.campaign_id, drawn.chosen, base.version)
+            report = RoundReport(buffer=collects)
         record = Round(
             round_id=round_id,
             campaign_id=campaign.campaign_id,
@@ -213,6 +218,7 @@ class Starter:
             selection_seed=drawn.seed,
             invited=drawn.chosen,
             started_at=work.at.unix,
+            report=report.to_bytes(),
         )
         tree = settings.privacy.tree
         known = work.writer.noise_tree(campaign.campaign_id)

@@ -31,6 +31,7 @@ collect_ignore_glob = (
                 "retention",
                 "round_losses",
                 "selection",
+                "staleness",
             )
         ),
     ]

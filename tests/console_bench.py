@@ -23,8 +23,8 @@ from selenium.webdriver.support.ui import WebDriverWait
 
 from aggregator.operations import Operator
 from aggregator.records import Campaign, Device, Round, RoundEnding, Version
-from aggregator.rounds.report import PHASES, PhaseReport, RoundReport
-from aggregator.settings import CampaignRequest
+from aggregator.rounds.report import PHASES, BufferReport, PhaseReport, RoundReport
+from aggregator.settings import CampaignRequest, Mode
 from protocol.dp.parameters import PrivacyMode
 from protocol.identity import SignedDocument
 from protocol.messages import DeviceStatus
@@ -111,12 +111,49 @@ def seed_rounds(operator: Operator, rounds: int = 12, *, running: bool = True) -
             )
 
 
+def seed_buffers(operator: Operator, rounds: int = 5) -> None:
+    """A buffered campaign of `field` with that many buffers behind it, whose updates were of mixed age."""
+    now = operator.clock.moment().unix
+    names = tuple(f"barn-{index:05d}" for index in range(6))
+    count, settings = CampaignRequest("field", rounds=200, cohort=6, mode=Mode.BUFFERED).resolve()
+    campaign = Campaign(secrets.token_hex(16), "field", count, settings.to_bytes(), now - 4000)
+    with operator.repository.write() as writer:
+        writer.add_campaign(campaign)
+        writer.add_version(Version("field", 1, "ab" * 32, DOCUMENT, now - 90_000))
+        for number in range(1, rounds + 1):
+            began, round_id = now - 60.0 * (rounds + 1 - number), secrets.token_hex(16)
+            # All but the last device make it; the one before the last is slower with every buffer.
+            staleness = {name: min(index, 1) for index, name in enumerate(names)} | {names[4]: number + 1}
+            buffer = BufferReport(staleness=staleness, too_old=names[5:] if number == 3 else ())
+            made = _report(names, 1, began, 5, live=False)
+            report = made.model_copy(update={"buffer": buffer, "survivors": names[:5]}).to_bytes()
+            begun = Round(
+                round_id, campaign.campaign_id, number, "field", number, b"{}", bytes(32), names, began
+            )
+            writer.begin_round(begun)
+            version = Version("field", number + 1, f"{number:02x}" * 32, DOCUMENT, began + 9.0, round_id)
+            writer.end_round(
+                RoundEnding(
+                    round_id=round_id,
+                    status="completed",
+                    ended_at=began + 9.0,
+                    code="",
+                    detail="",
+                    report=report,
+                    version=version,
+                    ledger=None,
+                    transcript=(),
+                )
+            )
+
+
 def _report(names: tuple[str, ...], number: int, began: float, reached: int, *, live: bool) -> RoundReport:
-    lost = (names[number % 20], names[(number + 7) % 20])
+    size = len(names)
+    lost = (names[number % size], names[(number + 7) % size])
     phases = []
     for index, phase in enumerate(PHASES[:reached]):
         open_ = live and index == reached - 1
-        expected = 20 if index < 2 else 19
+        expected = size if index < 2 else size - 1
         phases.append(
             PhaseReport(
                 phase=phase,

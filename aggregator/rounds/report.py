@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Literal, Self, get_args
 
@@ -74,6 +75,19 @@ class Traffic(Schema):
     down: int = 0
 
 
+class BufferReport(Schema):
+    """The updates that a round of a buffered campaign collects, by age.
+
+    Attributes:
+        staleness: device id -> how many versions its update is behind the one that the round starts from.
+        too_old: devices whose updates were dropped since the round before, for being further behind than the
+            campaign allows; they train anew. What happened before a restart of the service is not in it.
+    """
+
+    staleness: Mapping[str, int] = Field(default_factory=dict)
+    too_old: tuple[str, ...] = ()
+
+
 class RoundReport(Schema):
     """A round in figures; nothing in it is secret or about one device's data.
 
@@ -89,6 +103,7 @@ class RoundReport(Schema):
         answer: of a query that has completed.
         evaluation: of a version, that has completed.
         epsilon: spent by the model's population so far, at `delta`; None without noise.
+        buffer: what it collects; None but for a buffered campaign.
     """
 
     phases: tuple[PhaseReport, ...] = ()
@@ -104,6 +119,14 @@ class RoundReport(Schema):
     evaluation: VersionEvaluation | None = None
     epsilon: float | None = None
     delta: float | None = None
+    buffer: BufferReport | None = None
+
+    def ages(self) -> dict[int, int]:
+        """Versions behind -> how many updates in the sum are; empty but for a buffered campaign."""
+        if self.buffer is None:
+            return {}
+        behind = self.buffer.staleness
+        return dict(sorted(Counter(behind[each] for each in self.survivors if each in behind).items()))
 
     def to_bytes(self) -> bytes:
         """The JSON that the repository keeps."""

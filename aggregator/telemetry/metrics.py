@@ -26,6 +26,7 @@ CHANNELS = ("status", "msg", "chunk")
 OTHER = "other"
 _QUICK = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 _SLOW = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1800, 3600)
+_VERSIONS_BEHIND = (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 100)
 _MOST_CODES = 32
 
 
@@ -88,6 +89,19 @@ class ServiceMetrics:
         self._answered = Counter(
             "covey_phase_answered", "Answers that came in time.", ["phase"], registry=registry
         )
+        self._staleness = Histogram(
+            "covey_update_staleness",
+            "How many versions behind the updates in the sums of buffered campaigns were.",
+            ["model"],
+            registry=registry,
+            buckets=_VERSIONS_BEHIND,
+        )
+        self._too_old = Counter(
+            "covey_updates_too_old",
+            "Updates of buffered campaigns that were dropped for being too far behind.",
+            ["model"],
+            registry=registry,
+        )
         self._versions = Counter(
             "covey_versions_published",
             "Versions of models that were published.",
@@ -145,7 +159,15 @@ class ServiceMetrics:
         self._rounds_ended.labels(ended.model or "", ended.status, code).inc()
         if ended.ended_at is not None:
             self._round.labels(ended.status).observe(max(0.0, ended.ended_at - ended.started_at))
-        for phase in RoundReport.from_bytes(ended.report).phases:
+        report = RoundReport.from_bytes(ended.report)
+        if report.buffer is not None:
+            self._too_old.labels(ended.model or "").inc(len(report.buffer.too_old))
+            if ended.status == "completed":
+                staleness = self._staleness.labels(ended.model or "")
+                for behind, updates in report.ages().items():
+                    for _ in range(updates):
+                        staleness.observe(behind)
+        for phase in report.phases:
             if phase.ended is not None:
                 self._phase.labels(phase.phase).observe(max(0.0, phase.ended - phase.started))
                 self._expected.labels(phase.phase).inc(phase.expected)

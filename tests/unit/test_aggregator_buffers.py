@@ -30,6 +30,11 @@ def test_a_slow_device_holds_nobody_and_is_still_heard(tmp_path: Path) -> None:
     assert max(spans) < 5.0, "nothing is trained in a buffer"
     elapsed = views[-1].record.ended_at - views[0].record.started_at  # type: ignore[operator]
     assert elapsed < 12 * 7.0, "the slow device held the others"
+    for view in views:
+        assert view.report.buffer is not None and not view.report.buffer.too_old
+        told = {each: view.report.buffer.staleness[each] for each in view.report.survivors}
+        assert told == bench.staleness(view), "what the devices say"
+        assert view.report.ages() == Counter(told.values())
     late = [view for view in views if "device-4" in view.report.survivors]
     assert late, "the slow device was never heard"
     assert all(bench.staleness(view)["device-4"] > 0 for view in late)
@@ -44,6 +49,9 @@ def test_updates_that_are_too_old_are_dropped_and_trained_anew(tmp_path: Path) -
     slow = bench.cores["device-3"].core
     assert "update-dropped" in slow.note_events()
     assert all(age <= 2 for view in views for age in bench.staleness(view).values())
+    assert {name for view in views if view.report.buffer for name in view.report.buffer.too_old} == {
+        "device-3"
+    }
     for view in views:
         bench.check(view)
 
@@ -137,6 +145,7 @@ def test_a_restart_of_the_service_at_every_step_loses_no_update(tmp_path: Path) 
             bench.step()
         for view in bench.finish(campaign):
             bench.check(view)
+            assert view.report.ages() == {0: 3}, step
         bench.check_once()
         bench.close()
     assert phases >= {"AdvertiseKeys", "ShareKeys", "MaskedInput", "ConsistencyCheck", "Unmasking", ""}

@@ -54,6 +54,7 @@ def exported(tmp_path: Path) -> Iterator[dict[str, set[str]]]:
     # Once each, so that families without a series yet have one.
     metrics._rounds_started.labels("toy"), metrics._rounds_ended.labels("toy", "completed", "")
     metrics._round.labels("completed"), metrics._versions.labels("toy"), metrics._presence.labels("online")
+    metrics._staleness.labels("toy"), metrics._too_old.labels("toy")
     metrics.requests.labels("GET", "/x", "200")
     found: dict[str, set[str]] = {}
     for family in metrics.registry.collect():

@@ -86,6 +86,7 @@ def progress(rounds: Sequence[RoundView]) -> tuple[Curve, ...]:
     curves = []
     for model in dict.fromkeys(view.record.model for view in rounds if view.record.model is not None):
         mine = [v for v in rounds if v.record.model == model and v.record.status == "completed"]
+        curves += _staleness(model, mine)
         for name, metric, share in _CURVES:
             trained = {
                 float(v.record.version): v.report.metrics[metric]
@@ -107,6 +108,20 @@ def progress(rounds: Sequence[RoundView]) -> tuple[Curve, ...]:
             if shown:
                 curves.append(Curve(model, name, share, shown, shown[-1].points[-1][1]))
     return tuple(curves)
+
+
+def _staleness(model: str, rounds: Sequence[RoundView]) -> list[Curve]:
+    """How many versions behind the updates were that buffers added, mean and largest."""
+    ages = {float(v.record.version): found for v in rounds if v.record.version and (found := v.report.ages())}
+    if not ages:
+        return []
+    mean = tuple(
+        (version, sum(behind * updates for behind, updates in found.items()) / sum(found.values()))
+        for version, found in sorted(ages.items())
+    )
+    largest = tuple((version, float(max(found))) for version, found in sorted(ages.items()))
+    lines = (Series("largest", largest), Series("mean", mean))
+    return [Curve(model, "versions behind", False, lines, mean[-1][1])]
 
 
 def budget(rounds: Sequence[RoundView], campaigns: Sequence[Campaign]) -> PrivacyBudget | None:

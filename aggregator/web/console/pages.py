@@ -11,7 +11,7 @@ from aggregator.access.roles import Role
 from aggregator.access.tokens import InvalidToken
 from aggregator.records import DeviceFilter
 from aggregator.repository import RepositoryError
-from aggregator.rounds.planning import asked_by
+from aggregator.rounds.planning import asked_by, readable
 from aggregator.rounds.report import PHASES
 from aggregator.web import schemas
 from aggregator.web.admission import By, authenticate, guarded, same_origin
@@ -156,9 +156,15 @@ def rollouts(by: By, request: Request) -> Response:
 @looking.get("/campaigns", name="show-campaigns", response_class=HTMLResponse)
 def campaigns(by: By, request: Request) -> Response:
     """Campaigns of training, newest first."""
-    found = [c for c in reversed(by.operator.campaigns()) if c.model is not None]
+    found = [c for c in reversed(by.operator.campaigns()) if c.model is not None][:ROUNDS]
+    settings = {c.campaign_id: readable(c) for c in found}
     return page(
-        request, "campaigns.html", by, campaigns=found[:ROUNDS], models=figures.newest(by.operator.versions())
+        request,
+        "campaigns.html",
+        by,
+        campaigns=found,
+        buffered={each: known for each, known in settings.items() if known is not None and known.buffered},
+        models=figures.newest(by.operator.versions()),
     )
 
 
