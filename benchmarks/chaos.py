@@ -252,6 +252,7 @@ def _devices(folder: Path, state: Path, count: int, groups: Sequence[Group]) -> 
         people[number % len(people)].save(data / "recordings.npz")
         group = groups[number % len(groups)]
         client = (sys.executable, "-m", "edge_client.main", "run", "--state", own, "--broker", group.url)
+        client += ("--priority", "normal")
         made.append(
             ChildProcess(
                 name,

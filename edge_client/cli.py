@@ -299,6 +299,12 @@ def _add_run(commands: Any) -> None:
         default="auto",
         help="auto tries 5, then 3.1.1 (default: %(default)s)",
     )
+    run.add_argument(
+        "--priority",
+        choices=("background", "normal"),
+        default="background",
+        help="background gives way to all other programs, normal changes nothing (default: %(default)s)",
+    )
     run.add_argument("--insecure", action="store_true", help="allow mqtt:// to another machine, in the clear")
     run.add_argument("--ca", type=Path, metavar="PEM", help="CA of the broker (default: the fleet's)")
     run.add_argument("--cert", type=Path, metavar="PEM", help="TLS certificate (default: the device's own)")

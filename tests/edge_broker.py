@@ -204,7 +204,8 @@ class Device:
         # Without a directory, examples come from what edge.toml says.
         own = [] if data is None else ["--data", data]
         self._command = command(
-            "run", "--state", state, "--broker", broker.url, *own, "--model", "watch", *options
+            *("run", "--priority", "normal", "--state", state, "--broker", broker.url, *own),
+            *("--model", "watch", *options),
         )
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -220,6 +221,17 @@ class Device:
                 **self.environment,
             }
             self._process = subprocess.Popen(self._command, stderr=log, env=environment)
+
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+        assert self._process is not None
+        return self._process.pid
+
+    def wait(self, seconds: float) -> int:
+        """Waits until it has ended; returns its exit code."""
+        assert self._process is not None
+        return self._process.wait(timeout=seconds)
 
     def signal(self, number: int) -> None:
         """Sends it a signal."""
@@ -245,8 +257,7 @@ class Device:
 
     def peak_bytes(self) -> int:
         """Peak resident memory so far."""
-        assert self._process is not None
-        status = Path(f"/proc/{self._process.pid}/status").read_text()
+        status = Path(f"/proc/{self.pid}/status").read_text()
         line = next(line for line in status.splitlines() if line.startswith("VmHWM"))
         return int(line.split()[1]) * 1024
 

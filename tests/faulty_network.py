@@ -8,15 +8,18 @@ packet filter are).
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import os
 import shutil
 import socket
 import struct
 import subprocess
+import tempfile
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -197,6 +200,9 @@ def _name(number: int) -> str:
 @contextmanager
 def _namespaces(groups: int, loss: float, rate: str) -> Iterator[None]:
     with ExitStack() as stack:
+        # Addresses are this machine's: of two at a time, neither would reach anybody.
+        alone = stack.enter_context((Path(tempfile.gettempdir()) / "covey-namespaces.lock").open("w"))
+        fcntl.flock(alone, fcntl.LOCK_EX)
         for number in range(groups):
             name, outside = _name(number), f"cv{os.getpid() % 10**6}-{number}"
             _run("ip", "netns", "add", name)

@@ -146,7 +146,9 @@ def fleet(
                     person.save(data / "recordings.npz")
                 enrol(place / "state", operator.enrol(initialise(place / "state", person.name)))
                 set_policy(place / "state", policy)
-                command: list[str | Path] = [_SCRIPTS / "covey-edge", "run", "--state", place / "state"]
+                # All of the fleet on one machine: nobody is to give way to it.
+                own = ("run", "--priority", "normal", "--state", place / "state")
+                command: list[str | Path] = [_SCRIPTS / "covey-edge", *own]
                 running.devices[person.name] = processes.start(
                     f"{name}-{person.name}",
                     [*command, "--broker", broker, "--data", data],

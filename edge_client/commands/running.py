@@ -5,16 +5,16 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import signal
 import sys
 import time
 from importlib import import_module
 from typing import TYPE_CHECKING
 
 from edge_client import __version__, cli
-from edge_client.adapters import memory
+from edge_client.adapters import memory, priority
 from edge_client.commands.settings import configuration_of, example_source
 from edge_client.commands.state_lock import locked
+from edge_client.stopping import StopWish
 
 if TYPE_CHECKING:
     from edge_client.adapters.serving import PredictionServers
@@ -22,6 +22,10 @@ if TYPE_CHECKING:
 
 def run(options: argparse.Namespace) -> None:
     """Takes part in the fleet's rounds until a signal says stop."""
+    wish = StopWish()
+    wish.hear()
+    if options.priority == "background":
+        priority.give_way()
     import secrets
     from functools import partial
 
@@ -46,6 +50,8 @@ def run(options: argparse.Namespace) -> None:
     from protocol.broker_address import BrokerAddress
 
     _start_logging(options.log_level)
+    if wish.there:
+        return
     renewal = RenewalFiles(options.state)
     if renewal.unfinished:
         lock = locked(options.state)
@@ -69,8 +75,7 @@ def run(options: argparse.Namespace) -> None:
     lock = locked(options.state)
     runtime = load_runtime()
     inbox = Inbox()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: inbox.put(Stop()))
+    wish.tell(lambda: inbox.put(Stop()))
     data, fields = example_source(options), FieldReader(options.state, options.data)
     limits = configuration_of(options).conditions
     gate = Gate(limits.patience_seconds)
