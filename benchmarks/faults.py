@@ -1,11 +1,13 @@
 """What is lost when a part is killed at a boundary of a round: real processes, SIGKILL, every boundary.
 
-    python benchmarks/faults.py [--json FILE] [--victim NAME]...
+    python benchmarks/faults.py [--json FILE] [--victim NAME]... [--of NAME]...
 
-A round has transactions that move it on: it begins, takes an input, closes its five phases, ends. Each is hit
-just before its commit and just after, when nothing that follows from it has been sent. The victim comes back
-half a second later, and two rounds must end. Lost is what devices were told and the aggregator has not:
-acknowledged uploads that are not in the exact sum, versions, and ledger entries of rounds that unmasked.
+A round has transactions that move it on: it begins, takes an input, closes its five phases, ends. A buffer
+(`--mode buffered`) has more: devices are ordered to train, their updates are admitted, it is full, and they
+are ordered anew. Each is hit just before its commit and just after, when nothing that follows from it has
+been sent. The victim comes back half a second later, and two rounds must end. Lost is what devices were told
+and the aggregator has not: acknowledged uploads that are not in the exact sum, versions, and ledger entries
+of rounds that unmasked. For rollouts, see `benchmarks/faults_rollouts.py`.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -29,8 +31,10 @@ from rich.table import Table
 
 from aggregator import main as covey
 from aggregator.repository import RepositoryError
-from aggregator.settings import CampaignRequest
-from benchmarks.faults_service import BOUNDARIES, SIDES, Trap
+from aggregator.settings import CampaignRequest, Mode
+from benchmarks.faults_outcome import Outcome
+from benchmarks.faults_rollouts import run_rollout_case
+from benchmarks.faults_service import BOUNDARIES, BUFFER_BOUNDARIES, ROLLOUT_BOUNDARIES, SIDES, Trap
 from deploy.broker import BrokerProcess
 from protocol.dp.parameters import PrivacyMode
 from protocol.plan import Deadlines
@@ -39,6 +43,7 @@ from tests.databases import PostgresProcess, find_postgresql, postgresql
 from tests.round_losses import count_losses
 
 VICTIMS = ("aggregator", "broker", "postgresql")
+KINDS = ("rounds", "buffers", "rollouts")
 PARAMETERS = 60_000
 SECONDS = 120.0
 REQUEST = CampaignRequest(
@@ -56,26 +61,13 @@ REQUEST = CampaignRequest(
 )
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """One case. The outcome is that of the round that was hit, when the next one completed as well."""
-
-    phase: str
-    victim: str
-    outcome: str
-    lost_uploads: int
-    lost_versions: int
-    lost_ledger_entries: int
-
-    @property
-    def lossless(self) -> bool:
-        """Whether the round ended cleanly and nothing is missing."""
-        clean = self.outcome == "completed" or self.outcome.startswith("aborted")
-        return clean and not (self.lost_uploads or self.lost_versions or self.lost_ledger_entries)
+BUFFERED = replace(REQUEST, mode=Mode.BUFFERED)
 
 
-def run_case(boundary: str, side: str, victim: str, server: PostgresProcess | None) -> Outcome:
-    """Runs two rounds and kills the victim in the first."""
+def run_case(
+    boundary: str, side: str, victim: str, server: PostgresProcess | None, *, buffered: bool = False
+) -> Outcome:
+    """Runs two rounds, or buffers, and kills the victim in the first."""
     with tempfile.TemporaryDirectory(prefix="covey-faults-") as directory, ExitStack() as stack:
         mark, state = Path(directory) / "struck", Path(directory) / "state"
         with _database(server if victim == "postgresql" else None):
@@ -93,7 +85,7 @@ def run_case(boundary: str, side: str, victim: str, server: PostgresProcess | No
         fleet = stack.enter_context(
             SimulatedFleet(state, broker.host, broker.port, devices=4, parameters=PARAMETERS)
         )
-        campaign = covey.start_rounds(state, REQUEST)
+        campaign = covey.start_rounds(state, BUFFERED if buffered else REQUEST)
         service = ServiceProcess(state, broker.url)
         service.program = (str(Path(__file__).with_name("faults_service.py")), trap.to_json())
         stack.enter_context(service)
@@ -124,7 +116,7 @@ def run_case(boundary: str, side: str, victim: str, server: PostgresProcess | No
         elif os.environ.get("COVEY_FAULTS_LOG"):
             print(service.log, file=sys.stderr)
         return Outcome(
-            f"{boundary}, {side}",
+            f"{'buffer: ' * buffered}{boundary}, {side}",
             victim,
             outcome,
             lost.uploads if lost else -1,
@@ -155,8 +147,8 @@ def _finished(state: Path, campaign_id: str) -> bool:
         return False  # it is what was killed
 
 
-def run_matrix(victims: Sequence[str]) -> Iterator[Outcome]:
-    """Every boundary, both sides, each victim."""
+def run_matrix(victims: Sequence[str], *, buffered: bool = False) -> Iterator[Outcome]:
+    """Every boundary of a round, or of a buffer, both sides, each victim."""
     with ExitStack() as stack:
         server = None
         programs = find_postgresql()
@@ -165,9 +157,20 @@ def run_matrix(victims: Sequence[str]) -> Iterator[Outcome]:
         for victim in victims:
             if victim == "postgresql" and server is None:
                 continue
-            for boundary in BOUNDARIES:
+            for boundary in BUFFER_BOUNDARIES if buffered else BOUNDARIES:
                 for side in SIDES:
-                    yield run_case(boundary, side, victim, server)
+                    yield run_case(boundary, side, victim, server, buffered=buffered)
+
+
+def _outcomes(of: Sequence[str], victims: Sequence[str]) -> Iterator[Outcome]:
+    if "rounds" in of:
+        yield from run_matrix(victims)
+    if "buffers" in of:
+        yield from run_matrix(victims, buffered=True)
+    if "rollouts" in of and "aggregator" in victims:
+        for boundary in ROLLOUT_BOUNDARIES:
+            for side in SIDES:
+                yield run_rollout_case(boundary, side)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -175,10 +178,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--json", type=Path, help="write the matrix as JSON to this file")
     parser.add_argument("--victim", action="append", choices=VICTIMS, help="only this one (all)")
+    parser.add_argument("--of", action="append", choices=KINDS, help="only boundaries of these (all)")
     options = parser.parse_args(arguments)
     console = Console(width=None if sys.stdout.isatty() else 120)
     outcomes = []
-    for outcome in run_matrix(options.victim or VICTIMS):
+    for outcome in _outcomes(options.of or KINDS, options.victim or VICTIMS):
         outcomes.append(outcome)
         print(f"{outcome.victim}: {outcome.phase}: {outcome.outcome}", file=sys.stderr, flush=True)
     table = Table("phase", "victim", "outcome", "uploads", "versions", "ledger entries", title="lost")

@@ -32,11 +32,13 @@ from protocol.messages import (
     RoundEnd,
     ShareDelivery,
     SurvivorSet,
+    TrainingOrder,
     UnmaskRequest,
+    UpdateReady,
     UploadOffer,
     UploadReceipt,
 )
-from protocol.plan import PLAN_KIND, EvaluateTask, Plan, QueryTask
+from protocol.plan import ORDER_KIND, PLAN_KIND, EvaluateTask, Plan, QueryTask, TrainTask
 from protocol.queries import answer_vector
 from protocol.round_encoding import round_encoding
 from protocol.secagg import client
@@ -97,6 +99,7 @@ class SimulatedDevice:
         refused: upload receipts that refused.
         stored: rounds that acknowledged its upload.
         asked: rounds that asked it to unmask.
+        waiting: its update for a buffer, by the order that it was trained by; on disk, as it were.
     """
 
     bundle: EnrolmentBundle
@@ -118,6 +121,7 @@ class SimulatedDevice:
     stored: set[str] = field(default_factory=set)
     asked: set[str] = field(default_factory=set)
     received: list[str] = field(default_factory=list)
+    waiting: dict[str, UpdateReady] = field(default_factory=dict)
 
     @classmethod
     def enrol(cls, operator: Operator, device_id: str, parameters: int) -> SimulatedDevice:
@@ -158,11 +162,14 @@ class SimulatedDevice:
         self.received.append(message.type)
         if isinstance(message, RoundEnd):
             self.ends[message.round_id] = message
+            self.waiting.pop(message.round_id, None)
             if self.plan is not None and self.plan.round_id == message.round_id:
                 self.crash()
             return []
         if isinstance(message, Invitation):
             return self._join(message)
+        if isinstance(message, TrainingOrder):
+            return self._train(message)
         if isinstance(message, BlobNeed):
             return self._upload(message.blob, message.indices)
         if isinstance(message, UploadReceipt):
@@ -179,6 +186,13 @@ class SimulatedDevice:
         if self.plan is None or self.state is None or message.round_id != self.plan.round_id:
             return []
         return self._step(message)
+
+    def _train(self, message: TrainingOrder) -> list[Outgoing]:
+        """Trains in no time, unless an update waits already; says which one does."""
+        order = Plan.from_bytes(message.plan.open(ORDER_KIND, self.bundle.plan_keys()))
+        assert isinstance(order.task, TrainTask)
+        ready = UpdateReady(order=order.round_id, version=order.task.base_version)
+        return self._say(self.waiting.setdefault(order.round_id, ready))
 
     def _join(self, message: Invitation) -> list[Outgoing]:
         keys = self.bundle.plan_keys()
@@ -236,6 +250,9 @@ class SimulatedDevice:
         encoding = self.encoding()
         assert self.plan is not None
         vector = self.vector(self.device_id, encoding).copy()
+        if isinstance(self.plan.task, TrainTask) and self.plan.task.order is not None:
+            # As soon as it is masked for one buffer, it is in no other.
+            del self.waiting[self.plan.task.order]
         if isinstance(self.plan.task, QueryTask):
             answer = answer_vector(self.plan.task, self.values[self.plan.task.field])
             vector = encode_vector(answer, {}, encoding, secrets.token_bytes(32))

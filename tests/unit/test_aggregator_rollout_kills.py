@@ -12,12 +12,9 @@ import pytest
 from aggregator.assigning import Promotion
 from aggregator.repository import Repository, Writer
 from aggregator.rollout_operations import RolloutRequest
-from protocol import topics
-from protocol.codec import decode_to_device, encode
-from protocol.messages import DeviceStatus, ModelAnnouncement, VersionFailure
-from protocol.version_assignment import VersionAssignment
 from tests.aggregator_bench import Bench
 from tests.aggregator_devices import model_files
+from tests.told_devices import ToldDevices
 
 Moment = Literal["before the commit", "after the commit"]
 
@@ -47,41 +44,20 @@ class Mortal:
         return getattr(self._repository, name)
 
 
-class Devices:
-    """Devices that have what they are told, as the broker retains it: the highest sequence counts."""
+class Devices(ToldDevices):
+    """Devices at a bench."""
 
     def __init__(self, bench: Bench, bad: bool) -> None:
-        self.bench, self.bad = bench, bad
-        self.retained: dict[str, bytes] = {}
-        self.told: dict[str, tuple[int, int | None]] = {}
-        self.had: dict[str, list[int]] = {name: [1] for name in bench.devices}
+        super().__init__(bench.devices, bad=2 if bad else None)
+        self._bench = bench
 
-    def hear(self) -> None:
-        """Takes in what was published, and says what changed by it."""
-        for topic, payload in self.bench.transport.retained.items():
-            self.retained[topic] = payload
-            message = decode_to_device(payload)[0]
-            assert isinstance(message, ModelAnnouncement)
-            assignment = VersionAssignment.from_bytes(message.assignment.payload)
-            sequence, version = self.told.get(topic, (0, None))
-            assert assignment.sequence >= sequence, "an older assignment after a newer one"
-            if assignment.sequence == sequence:
-                assert assignment.version == version, "two assignments of one sequence"
-            self.told[topic] = (assignment.sequence, assignment.version)
-        for name, had in self.had.items():
-            own = self.told.get(topics.down(name, "model-toy"), (0, None))[1]  # type: ignore[arg-type]
-            wanted = own or self.told.get(topics.model("toy"), (0, None))[1]
-            if wanted is not None and wanted != had[-1]:
-                had.append(wanted)
-                self.say(name)
+    def hear_all(self) -> None:
+        """Takes in all that is retained, and says what changed by it."""
+        for topic, payload in self._bench.transport.retained.items():
+            self._bench.deliver(*self.hear(topic, payload))
 
     def say(self, name: str) -> None:
-        version, failures = self.had[name][-1], {}
-        if self.bad and version == 2:
-            failures = {"toy": VersionFailure(version=2, code="model-unusable")}
-            version = 1
-        status = DeviceStatus(session=bytes(32), online=True, models={"toy": version}, failures=failures)
-        self.bench.deliver((topics.up(name, "status"), encode(status)))
+        self._bench.deliver(self.status(name))
 
 
 def run(path: Path, at: int, moment: Moment, *, bad: bool) -> int:
@@ -114,7 +90,7 @@ def run(path: Path, at: int, moment: Moment, *, bad: bool) -> int:
                 for name in devices.had:
                     devices.say(name)
                 continue
-            devices.hear()
+            devices.hear_all()
             settled = settled + 1 if bench.operator.rollout(rollout).record.status == wanted else 0
             if settled == 15:
                 break
