@@ -16,9 +16,9 @@ from dataclasses import dataclass, field, replace
 
 from edge_client import installed, pulling
 from edge_client.durable import SaveStanding
-from edge_client.events import BlobFound, Fault, Stamp
+from edge_client.events import BlobFound, Stamp
 from edge_client.installed import Audience, Sight, audience, may_go_back
-from edge_client.outputs import FindBlob, HandOver, Note, Outputs, note, warning
+from edge_client.outputs import FindBlob, HandOver, Outputs, note, warning
 from edge_client.profile import Profile
 from edge_client.pulling import Pull
 from edge_client.standing import open_assignment
@@ -66,7 +66,7 @@ class ClientUpdates:
         blob: the bundle that is whole, and to be handed over; None also where nothing has to be sent.
         due: when to hand over, on the steady clock; None while there is nothing to hand over.
         patience: seconds until it is handed over again, when nothing became of it; doubles each time.
-        failure: why the release that it is to have is not taken.
+        failure: the update that failed last, until another one is taken.
     """
 
     told: Mapping[Audience, ToldClient] = field(default_factory=dict)
@@ -159,12 +159,17 @@ def seen(client: ClientUpdates, sight: Sight | None, stamp: Stamp) -> Step:
 
 def _pursue(client: ClientUpdates, stamp: Stamp) -> Step:
     sight, told = client.sight, client.wanted
-    idle = replace(client, pull=None, blob=None, due=None, failure=None)
+    idle = replace(client, pull=None, blob=None, due=None, failure=_failure(sight))
     if sight is None or told is None or told.release is None or told.release.version == sight.version:
         return replace(idle, patience=HAND_AGAIN_SECONDS), ()
     release, outcome = told.release, sight.outcome
     if outcome is not None and outcome.reason and outcome.asked == hashlib.sha256(client.asked).hexdigest():
-        return _failed(client, idle, Fault("client-refused", outcome.reason))
+        refused = _refused(release.number, outcome.reason)
+        said = (warning("client-not-taken", version=release.version, reason=refused.detail),)
+        idle = replace(idle, failure=refused, patience=HAND_AGAIN_SECONDS)
+        return idle, said if refused != client.failure else ()
+    if outcome is not None and outcome.version == release.version:
+        idle = replace(idle, failure=None)  # asked for anew, so tried anew
     bundle = release.bundle_for(sight.target)
     if bundle is None:
         return idle, (note("no-bundle-for-this-system", version=release.version, system=sight.target),)
@@ -183,16 +188,19 @@ def _pursue(client: ClientUpdates, stamp: Stamp) -> Step:
     return replace(idle, pull=pull), (announced, FindBlob(bundle.blob))
 
 
-def _failed(before: ClientUpdates, idle: ClientUpdates, fault: Fault) -> Step:
-    told = idle.wanted
-    if told is None or told.release is None:
-        return idle, ()
-    detail = "".join(c if " " <= c <= "~" else "?" for c in fault.detail)[: installed.MAX_REASON]
-    failure = VersionFailure(version=told.release.number, code=fault.code, detail=detail)
-    said: tuple[Note, ...] = ()
-    if failure != before.failure:
-        said = (warning("client-not-taken", version=told.release.version, reason=detail),)
-    return replace(idle, failure=failure, patience=HAND_AGAIN_SECONDS), said
+def _failure(sight: Sight | None) -> VersionFailure | None:
+    """The update that failed last, until another one is taken."""
+    if sight is None or sight.outcome is None or not sight.outcome.reason:
+        return None
+    try:
+        return _refused(version_number(sight.outcome.version), sight.outcome.reason)
+    except ValueError:
+        return None  # root's program could not tell which it was
+
+
+def _refused(number: int, reason: str) -> VersionFailure:
+    detail = "".join(c if " " <= c <= "~" else "?" for c in reason)[: installed.MAX_REASON]
+    return VersionFailure(version=number, code="client-refused", detail=detail)
 
 
 # --- the bundle ------------------------------------------------------------------------------------------

@@ -209,6 +209,9 @@ def test_one_that_does_not_stay_up_is_reported_and_not_fetched_again(card: Card)
         assert failure.version == version_number("0.2.0") and failure.code == "client-refused"
         assert "did not stay up" in failure.detail
         assert not card.ready and card.chunks == 7
+    # A rollout that is taken back leaves the reason, for its operator to see.
+    card.assigns(release("0.1.0"), rollback=True)
+    assert card.client().failures[CLIENT] == failure and not card.ready
     card.assigns(release("0.3.0"))
     card.client()
     assert card.root() == "0.3.0"
