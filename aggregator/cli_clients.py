@@ -107,7 +107,7 @@ def client_rollout(
         list[str] | None,
         typer.Option(help="What must hold before the next wave: errors<N.", show_default=False),
     ] = None,
-    soak: Annotated[str, typer.Option(help="How long each wave is watched: 90s, 30m, 1h, 2d.")] = "0s",
+    soak: Annotated[str, typer.Option(help="How long each wave is watched: 90s, 30m, 1h, 2d.")] = "10m",
     group: Annotated[
         str | None, typer.Option(help="Only devices with this label.", show_default="the whole fleet")
     ] = None,
