@@ -47,7 +47,7 @@ if [ -n "$bundle" ]; then
         "$opt/versions/.$version/bin/covey-edge" --help >/dev/null ||
             fail "the client does not run here: is its bundle for this system?"
         # Else every start would compile all of it again: the client itself cannot write there.
-        "$opt/versions/.$version/bin/covey-compile" -q -s "$opt/versions/.$version" -p "$opt/versions/$version" \
+        "$opt/versions/.$version/bin/covey-compile" -q -j 0 -s "$opt/versions/.$version" -p "$opt/versions/$version" \
             "$opt/versions/.$version/site" || say "some bytecode is missing: the client starts more slowly"
         sync
         mv -T "$opt/versions/.$version" "$opt/versions/$version"
