@@ -56,7 +56,6 @@ class Keeper:
         self._store = store
         self._retention = retention
         self._due = float("-inf")
-        self._removed: set[BlobRef] = set()
 
     def tick(self, repository: Repository, at: Moment) -> None:
         """Deletes what is too old, if a pass is due.
@@ -76,28 +75,29 @@ class Keeper:
                 forgotten = writer.forget_selections(at.unix - keep.selection_days * DAY, BATCH)
             removed = 0
             if keep.versions is not None:
-                for blob in self._superfluous(writer, keep.versions):
+                old = _superfluous(writer, keep.versions)
+                # Most went long ago: the store is asked for what it has, not for each of them.
+                held = self._store.held() if old else frozenset()
+                for blob in sorted((b for b in old if b.sha256 in held), key=lambda b: b.sha256)[:BATCH]:
                     self._store.remove(blob)
-                    self._removed.add(blob)
                     removed += 1
         if forgotten or removed:
             logger.info("retention: %d selections and %d artefacts deleted", forgotten, removed)
         if BATCH in (forgotten, removed):
             self._due = at.clock + 1.0
 
-    def _superfluous(self, reader: Reader, count: int) -> Iterator[BlobRef]:
-        versions = reader.versions()
-        if not any(len([v for v in versions if v.model == model]) > count for model in _models(versions)):
-            return
-        kept = {(v.model, v.version) for model in _models(versions) for v in _newest(versions, model, count)}
-        kept |= set(_referred_to(reader, _models(versions)))
-        artefacts: dict[bool, set[BlobRef]] = {True: set(), False: set()}
-        for version in versions:
-            artefacts[(version.model, version.version) in kept] |= set(blobs_of(version))
-        old = artefacts[False] - artefacts[True] - self._removed
-        # A version may come to have the file of one that was removed: then it was stored anew.
-        self._removed -= artefacts[True]
-        yield from sorted(old, key=lambda blob: blob.sha256)[:BATCH]
+
+def _superfluous(reader: Reader, count: int) -> set[BlobRef]:
+    """Artefacts that only versions have which keep theirs no longer."""
+    versions = reader.versions()
+    if not any(len([v for v in versions if v.model == model]) > count for model in _models(versions)):
+        return set()
+    kept = {(v.model, v.version) for model in _models(versions) for v in _newest(versions, model, count)}
+    kept |= set(_referred_to(reader, _models(versions)))
+    artefacts: dict[bool, set[BlobRef]] = {True: set(), False: set()}
+    for version in versions:
+        artefacts[(version.model, version.version) in kept] |= set(blobs_of(version))
+    return artefacts[False] - artefacts[True]
 
 
 def _models(versions: tuple[Version, ...]) -> tuple[str, ...]:

@@ -64,6 +64,12 @@ class DirectoryStore:
         with _usable():
             self._path(blob).unlink(missing_ok=True)
 
+    def held(self) -> frozenset[str]:
+        """SHA-256 of every artefact that is there."""
+        with _usable():
+            # A hidden name is that of a file that is being written.
+            return frozenset(path.name for path in self._blobs.iterdir() if path.name[0] != ".")
+
     def put_manifest(self, manifest: ModelManifest, document: SignedDocument) -> None:
         """Stores the signed manifest of a version durably."""
         directory = self._models / manifest.name

@@ -106,6 +106,14 @@ class S3Store:
             self._ask(lambda: self._files.rm_file(self._key(blob)), blob)
         self._cache.remove(blob)
 
+    def held(self) -> frozenset[str]:
+        """SHA-256 of every object that is there; a request for every thousand."""
+        try:
+            keys: list[str] = self._ask(lambda: self._files.ls(f"{self._root}/blobs", detail=False), None)
+        except MissingArtefact:
+            return frozenset()  # nothing was ever stored
+        return frozenset(key.rpartition("/")[2] for key in keys)
+
     def put_manifest(self, manifest: ModelManifest, document: SignedDocument) -> None:
         """Stores the signed manifest of a version durably."""
         key = f"{self._root}/models/{manifest.name}/{manifest.version}.json"

@@ -48,6 +48,10 @@ class ArtefactStore(Protocol):
         """Removes an artefact; nothing happens when it is not there."""
         ...
 
+    def held(self) -> frozenset[str]:
+        """SHA-256, hexadecimal, of every artefact that is there."""
+        ...
+
     def put_manifest(self, manifest: ModelManifest, document: SignedDocument) -> None:
         """Stores the signed manifest of a version durably."""
         ...

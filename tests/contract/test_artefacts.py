@@ -140,11 +140,15 @@ def test_what_is_not_there_is_missing(place: Place) -> None:
 def test_what_is_removed_is_missing_and_can_be_stored_again(place: Place) -> None:
     store: ArtefactStore = place.open()
     store.remove(BLOB)
+    assert store.held() == frozenset()
     store.put(DATA)
+    other = store.put(DATA[1:])
+    assert store.held() == place.open().held() == {BLOB.sha256, other.sha256}
     store.remove(BLOB)
     for each in (store, place.open()):
         with pytest.raises(MissingArtefact):
             each.read(BLOB)
+        assert each.held() == {other.sha256}
     store.put(DATA)
     assert place.open().read(BLOB) == DATA
 

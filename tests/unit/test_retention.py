@@ -67,6 +67,21 @@ def test_the_newest_versions_keep_their_weights_and_so_does_what_is_referred_to(
     assert there(bench) == [2, 3, 4, 6, 7]
 
 
+def test_what_was_removed_is_not_asked_for_again_not_even_after_a_restart(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[BlobRef] = []
+    remove = bench.store.remove
+    monkeypatch.setattr(bench.store, "remove", lambda blob: (asked.append(blob), remove(blob)))
+    tidy(bench, Retention(versions=2))
+    assert len(asked) == 4 and there(bench) == [5, 6]
+    for _ in range(2):
+        tidy(bench, Retention(versions=2))
+        bench.clock.now += EVERY_SECONDS
+        bench.step()
+    assert len(asked) == 4
+
+
 def test_a_store_that_is_away_stops_nothing(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     def away(blob: BlobRef) -> None:
         raise StoreUnavailable("gone")
