@@ -1,4 +1,4 @@
-"""The whole way of a device: image, `covey flash`, first boot, enrolment, a round, a reset, a new version.
+"""The whole way of a device: image, `covey flash`, first boot, enrolment, rounds, a reset, new versions.
 
 The device is an emulated arm64 machine that boots what was flashed, and enrols itself by the ticket on its
 card; broker, aggregator and three more devices run on this machine. SSH, by the key that `covey flash` put
@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ import pytest
 pytest.importorskip("fastapi")
 
 from aggregator import main as covey
+from aggregator import records
 from deploy.broker import find_mosquitto, free_port
 from deploy.bundle.build import TARGETS, build_bundle
 from deploy.image.build import build_image
@@ -35,8 +37,10 @@ from edge_client.policy import DevicePolicy
 from models import zoo
 from models.datasets import watch
 from models.examples import Examples
+from protocol.client_release import CLIENT, version_number
 from tests.aggregator_process import COMMAND, ServiceProcess
 from tests.arm64_system import HOST, Machine, missing_programs
+from tests.client_bundles import CRASH, revised
 from tests.edge_broker import Device, running, wait_for
 from tests.fleet_broker import FleetBroker
 
@@ -149,15 +153,21 @@ class Session:
     def __init__(self, state: Path) -> None:
         self.state = state
 
-    def devices(self) -> dict[str, dict[str, Any]]:
-        found = json.loads(run("device", "list", "--state", self.state, "--json"))
-        return {device["device"]: device for device in found}
+    def device(self, name: str) -> records.Device:
+        """Read here: a command each time would take the emulated machine's cores."""
+        with covey.open_operator(self.state) as operator:
+            return operator.device(name)
 
     def online(self, name: str) -> bool:
-        return bool(self.devices()[name]["online"])
+        return self.device(name).online
 
     def version(self, name: str) -> int:
-        return int(self.devices()[name]["models"].get("watch", 0))
+        return self.device(name).models.get("watch", 0)
+
+    def rollout(self) -> str:
+        """What became of the latest rollout."""
+        with covey.open_operator(self.state) as operator:
+            return operator.rollouts()[-1].record.status
 
     def last_round(self) -> Any:
         with covey.open_operator(self.state) as operator:
@@ -196,8 +206,10 @@ def test_from_an_image_to_a_new_version(tmp_path: Path, capsys: pytest.CaptureFi
     base, card = tmp_path / "base.img", tmp_path / "card.img"
     sources = next(path for path in SOURCES if path.is_file())
     begun = time.monotonic()
-    build_image(root_archive(RootRecipe(), default_cache(), sources), base)
-    bundle = build_bundle(TARGETS["bookworm-arm64"], tmp_path / "dist")
+    with ThreadPoolExecutor(1) as beside:
+        building = beside.submit(build_bundle, TARGETS["bookworm-arm64"], tmp_path / "dist")
+        build_image(root_archive(RootRecipe(), default_cache(), sources), base)
+        bundle = building.result()
     say(f"image and bundle: {time.monotonic() - begun:.0f} s; bundle {bundle.stat().st_size / 1e6:.1f} MB")
     assert bundle.stat().st_size < 20 * 10**6
 
@@ -229,7 +241,7 @@ def test_from_an_image_to_a_new_version(tmp_path: Path, capsys: pytest.CaptureFi
         machine = stack.enter_context(Machine(card, machine_folder, ssh_port=ssh_port))
         machine.wait_for("covey-setup: enrolled: starting the client", BOOT_SECONDS)
         enrolled = time.monotonic() - power_on
-        assert fleet.devices()[NAME]["labels"] == ["site=barn"]
+        assert fleet.device(NAME).labels == ("site=barn",)
         machine.wait_until(slow(lambda: fleet.online(NAME)), 300, "the device checks in")
         joined = time.monotonic() - power_on
         say(f"power-on to enrolled by its ticket: {enrolled:.0f} s; to first check-in: {joined:.0f} s")
@@ -282,6 +294,36 @@ def test_from_an_image_to_a_new_version(tmp_path: Path, capsys: pytest.CaptureFi
         assert right > len(labels) / 7, "better than chance among seven exercises"
         ledger = guest.edge("privacy")
         assert ledger, "what it contributed outlives the reset"
+        say(f"everything so far: {time.monotonic() - begun:.0f} s")
+        crashing_client(fleet, machine, guest, bundle, say)
+        say(f"everything: {time.monotonic() - begun:.0f} s")
+
+
+def crashing_client(
+    fleet: Session, machine: Machine, guest: Guest, bundle: Path, say: Callable[[str], None]
+) -> None:
+    """A new client that passes its self-test and crashes when it runs: root's program takes it back."""
+    began = time.monotonic()
+    path = bundle.with_name("covey-0.1.1-bookworm-arm64.tar.xz")
+    path.write_bytes(
+        revised(bundle, "0.1.1", {"site/edge_client/commands/running.py": lambda content: content + CRASH})
+    )
+    run("client", "publish", path, "--state", fleet.state)
+    run("client", "rollout", "0.1.1", "--percent", 100, "--gate", "errors<0.5", "--state", fleet.state)
+    machine.wait_until(slow(lambda: fleet.rollout() == "rolled-back"), 600, "the rollout goes back")
+    say(f"rollout of a client that crashes, until it is back: {time.monotonic() - began:.0f} s")
+    device = fleet.device(NAME)
+    assert device.client_version == "0.1.0" and device.models[CLIENT] == version_number("0.1.0")
+    failure = device.failures[CLIENT]
+    assert failure.version == version_number("0.1.1") and "did not stay up" in failure.detail, failure
+    wait_for_ssh(machine, guest)
+    found = guest.run(
+        "readlink /opt/covey/current /opt/covey/good; ls /opt/covey/versions /opt/covey/refused;"
+        " systemctl is-active covey-edge.service; journalctl -b -o cat -u covey-edge.service | grep crashes"
+    )
+    assert found.split()[:2] == ["versions/0.1.0"] * 2 and "0.1.1" in found and "this client crashes" in found
+    assert fleet.version(NAME) == 3 and "active" in found.split()
+    assert guest.run("stat -c %U:%a /opt/covey/versions").strip() == "root:755"
 
 
 def wait_for_ssh(machine: Machine, guest: Guest) -> None:
