@@ -44,6 +44,11 @@ def register(app: typer.Typer) -> None:
 def _readable_errors() -> Iterator[None]:
     try:
         yield
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+        where = ".".join(str(part) for part in first["loc"])
+        typer.echo(f"covey: {where + ': ' if where else ''}{first['msg']}", err=True)
+        raise typer.Exit(REFUSED) from error
     except (Refused, InvalidExamples, InvalidGraph, InvalidManifest, OSError, ValueError) as error:
         typer.echo(f"covey: {error}", err=True)
         raise typer.Exit(REFUSED) from error
@@ -88,8 +93,9 @@ def export(
     """Exports a Keras model so that it trains on a device: model.tflite, weights.bin and manifest.json.
 
     NAME is an Architecture, or a function that returns a Keras model; the file may then have LABELS, SCALING
-    (an InputSpec), LOSS and LOCAL_LAYERS (names of layers that stay on each device). Every gradient is proved
-    against TensorFlow's; else nothing is written.
+    (an InputSpec), LOSS, TARGET (a TargetSpec), OPTIMIZER (sgd, momentum or adam), ACCUMULATION,
+    TRAIN_BATCH_SIZE, LOCAL_LAYERS (names of layers that stay on each device) and EXAMPLE_GRADIENTS. Every
+    gradient is proved against TensorFlow's; else nothing is written.
 
     Example: covey model export my_model.py:build --out export --inference --examples some.npz
     """
@@ -104,11 +110,15 @@ def export(
 
         architecture = load_architecture(source)
         model = architecture.build_seeded()
+        some = Examples.load(examples) if examples else None
         exported = replace(architecture, build=lambda: model).export()
+        # Before anything is written.
+        scaled = None if some is None else scaled_inputs(exported.manifest, some.x)
         if weights is not None:
+            size = exported.manifest.weights.size
+            if weights.stat().st_size != size:
+                raise Refused(f"{weights} has {weights.stat().st_size} bytes, the model's weights {size}")
             given = np.frombuffer(weights.read_bytes(), "<f4").astype(np.float32)
-            if len(given) != len(exported.weights):
-                raise Refused(f"{weights} has {len(given)} parameters, the model {len(exported.weights)}")
             manifest = exported.manifest.model_copy(update={"weights": describe(encode_weights(given))})
             exported = ExportedModel(manifest, exported.graph, given)
         exported.write(out)
@@ -117,7 +127,6 @@ def export(
         typer.echo(f"  model.tflite            {len(exported.graph):12,} bytes, gradients proved")
         if not inference:
             return
-        scaled = scaled_inputs(manifest, Examples.load(examples).x) if examples else None
         network = Network(model, architecture.local_layers)
         start = network.flat_weights()[network.shared_count :]
         values = np.concatenate([exported.weights, start])
@@ -145,6 +154,8 @@ def inspect(
             typer.echo(line)
         for line in inspection.describe_graph(graph):
             typer.echo(line)
+        if manifest and weights is not None:
+            inspection.check_files(manifest, graph, weights)
         if timed and manifest and weights and importlib.util.find_spec("tensorflow"):
             seconds = inspection.time_step(manifest, graph, weights)
             typer.echo(
@@ -167,9 +178,12 @@ def evaluate(
     with _readable_errors():
         from models import inference
 
-        manifest, _, _ = inspection.files_of(directory)
-        if manifest is None:
-            raise Refused(f"{directory} has no manifest.json: export the model again")
+        manifest, graph, weights_file = inspection.files_of(directory)
+        if manifest is None or weights_file is None:
+            lacking = "manifest.json" if manifest is None else "weights.bin"
+            raise Refused(f"{directory} has no {lacking}: export the model again")
+        # The runtime would die of a damaged file, or tell the accuracy of other weights.
+        inspection.check_files(manifest, graph, weights_file)
         scores = list(inference.evaluate(directory, manifest, Examples.load(examples)))
     if json:
         typer.echo(dumps([asdict(score) for score in scores]))

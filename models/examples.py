@@ -43,7 +43,8 @@ class Examples:
         ranks = {np.dtype(np.int32): 1, np.dtype(np.float32): 2}
         if self.x.dtype != np.float32 or self.y.dtype not in ranks:
             raise InvalidExamples(
-                f"x must be float32, y int32 classes or float32 values, not {self.x.dtype} and {self.y.dtype}"
+                "x must be float32, y int32 classes or float32 values (use astype), not "
+                f"{self.x.dtype} and {self.y.dtype}"
             )
         if self.x.ndim < 2 or self.y.ndim != ranks[self.y.dtype] or len(self.x) != len(self.y):
             raise InvalidExamples(f"x {self.x.shape} and y {self.y.shape} are not n examples with n targets")

@@ -8,10 +8,12 @@ writes `model.tflite`, `weights.bin` and `manifest.json`. Runs on a developer's 
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,7 +40,7 @@ from models.manifest import (
     describe,
 )
 from models.network import Network, UnsupportedModel
-from models.parity import prove_parity
+from models.parity import RUNTIMES, prove_parity
 from models.program import TrainingForm, build_program, signatures_of
 from models.weights import encode_weights
 
@@ -99,7 +101,7 @@ def export(
         UnsupportedLayer: a layer cannot be exported; names it, the reason and the alternative.
         UnsupportedModel: the model as a whole cannot be exported.
         NonBuiltinOperator: the converter used an operator that the small runtimes lack.
-        ParityError: the graph's gradients differ from TensorFlow's.
+        ParityError: the graph's gradients differ from TensorFlow's, in its own runtime or the small one.
         ValueError: the model does not fit its input, labels or loss.
     """
     if example_gradients and local_layers:
@@ -143,7 +145,8 @@ def export(
     )
     graph = flatbuffer.finish(_convert(build_program(network, form), manifest.signatures))
     manifest = ModelManifest.model_validate(dict(manifest) | {"graph": describe(graph)})
-    prove_parity(model, graph, manifest)
+    for runtime in RUNTIMES:
+        prove_parity(model, graph, manifest, interpreter=runtime)
     return ExportedModel(manifest, graph, weights)
 
 
@@ -181,7 +184,7 @@ def default_target(loss: LossName, count: int) -> TargetSpec:
 
 def _convert(module: Any, specs: Sequence[SignatureSpec]) -> bytes:
     signatures = {spec.name: getattr(module, spec.name).get_concrete_function() for spec in specs}
-    with tempfile.TemporaryDirectory() as directory:
+    with tempfile.TemporaryDirectory() as directory, _without_warnings():
         # The gradients are in the train function already; saved ones would be traced for unknown batch sizes.
         options = tf.saved_model.SaveOptions(experimental_custom_gradients=False)
         tf.saved_model.save(module, directory, signatures=signatures, options=options)
@@ -194,6 +197,22 @@ def _convert(module: Any, specs: Sequence[SignatureSpec]) -> bytes:
             hint = "; it may without example_gradients" if "gradient" in signatures else ""
             reason = str(error).strip().splitlines()[0][-200:]
             raise UnsupportedModel(f"TensorFlow's converter gives up on the model{hint}: {reason}") from error
+
+
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    """TensorFlow warns that gradients are not saved, which is meant and would alarm an author."""
+
+    def other(record: logging.LogRecord) -> bool:
+        return "unsaved custom gradients" not in str(record.msg)
+
+    # By a filter, since TensorFlow sets the level itself while it saves.
+    logger = logging.getLogger("absl")
+    logger.addFilter(other)
+    try:
+        yield
+    finally:
+        logger.removeFilter(other)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

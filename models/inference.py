@@ -13,7 +13,8 @@ import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
 
-from models.examples import Examples
+from models import graph_file
+from models.examples import Examples, InvalidExamples
 from models.flatbuffer import compact
 from models.layers import looping
 from models.losses import stock_losses
@@ -94,14 +95,29 @@ def set_start(interpreter: Any, manifest: ModelManifest, weights: NDArray[np.flo
 
 
 def scaled_inputs(manifest: ModelManifest, x: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Raw inputs as the graph takes them."""
+    """Raw inputs as the graph takes them.
+
+    Raises:
+        InvalidExamples: there are none, of another shape than the model's, or an id is beyond its last.
+    """
+    shape, ids = manifest.input.shape, manifest.input.vocabulary
+    if not len(x) or x.shape[1:] != shape:
+        raise InvalidExamples(f"x has the shape {x.shape}, the model takes (n, {', '.join(map(str, shape))})")
+    if ids is not None and not (x.min() >= 0 and x.max() < ids):
+        raise InvalidExamples(f"an id in x is not one of 0 to {ids - 1}")
     scaled = (x - np.asarray(manifest.input.mean)) / np.asarray(manifest.input.std)
     return np.asarray(scaled, np.float32)
 
 
 def evaluate(directory: Path, manifest: ModelManifest, examples: Examples) -> Iterator[Score]:
-    """The trainable graph with its weights file, and every inference file beside it, on the same examples."""
+    """The trainable graph with its weights file, and every inference file beside it, on the same examples.
+
+    Raises:
+        InvalidExamples: inputs or targets are not those of the model.
+        InvalidGraph: an inference file is damaged.
+    """
     x = scaled_inputs(manifest, examples.x)
+    _check_targets(manifest, examples.y)
     graph, weights = (directory / "model.tflite").read_bytes(), (directory / "weights.bin").read_bytes()
     interpreter = tf.lite.Interpreter(model_content=graph, num_threads=1)
     interpreter.allocate_tensors()
@@ -113,7 +129,19 @@ def evaluate(directory: Path, manifest: ModelManifest, examples: Examples) -> It
         path = directory / file_name(precision)
         if path.is_file():
             content = path.read_bytes()
+            # A runtime would die of a damaged one.
+            graph_file.read(content)
             yield _score(precision, len(content), manifest, _run(content, x), examples)
+
+
+def _check_targets(manifest: ModelManifest, y: NDArray[Any]) -> None:
+    target = manifest.target
+    if y.dtype != np.dtype(target.dtype) or y.shape[1:] != target.shape:
+        wanted = "int32 classes (n,)" if target.dtype == "int32" else f"float32 (n, {target.shape[0]})"
+        raise InvalidExamples(f"y is {y.dtype} {y.shape}, the model is trained by {wanted}")
+    largest = len(manifest.labels) - 1 if target.dtype == "int32" else 1
+    if not manifest.regression and not (y.min() >= 0 and y.max() <= largest):
+        raise InvalidExamples(f"a target is not one of 0 to {largest}, as the model's labels need")
 
 
 def _run(graph: bytes, x: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from models import graph_file
-from models.manifest import FLOAT32_BYTES, ModelManifest, ParameterSpec
+from models.manifest import FLOAT32_BYTES, InvalidManifest, ModelManifest, ParameterSpec, describe
+from models.weights import decode_weights
 
 STEPS = 20
 
@@ -25,8 +26,24 @@ def describe_graph(graph: bytes) -> Iterator[str]:
     yield f"operators   {', '.join(content.operators)}"
     for name, number in sorted(content.signatures.items()):
         subgraph = content.subgraphs[number]
-        memory = content.peak_bytes(number) / 2**20
-        yield f"  {name:12} {len(subgraph.operators):5} operators, about {memory:.2f} MiB of memory"
+        memory = _memory(content.peak_bytes(number))
+        yield f"  {name:12} {len(subgraph.operators):5} operators, about {memory} of memory"
+
+
+def _memory(count: int) -> str:
+    return f"{count / 2**20:.2f} MiB" if count >= 2**20 / 10 else f"{count / 2**10:.1f} KiB"
+
+
+def check_files(manifest: ModelManifest, graph: bytes, weights: bytes) -> None:
+    """Refuse files that the manifest is not about, or that a device would not take.
+
+    Raises:
+        InvalidManifest, InvalidGraph, InvalidWeights: which and why.
+    """
+    graph_file.read(graph)
+    if describe(graph) != manifest.graph:
+        raise InvalidManifest("manifest.json is about another model.tflite: export the model again")
+    decode_weights(weights, manifest)
 
 
 def describe_manifest(manifest: ModelManifest) -> Iterator[str]:
@@ -77,8 +94,15 @@ def time_step(manifest: ModelManifest, graph: bytes, weights: bytes) -> float:
 
 
 def files_of(path: Path) -> tuple[ModelManifest | None, bytes, bytes | None]:
-    """Manifest, graph and weights of a directory, or of a graph file with what lies beside it."""
+    """Manifest, graph and weights of a directory, or of a graph file with what lies beside it.
+
+    Raises:
+        FileNotFoundError: there is no graph.
+        InvalidManifest: the manifest beside it is none.
+    """
     graph = path / "model.tflite" if path.is_dir() else path
+    if not graph.is_file():
+        raise FileNotFoundError(f"{path} has no model.tflite: give the directory of an export")
     manifest, weights = graph.parent / "manifest.json", graph.parent / "weights.bin"
     beside = graph.name == "model.tflite"
     return (

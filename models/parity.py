@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,18 @@ TOLERANCE = 1e-4
 ATTEMPTS = 3
 EXAMPLES = 4
 """Examples whose gradients are compared one by one."""
+
+
+def _runtimes() -> list[Any]:
+    """What makes an interpreter of a graph: TensorFlow's own, and the small runtime installed beside it."""
+    found = [tf.lite.Interpreter]
+    for package in ("tflite_runtime", "ai_edge_litert"):
+        if importlib.util.find_spec(package):
+            found.append(importlib.import_module(f"{package}.interpreter").Interpreter)
+    return found
+
+
+RUNTIMES = _runtimes()
 
 
 class ParityError(ValueError):
@@ -47,7 +60,7 @@ def prove_parity(
         graph: the exported graph.
         manifest: of the graph.
         seed: of the random data.
-        interpreter: makes an interpreter of a graph; by default TensorFlow's own.
+        interpreter: makes an interpreter of `model_content`, with `num_threads`; by default TensorFlow's own.
 
     Returns:
         The largest relative error of a gradient.
@@ -75,8 +88,7 @@ def _compare(model: Any, graph: bytes, manifest: ModelManifest, seed: int, inter
     # Biases start at 0 in Keras, where a wrong bias would go unseen: try all parameters at random values.
     count = manifest.parameter_count + manifest.local_count
     start = 0.3 * generator.normal(size=count).astype(np.float32)
-    make = interpreter or (lambda content: tf.lite.Interpreter(model_content=content, num_threads=1))
-    loaded = make(graph)
+    loaded = (interpreter or tf.lite.Interpreter)(model_content=graph, num_threads=1)
     # As on the device: with XNNPACK.
     loaded.allocate_tensors()
     run = {name: loaded.get_signature_runner(name) for name in loaded.get_signature_list()}

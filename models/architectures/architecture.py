@@ -27,6 +27,7 @@ class Architecture:
         loss: what training lowers.
         target: scaling of predicted values; None where the loss has none.
         optimizer: what a step does with a gradient.
+        accumulation: calls of `train` that make one step.
         local_layers: names of layers whose weights stay on each device.
         example_gradients: whether devices may train it in privacy mode example.
     """
@@ -39,6 +40,7 @@ class Architecture:
     loss: LossName = "sparse_categorical_crossentropy"
     target: TargetSpec | None = None
     optimizer: Literal["sgd", "momentum", "adam"] = "sgd"
+    accumulation: int = 1
     local_layers: tuple[str, ...] = ()
     example_gradients: bool = False
 
@@ -59,6 +61,7 @@ class Architecture:
             loss=self.loss,
             target=self.target,
             optimizer=OptimizerSpec(kind=self.optimizer),
+            accumulation=self.accumulation,
             local_layers=self.local_layers,
             example_gradients=self.example_gradients,
         )

@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -102,7 +104,7 @@ def test_export_inspect_and_evaluate(tmp_path: Path) -> None:
         "train ",
         "BATCH_MATMUL",
         "ms here",
-        "MiB of memory",
+        "KiB of memory",
     ):
         assert words in output
     assert run("inspect", out / file_name("float32"), "--no-time")[0] == 0
@@ -140,6 +142,113 @@ def test_what_cannot_be_done_is_said_in_a_line(tmp_path: Path) -> None:
     (tmp_path / "bad.tflite").write_bytes(b"not a graph")
     code, output = run("inspect", tmp_path / "bad.tflite")
     assert (code, "no TensorFlow Lite flatbuffer" in output) == (1, True)
+
+
+@pytest.mark.parametrize(
+    ("extra", "words"),
+    [
+        ("def build(): return None", "NoneType is no Keras model"),
+        ("def build(): raise OSError('no disk')", "line 7: OSError: no disk"),
+        ("import nothing_like_it", "line 7: ModuleNotFoundError"),
+        ("def (", "SyntaxError"),
+        ("def build(): return tf.keras.Sequential([tf.keras.layers.Dense(2)])", "must be built"),
+        ("LOSS = 'mse'", "choose one of"),
+        ("OPTIMIZER = 'Adam'", "kind: Input should be 'sgd', 'momentum' or 'adam'"),
+        ("TRAIN_BATCH_SIZE = 0", "train_batch_size: Input should be greater"),
+        ("ACCUMULATION = 0", "accumulation: Input should be greater"),
+        ("SCALING = (0, 1)", "no InputSpec"),
+        ("LABELS = 'ab'", 'write ("ab",)'),
+        ("LABELS = ['a', 'a']", "two labels have the same name"),
+        ("LOCAL_LAYERS = ('nope',)", "no such layer"),
+    ],
+)
+def test_a_mistake_in_an_authors_file_is_one_line(tmp_path: Path, extra: str, words: str) -> None:
+    file = tmp_path / "own.py"
+    file.write_text(OWN + extra + "\n")
+    code, output = run("export", f"{file}:build", "--out", tmp_path / "export")
+    assert (code, words in output, output.count("\n")) == (1, True, 1), output
+    assert not (tmp_path / "export").exists()
+
+
+def test_what_a_file_says_of_its_training_is_in_the_manifest(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / "My Model.py"
+    file.write_text(
+        OWN + "OPTIMIZER, ACCUMULATION, TRAIN_BATCH_SIZE, EXAMPLE_GRADIENTS = 'momentum', 2, 4, True\n"
+    )
+    code, output = run("export", f"{file}:build", "--out", tmp_path / "export")
+    assert code == 0, output
+    assert "custom gradients" not in caplog.text
+    manifest = ModelManifest.from_bytes((tmp_path / "export" / "manifest.json").read_bytes())
+    assert (manifest.name, manifest.optimizer.kind, manifest.accumulation) == ("my-model", "momentum", 2)
+    assert (manifest.train_batch_size, manifest.example_gradients) == (4, True)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("finished")
+    (folder / "own.py").write_text(OWN)
+    some = examples(folder / "some.npz")
+    code, output = run(
+        "export", f"{folder / 'own.py'}:build", "--out", folder / "export", "--inference", "--examples", some
+    )
+    assert code == 0, output
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "words"),
+    [
+        (
+            np.zeros((3, 5), np.float32),
+            np.zeros(3, np.int32),
+            "x has the shape (3, 5), the model takes (n, 6)",
+        ),
+        (np.zeros((0, 6), np.float32), np.zeros(0, np.int32), "x has the shape (0, 6)"),
+        (np.zeros((3, 6)), np.zeros(3, np.int32), "use astype"),
+        (np.zeros((3, 6), np.float32), np.full(3, 7, np.int32), "not one of 0 to 1"),
+        (np.zeros((3, 6), np.float32), np.zeros((3, 2), np.float32), "trained by int32 classes"),
+    ],
+)
+def test_examples_that_are_not_the_models_are_refused(
+    finished: Path, tmp_path: Path, x: Any, y: Any, words: str
+) -> None:
+    np.savez(tmp_path / "some.npz", x=x, y=y)
+    code, output = run("evaluate", finished / "export", "--examples", tmp_path / "some.npz")
+    assert (code, words in output) == (1, True), output
+    if words.startswith("x"):
+        arguments = ["--out", tmp_path / "export", "--inference", "--examples", tmp_path / "some.npz"]
+        code, output = run("export", f"{finished / 'own.py'}:build", *arguments)
+        assert (code, words in output, (tmp_path / "export").exists()) == (1, True, False), output
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "words"),
+    [
+        ("model.tflite", lambda data: data[:3000], "beyond the end"),
+        ("model.tflite", lambda data: data + b"\0\0\0\0", "another model.tflite"),
+        ("weights.bin", lambda data: data[:8], "has 8 bytes"),
+        ("weights.bin", lambda data: data[::-1], "another digest"),
+        ("inference-float32.tflite", lambda data: b"nothing" * 99, "no TensorFlow Lite flatbuffer"),
+        ("manifest.json", lambda data: b"{}", "Field required"),
+    ],
+)
+def test_damaged_files_are_named_and_never_run(
+    finished: Path, tmp_path: Path, file: str, change: Any, words: str
+) -> None:
+    """A runtime would die of some, and the command with it."""
+    copy = tmp_path / "export"
+    shutil.copytree(finished / "export", copy)
+    (copy / file).write_bytes(change((copy / file).read_bytes()))
+    commands = [["evaluate", copy, "--examples", finished / "some.npz"]]
+    commands += [["inspect", copy]] if not file.startswith("inference") else []
+    for command in commands:
+        code, output = run(*command)
+        assert (code, words in output) == (1, True), output
+    (copy / "weights.bin").unlink()
+    (copy / "model.tflite").unlink()
+    assert "give the directory of an export" in run("inspect", copy)[1]
 
 
 def test_the_commands_are_part_of_covey_and_import_no_tensorflow() -> None:

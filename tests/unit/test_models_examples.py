@@ -88,8 +88,8 @@ def test_a_wrong_gradient_of_one_example_is_found() -> None:
     class Wrong:
         """A runtime whose single gradients are off by 1 %; everything else is right."""
 
-        def __init__(self, content: bytes) -> None:
-            self._inner = tf.lite.Interpreter(model_content=content, num_threads=1)
+        def __init__(self, model_content: bytes, num_threads: int) -> None:
+            self._inner = tf.lite.Interpreter(model_content=model_content, num_threads=num_threads)
 
         def allocate_tensors(self) -> None:
             self._inner.allocate_tensors()

@@ -24,7 +24,7 @@ from models.flatbuffer import operators
 from models.layers.lowering import UnsupportedLayer
 from models.manifest import InputSpec, ModelManifest, OptimizerSpec
 from models.network import Network, UnsupportedModel
-from models.parity import TOLERANCE, ParityError, prove_parity
+from models.parity import RUNTIMES, TOLERANCE, ParityError, prove_parity
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -419,6 +419,37 @@ def test_parity_notices_a_graph_of_another_model() -> None:
     linear = sequential(layers.Input((5,)), layers.Dense(6), layers.Dense(4))
     with pytest.raises(ParityError):
         prove_parity(linear, result.graph, result.manifest)
+
+
+def test_an_export_is_proved_in_both_runtimes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """TensorFlow's own, and the one that devices have; either can refuse it."""
+    proved: list[str] = []
+
+    class Wrong:
+        """A runtime whose weights after a step are off by 1 %; everything else is right."""
+
+        def __init__(self, **options: Any) -> None:
+            proved.append("wrong")
+            self._inner = tf.lite.Interpreter(**options)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._inner, name)
+
+        def get_signature_runner(self, name: str) -> Any:
+            run = self._inner.get_signature_runner(name)
+            if name != "get_weights":
+                return run
+            return lambda: {"weights": 1.01 * run()["weights"]}
+
+    assert [runtime.__module__.partition(".")[0] for runtime in RUNTIMES] == ["tensorflow", "tflite_runtime"]
+    parts = layers.Input((5,)), layers.Dense(4)
+    for place in range(2):
+        changed = list(RUNTIMES)
+        changed[place] = Wrong
+        monkeypatch.setattr(exporter, "RUNTIMES", changed)
+        with pytest.raises(ParityError, match="gradient"):
+            exported(sequential(*parts), 5)
+    assert proved
 
 
 @pytest.fixture(scope="module", params=zoo.NAMES)

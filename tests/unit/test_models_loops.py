@@ -62,10 +62,7 @@ def test_loops_have_stock_gradients_in_the_small_runtime(kind: Any, every: bool)
         model, name="try", labels="abcd", scaling=scaling, train_batch_size=8, example_gradients=True
     )
 
-    def interpreter(content: bytes) -> Any:
-        return Interpreter(model_content=content, num_threads=1)
-
-    assert prove_parity(model, made.graph, made.manifest, interpreter=interpreter) < TOLERANCE
+    assert prove_parity(model, made.graph, made.manifest, interpreter=Interpreter) < TOLERANCE
 
 
 def test_the_number_of_steps_adds_nothing_to_a_file(forecast: ExportedModel) -> None:
