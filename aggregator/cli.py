@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import signal
 import sys
@@ -300,4 +301,10 @@ def aggregator_run(
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
-    covey.run(state, stop, broker=broker, insecure=insecure, listen=listen)
+    covey.run(state, stop, broker=broker, insecure=insecure, listen=listen, loaded=_settle)
+
+
+def _settle() -> None:
+    """Spares what was imported the collector of cycles, which took 16 ms to look through it each time."""
+    gc.collect()
+    gc.freeze()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -163,6 +163,7 @@ def run(
     broker: str | None = None,
     insecure: bool = False,
     listen: str | None = None,
+    loaded: Callable[[], object] = lambda: None,
 ) -> None:
     """Runs the service until `stop` is set.
 
@@ -172,6 +173,7 @@ def run(
         broker: address to use in place of the one in the settings.
         insecure: allow an unencrypted broker on another machine.
         listen: where the API is, in place of what the settings say.
+        loaded: called once everything is imported and open, before the first step.
 
     Raises:
         AlreadyRunning, NotInitialised, UnusableKeys, RepositoryError, InvalidAddress, CannotListen,
@@ -267,6 +269,7 @@ def run(
         stack.callback(transport.stop)
         transport.start()
         logger.info("aggregator of %s, state in %s, broker %s", settings.fleet, state, address)
+        loaded()
         service.run(stop)
 
 

@@ -6,6 +6,7 @@ its memory are its own. Nothing in here stands in for anything.
 
 from __future__ import annotations
 
+import gc
 import sys
 import time
 from collections import defaultdict
@@ -95,6 +96,8 @@ def serve(
     message pays 10 to 20 us each time for cold caches, which neither the floor nor the peer does.
     """
     _warm_up()
+    gc.collect()
+    gc.freeze()  # as `covey aggregator run` does
     report = Report()
     state: ServerState = server.begin(context)
     adder = SliceAdder(bits, min(length, SLICE_WORDS))

@@ -189,6 +189,18 @@ def test_the_service_does_not_hold_the_key_of_the_ca(tmp_path: Path, monkeypatch
     assert held == [None]
 
 
+def test_the_service_says_once_that_it_has_loaded(tmp_path: Path) -> None:
+    covey.init(tmp_path / "state", broker="mqtt://127.0.0.1:1")
+    stop, seen = threading.Event(), []
+
+    def loaded() -> None:
+        seen.append(covey.is_running(tmp_path / "state"))
+        stop.set()
+
+    covey.run(tmp_path / "state", stop, listen="127.0.0.1:0", loaded=loaded)
+    assert seen == [True]
+
+
 def test_a_directory_without_an_aggregator_says_what_to_do(tmp_path: Path) -> None:
     for attempt in (
         lambda: covey.devices(tmp_path),
