@@ -84,14 +84,12 @@ def run(folder: Path, inbox: Path, trust: Trust, service: Service) -> str:
     try:
         texts = _content(inbox / ASSIGNMENTS, folder) if (inbox / ASSIGNMENTS).exists() else b""
         asked = Outcome("", hashlib.sha256(texts).hexdigest() if texts else "")
-        document = _signed(_content(inbox / RELEASE, folder))
-        release = _release(document, trust)
-        asked = replace(asked, version=release.version)
-        if release.version != version:
-            assigned = _assigned(texts, trust) if texts else {}
-            version = _take(store, service, folder, inbox, trust.target, document, release, assigned)
+        offer = _offer(_content(inbox / RELEASE, folder), texts, trust)
+        asked = replace(asked, version=offer.release.version)
+        if offer.release.version != version:
+            version = _take(store, service, offer, trust.target, inbox / BUNDLE, folder / ".incoming.tar.xz")
         # Else a power cut came between its trial and the end of this.
-        failed = "" if version == release.version else "it did not stay up"
+        failed = "" if version == offer.release.version else "it did not stay up"
         store.note_outcome(replace(asked, reason=failed))
         return version
     except (UpdateRefused, UnusableBundle) as error:
@@ -102,36 +100,45 @@ def run(folder: Path, inbox: Path, trust: Trust, service: Service) -> str:
         (inbox / READY).unlink(missing_ok=True)
 
 
-def _take(
-    store: Versions,
-    service: Service,
-    folder: Path,
-    inbox: Path,
-    target: str,
-    document: SignedDocument,
-    release: ClientRelease,
-    assigned: Mapping[Audience, VersionAssignment],
-) -> str:
+@dataclass(frozen=True)
+class _Offer:
+    """What lies ready, verified but for its bundle.
+
+    Attributes:
+        digest: of the release's document, hexadecimal.
+        assigned: what this device was told to have, as far as that lies there, too.
+    """
+
+    release: ClientRelease
+    digest: str
+    assigned: Mapping[Audience, VersionAssignment]
+
+
+def _offer(content: bytes, texts: bytes, trust: Trust) -> _Offer:
+    try:
+        document = SignedDocument.model_validate_json(content)
+        release = ClientRelease.from_bytes(document.open(RELEASE_KIND, dict(trust.signers)))
+    except ValidationError as error:
+        raise UpdateRefused("the release is not the operator's: no signed document") from error
+    except ProtocolError as error:
+        raise UpdateRefused(f"the release is not the operator's: {error}") from error
+    return _Offer(release, document.digest.hex(), _assigned(texts, trust) if texts else {})
+
+
+def _take(store: Versions, service: Service, offer: _Offer, target: str, source: Path, copy: Path) -> str:
+    """Installs what is offered; the bundle at `source` is looked at as a `copy` that only root can change."""
+    release = offer.release
     bundle = release.bundle_for(target)
     if bundle is None:
         systems = ", ".join(each.target for each in release.bundles)
         raise UpdateRefused(f"this device runs {target}, the release is for {systems}")
-    copy = folder / ".incoming.tar.xz"
     try:
         missing = release.version not in store.installed()
-        if missing and take(inbox / BUNDLE, copy) != (bundle.sha256, bundle.size):
+        if missing and take(source, copy) != (bundle.sha256, bundle.size):
             raise UnusableBundle("the bundle is not the one that the operator signed")
-        back = _goes_back(store, assigned, document)
-        return update(store, service, release, copy, back=back)
+        return update(store, service, release, copy, back=_goes_back(store, offer))
     finally:
         copy.unlink(missing_ok=True)
-
-
-def _release(document: SignedDocument, trust: Trust) -> ClientRelease:
-    try:
-        return ClientRelease.from_bytes(document.open(RELEASE_KIND, dict(trust.signers)))
-    except ProtocolError as error:
-        raise UpdateRefused(f"the release is not the operator's: {error}") from error
 
 
 def _assigned(texts: bytes, trust: Trust) -> dict[Audience, VersionAssignment]:
@@ -151,31 +158,22 @@ def _assigned(texts: bytes, trust: Trust) -> dict[Audience, VersionAssignment]:
     return {audience(each): each for each in told}
 
 
-def _goes_back(
-    store: Versions, assigned: Mapping[Audience, VersionAssignment], document: SignedDocument
-) -> bool:
+def _goes_back(store: Versions, offer: _Offer) -> bool:
     """Whether this device is to have this release even where it is older; notes what it was told.
 
     Raises:
         UpdateRefused: it was told something newer before: nobody brings an old assignment back.
     """
-    told = wanted(assigned)
-    if told is None or told.manifest_sha256 != document.digest.hex():
+    told = wanted(offer.assigned)
+    if told is None or told.manifest_sha256 != offer.digest:
         return False  # they are of another update
     for each, taken in store.sequences().items():
-        presented = assigned.get(each)
+        presented = offer.assigned.get(each)
         if presented is None or presented.sequence < taken:
             raise UpdateRefused(f"an assignment is older than {taken}, which was taken before")
-    for each, assignment in assigned.items():
+    for each, assignment in offer.assigned.items():
         store.note_sequence(each, assignment.sequence)
-    return may_go_back(assigned)
-
-
-def _signed(content: bytes) -> SignedDocument:
-    try:
-        return SignedDocument.model_validate_json(content)
-    except ValidationError as error:
-        raise UpdateRefused("the release is not the operator's: no signed document") from error
+    return may_go_back(offer.assigned)
 
 
 def _content(source: Path, folder: Path) -> bytes:
