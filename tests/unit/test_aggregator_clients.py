@@ -36,6 +36,7 @@ from protocol.version_assignment import VersionAssignment
 from tests.aggregator_bench import Bench
 from tests.api_bench import Api, api, csr
 from tests.client_bundles import TARGET, bundle
+from tests.console_pages import page, sign_in
 from tests.unit.test_aggregator_cli import run as run
 
 TRIXIE = "trixie-arm64"
@@ -283,6 +284,28 @@ def test_bundles_that_no_device_is_to_have_are_deleted_in_time(fleet: Fleet, tmp
     blobs = [described(io.BytesIO(content))[1].sha256 for content in contents]
     there = [(tmp_path / "registry" / "blobs" / sha256).exists() for sha256 in blobs]
     assert there == [True, False, True, True], "the fleet's, and the two newest"
+
+
+def test_the_console_says_how_many_devices_run_which_client(bench: Api) -> None:
+    with bench.client(Role.OPERATOR) as client:
+        client.enrol(csr("barn-1"))
+        client.enrol(csr("barn-2"))
+    failure = VersionFailure(version=NUMBER, code="client-refused", detail="it did not stay up")
+    said = DeviceStatus(
+        session=bytes(32),
+        online=True,
+        client_version="0.1.0",
+        target=TARGET,
+        models={CLIENT: version_number("0.1.0")},
+        failures={CLIENT: failure},
+    )
+    with bench.context.operator.repository.write() as writer:
+        writer.note_status("barn-1", said, 1.0)
+    browser = sign_in(bench, Role.VIEWER)
+    fleet = page(bench, "/fleet", browser)
+    assert f"Clients: not seen yet: 1, 0.1.0 on {TARGET}: 1" in fleet
+    device = page(bench, "/fleet/barn-1", browser)
+    assert "covey-client 0.2.0" in device and "it did not stay up" in device
 
 
 # --- the commands
