@@ -85,7 +85,11 @@ def ended(state: Path, campaign_id: str) -> bool:
         return operator.campaign(campaign_id).status == "finished"
 
 
-@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize(
+    "phase",
+    # One of them in every run, all of them among the slow tests.
+    [pytest.param(phase, marks=() if phase == "MaskedInput" else pytest.mark.chaos) for phase in PHASES],
+)
 def test_killed_in_a_phase_the_round_goes_on_and_the_next_one_runs(
     phase: str, state: Path, fleet: SimulatedFleet, mosquitto: BrokerProcess
 ) -> None:
@@ -106,6 +110,7 @@ def test_killed_in_a_phase_the_round_goes_on_and_the_next_one_runs(
         assert "Warning" not in service.log
 
 
+@pytest.mark.chaos
 def test_killed_again_and_again(state: Path, broker: BrokerProcess) -> None:
     chance = np.random.default_rng(3)
     with (
@@ -153,6 +158,7 @@ def test_devices_that_die_in_a_round_are_survived_and_come_back(
     assert len(second.report.survivors) == 7
 
 
+@pytest.mark.chaos
 def test_the_broker_dies_in_the_middle(state: Path, mosquitto: BrokerProcess) -> None:
     with (
         SimulatedFleet(state, mosquitto.host, mosquitto.port, devices=4, parameters=PARAMETERS) as fleet,

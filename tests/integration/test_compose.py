@@ -30,6 +30,7 @@ from tests.fleet_broker import FleetBroker
 COMPOSE = Path(__file__).parents[2] / "deploy" / "compose.yaml"
 
 
+@pytest.mark.e2e
 @pytest.mark.skipif(find_mosquitto() is None or find_postgresql() is None, reason="needs both servers")
 def test_the_three_processes_work_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     services: dict[str, Any] = yaml.safe_load(COMPOSE.read_text())["services"]

@@ -157,6 +157,7 @@ def test_a_first_boot_installs_enrols_and_takes_the_ticket_away(tmp_path: Path) 
     assert (root.folder / "etc/covey/enrolment.json").read_text() == "bundle\n"
 
 
+@pytest.mark.chaos
 def test_a_power_cut_before_any_step_leaves_a_device_that_goes_on(tmp_path: Path) -> None:
     archive = bundle(tmp_path)
     probe = device(tmp_path / "probe", archive, ticket())

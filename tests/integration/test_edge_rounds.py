@@ -162,6 +162,7 @@ def run_json(*arguments: object) -> dict[str, object]:
     return answer
 
 
+@pytest.mark.parametrize("broker", ["mosquitto", pytest.param("amqtt", marks=pytest.mark.e2e)], indirect=True)
 def test_devices_take_part_in_rounds_and_survive_kills(broker: BrokerProcess, tmp_path: Path) -> None:
     fleet = Fleet(tmp_path)
     names = [f"device-{i}" for i in range(4)]

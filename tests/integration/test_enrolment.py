@@ -390,6 +390,7 @@ def covey_command(*arguments: object) -> str:
     return done.stdout
 
 
+@pytest.mark.e2e
 @pytest.mark.skipif(find_mosquitto() is None, reason="mosquitto is not installed")
 def test_a_service_killed_between_issue_and_answer_and_then_the_broker(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -90,6 +90,7 @@ def campaign(state: Path) -> RoundView:
     return views[-1]
 
 
+@pytest.mark.e2e
 def test_a_fleet_trains_and_hides_examples_within_every_owners_limit(
     mosquitto: BrokerProcess, tmp_path: Path
 ) -> None:

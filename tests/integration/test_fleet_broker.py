@@ -35,6 +35,7 @@ def bench(tmp_path: Path) -> Iterator[Bench]:
         yield found
 
 
+@pytest.mark.e2e
 def test_a_round_over_mutual_tls(bench: Bench) -> None:
     manifest = zoo.load("watch").manifest
     data = Fleet(bench.state.parent)

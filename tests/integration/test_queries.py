@@ -129,6 +129,7 @@ def answer_of(out: str) -> dict[str, Any]:
     return answer
 
 
+@pytest.mark.e2e
 def test_queries_of_a_fleet(mosquitto: BrokerProcess, tmp_path: Path) -> None:
     state = tmp_path / "aggregator"
     covey.init(state, fleet="orchard", broker=mosquitto.url)
