@@ -83,6 +83,12 @@ class Listener:
         assert isinstance(event, LinkUp)
         return event
 
+    def subscribed(self, hub: Hub) -> None:
+        """Until the broker has its subscription: that comes before the birth, which somebody else hears."""
+        up = self.up()
+        assert self.link.send("status", birth(up.session, {}, "0", ""), retain=True)
+        wait_for(lambda: hub.online("barn-1"))
+
     def inbound(self) -> Inbound:
         event = self.next(Inbound)
         assert isinstance(event, Inbound)
@@ -143,10 +149,7 @@ def test_a_killed_broker_is_reconnected_with_a_new_session(broker: BrokerProcess
 def test_what_was_not_acknowledged_comes_again(mosquitto: BrokerProcess) -> None:
     listener = Listener(mosquitto)
     with Hub(mosquitto) as hub:
-        up = listener.up()
-        # Who hears of it knows that the broker has its subscription, too, which came before.
-        assert listener.link.send("status", birth(up.session, {}, "0", ""), retain=True)
-        wait_for(lambda: hub.online("barn-1"))
+        listener.subscribed(hub)
         for number in range(3):
             hub.send("barn-1", end(number))
         listener.inbound().acknowledge()
@@ -166,17 +169,17 @@ def test_what_was_not_acknowledged_comes_again(mosquitto: BrokerProcess) -> None
 def test_what_there_was_no_room_for_comes_once_there_is(mosquitto: BrokerProcess) -> None:
     listener = Listener(mosquitto)
     with Hub(mosquitto) as hub:
-        listener.up()
+        listener.subscribed(hub)
         listener.full = True
         # More than the broker's window: it must not stay shut for good.
         frames = [encode(end(number)) for number in range(RECEIVE_MAXIMUM + 8)]
         for frame in frames:
             hub.send_raw("barn-1", frame)
-        listener.next(LinkDown, 30)
+        listener.next(LinkDown)
         listener.full = False
         heard: set[bytes] = set()
         while len(heard) < len(frames):
-            event = listener.next(Inbound, 30)
+            event = listener.next(Inbound)
             assert isinstance(event, Inbound)
             heard.add(event.frame)
             event.acknowledge()
@@ -191,7 +194,7 @@ PUBLISH_WITHOUT_UTF8 = bytes((0x30, 5, 0, 2, 0xC3, 0x28, 0))
 @pytest.mark.parametrize("answer", [CONNACK + PUBLISH_WITHOUT_UTF8, CONNACK + b"\xf0" + 5 * b"\xff"])
 def test_what_paho_does_not_expect_costs_one_connection(answer: bytes) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
-        server.settimeout(30)
+        server.settimeout(120)
         address = BrokerAddress("127.0.0.1", server.getsockname()[1], tls=False)
         settings = LinkSettings("barn-1", address, version="3.1.1", first_delay=0.05, max_delay=0.1)
         link = MqttLink(settings, lambda _: True)
@@ -200,7 +203,7 @@ def test_what_paho_does_not_expect_costs_one_connection(answer: bytes) -> None:
             for _ in range(3):
                 connection, _ = server.accept()
                 with connection:
-                    connection.settimeout(30)
+                    connection.settimeout(120)
                     assert connection.recv(1)[0] == 0x10  # CONNECT
                     connection.sendall(answer)
                     # The device leaves, and not the broker.
