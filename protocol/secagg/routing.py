@@ -50,6 +50,16 @@ class SealedMail:
         self._sent = np.zeros(size, np.bool_)
         self._sent[list(sealed)] = True
 
+    def __eq__(self, other: object) -> bool:
+        """Whether the same shares go the same ways, as of a state and of its replay."""
+        if not isinstance(other, SealedMail):
+            return NotImplemented
+        return (
+            np.array_equal(self._near, other._near)
+            and np.array_equal(self._sent, other._sent)
+            and self._rows.tobytes() == other._rows.tobytes()
+        )
+
     def to(self, receiver: int) -> SealedColumn:
         """What was sealed for one client, by sender; nothing for one that sent nothing itself."""
         if not self._sent[receiver]:
