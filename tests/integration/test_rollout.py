@@ -204,5 +204,54 @@ def test_bad_versions_stay_with_the_first_wave_and_go_back(place: World) -> None
     wait_for(lambda: place.all_serve(number), what="the device that was pinned")
 
 
+def test_a_candidate_is_evaluated_by_all_while_another_version_rolls_out(place: World) -> None:
+    """Evaluations, rollouts, pins and groups meet: each device serves what it is to have, and no other."""
+    operator = place.operator
+    rolled, candidate = (place.publish(WATCH.weights * np.float32(factor)) for factor in (1.01, 1.02))
+    operator.pin("watch", 1, device="device-0")
+    operator.label("device-1", ("barn",))
+    operator.pin("watch", 1, group="barn")
+    # Its gate takes any figure, so it waits for nothing but an evaluation of its own version.
+    rollout = place.start(rolled, 50.0, 100.0, gate=("accuracy>=0",))
+    canary = place.first_wave(rollout)
+    assert canary in ("device-2", "device-3")
+    (other,) = {"device-2", "device-3"} - {canary}
+
+    def evaluate(version: int) -> None:
+        request = EvaluationRequest(
+            "watch", version=version, cohort=4, minimum=4, min_survivors=4, privacy=PrivacyMode.NONE
+        )
+        asked = operator.start_evaluation(request).campaign_id
+        wait_for(lambda: operator.campaign(asked).status == "finished", 60, f"an evaluation of {version}")
+        (found,) = operator.evaluations("watch", version)
+        assert found.participants == 4, "pinned or not, all have examples"
+
+    evaluate(candidate)
+    wait_for(lambda: place.serving()[canary] == rolled, 60, "the canary")
+    wait_for(
+        lambda: "an evaluation" in getattr(operator.rollout(rollout).progress.state, "waits_for", ""),
+        60,
+        "what the rollout waits for",
+    )
+    assert place.serving() == {"device-0": 1, "device-1": 1, canary: rolled, other: 1}
+    assert operator.version("watch", candidate).stage == "candidate"
+
+    evaluate(rolled)
+    place.wait(rollout, "completed")
+    mixed = {"device-0": 1, "device-1": 1, canary: rolled, other: rolled}
+    wait_for(lambda: place.serving() == mixed, 60, "the second wave")
+    operator.unpin("watch", device="device-0")
+    operator.unpin("watch", group="barn")
+    wait_for(lambda: place.all_serve(rolled), 60, "those that were pinned")
+    for name in NAMES:
+        served = [int(line.split("version=")[1].split()[0]) for line in goods(place, name)]
+        assert served == [1, rolled], "it went to and fro, or answered with what it only evaluated"
+
+
+def goods(place: World, name: str) -> list[str]:
+    """What a device noted of the versions that it came to serve."""
+    return [line for line in log(place, name).splitlines() if " version-good model=watch " in line]
+
+
 def log(place: World, name: str) -> str:
     return place.devices[name].log.read_text()
