@@ -75,9 +75,17 @@ return worst;
 
 
 @pytest.fixture(scope="module")
-def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+def opened(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
     with browser(tmp_path_factory.mktemp("profile")) as found:
         yield found
+
+
+@pytest.fixture
+def chromium(opened: Browser) -> Browser:
+    """The one browser, without the page and the complaints of the test before."""
+    opened.driver.get("about:blank")
+    hosts(opened), complaints(opened)
+    return opened
 
 
 @pytest.fixture
