@@ -29,10 +29,10 @@ from tests.aggregator_process import ServiceProcess
 from tests.client_bundles import OWN_TARGET, own_bundle
 from tests.edge_broker import wait_for
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
 NAMES = ("barn-1", "barn-2", "barn-3")
-LONG = 60.0
+LONG = 120.0
 
 
 @dataclass
