@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 
 from aggregator.adapters.sql import SqlRepository
+from aggregator.adapters.sql_engine import url_of_file
 from aggregator.records import AuditEntry, Campaign, Device, LogEntry, Round, RoundEnding
 from aggregator.repository import StorageUnavailable
-from tests.databases import sqlite_repository
+from tests.databases import repository_at, sqlite_repository
 
 ROUND = Round("a" * 32, "c" * 32, 1, "watch", 1, b"plan", b"seed", ("barn-1",), 3.0)
 SECRET = os.urandom(5000)
@@ -28,7 +29,7 @@ def test_a_file_that_is_no_database_is_unavailable(tmp_path: Path) -> None:
 
 def test_a_missing_directory_is_unavailable(tmp_path: Path) -> None:
     with pytest.raises(StorageUnavailable, match="unable to open"):
-        sqlite_repository(tmp_path / "nowhere" / "aggregator.db")
+        repository_at(url_of_file(tmp_path / "nowhere" / "aggregator.db"))
 
 
 def test_a_full_disk_is_unavailable_and_changes_nothing(tmp_path: Path) -> None:
