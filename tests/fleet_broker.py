@@ -45,12 +45,18 @@ class FleetBroker:
         deadline = time.monotonic() + 120
         while True:
             assert self._process.poll() is None, self.log_file.read_text()
-            try:
-                socket.create_connection((self.host, self.port), timeout=1).close()
+            if self.listens():
                 return
-            except OSError:
-                assert time.monotonic() < deadline, self.log_file.read_text()
-                time.sleep(0.02)
+            assert time.monotonic() < deadline, self.log_file.read_text()
+            time.sleep(0.02)
+
+    def listens(self) -> bool:
+        """Whether it takes connections."""
+        try:
+            socket.create_connection((self.host, self.port), timeout=1).close()
+        except OSError:
+            return False
+        return True
 
     def adopt(self) -> None:
         """Gives the broker's user what the service wrote, which is the same user outside of tests by root."""

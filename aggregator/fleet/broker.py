@@ -91,6 +91,16 @@ _START = """\
 #!/bin/sh
 # Starts the broker with the access that the aggregator wrote last.
 case "$0" in */*) cd "${{0%/*}}" || exit 1 ;; esac
+if [ "$(id -u)" = 0 ]; then
+    # Root's mosquitto becomes another user before it reads its keys: it is to be the one who owns them.
+    owner=$(stat -c %u .)
+    if [ "$owner" = 0 ]; then
+        echo "covey: mosquitto gives up root's rights before it reads its keys, which are root's here." >&2
+        echo "Give the state to who runs the aggregator (chown -R USER: STATE), and start this again." >&2
+        exit 1
+    fi
+    exec setpriv --reuid="$owner" --regid="$(stat -c %g .)" --clear-groups sh {start}
+fi
 cp {access} {data}/{access} || exit 1
 cp {revoked} {data}/{revoked} || exit 1
 PATH="$PATH:/usr/sbin:/usr/local/sbin"
@@ -107,7 +117,11 @@ exec mosquitto -c {configuration}
 def start_script(configuration_file: str) -> str:
     """The text of the script that starts the broker."""
     return _START.format(
-        access=ACCESS_FILE, revoked=REVOKED_FILE, data=DATA_DIRECTORY, configuration=configuration_file
+        access=ACCESS_FILE,
+        revoked=REVOKED_FILE,
+        data=DATA_DIRECTORY,
+        start=START_FILE,
+        configuration=configuration_file,
     )
 
 

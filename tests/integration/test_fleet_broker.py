@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import ssl
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -201,3 +203,22 @@ def test_fresh_certificates_for_another_name(bench: Bench) -> None:
     bench.broker.start()
     with bench.aggregator() as hub:
         assert hub.connect()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root's mosquitto changes its user")
+def test_started_by_root_it_says_what_to_do_or_becomes_the_owner(bench: Bench) -> None:
+    broker = bench.broker
+    broker.stop()
+    for path in (broker.directory, *broker.directory.rglob("*")):
+        os.chown(path, 0, 0)
+    start = ("/bin/sh", str(broker.directory / "start"))
+    refused = subprocess.run(start, capture_output=True, text=True, timeout=60, check=False)
+    assert refused.returncode == 1 and "chown -R USER: STATE" in refused.stderr
+    broker.adopt()
+    with broker.log_file.open("ab") as log, subprocess.Popen(start, stderr=log) as process:
+        try:
+            wait_for(lambda: broker.listens() or process.poll() is not None, 60, "the broker")
+            assert process.poll() is None, broker.log_file.read_text()
+            assert Path(f"/proc/{process.pid}").stat().st_uid == broker.directory.stat().st_uid != 0
+        finally:
+            process.terminate()
