@@ -201,6 +201,16 @@ def test_csv_files_are_read_in_the_order_of_their_names(tmp_path: Path) -> None:
         source.load(taking(4, 2))
 
 
+def test_half_a_number_at_the_end_of_a_csv_file_is_none(tmp_path: Path) -> None:
+    rows = "when,x,y,what\n1,2,3,left\n2,3,4,left\n"
+    for end in ("3,5,12", "3,5,12.5,lef", '3,5,"12'):
+        (tmp_path / "a.csv").write_text(rows + end)
+        examples = csv_source(tmp_path).load(taking(2))
+        assert examples.x.tolist() == [[2.0, 3.0], [3.0, 4.0]]
+    (tmp_path / "a.csv").write_text(rows + "3,5,12.5,left\r\n")
+    assert csv_source(tmp_path).load(taking(2)).x.tolist()[-1] == [5.0, 12.5]
+
+
 def test_a_csv_file_with_another_header_says_what_is_missing(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("when,x,z,what\n1,2,3,left\n")
     with pytest.raises(

@@ -6,7 +6,7 @@ import csv
 import datetime as dt
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -86,7 +86,7 @@ def read_csv(path: Path, settings: CsvSettings, keep: int) -> Readings:
     builder = ReadingsBuilder(len(settings.columns), keep)
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            rows = csv.reader(file, delimiter=settings.delimiter)
+            rows = csv.reader(_ended(file), delimiter=settings.delimiter)
             header = next(rows, None)
             if header is None:
                 return builder.readings()
@@ -105,7 +105,7 @@ def read_csv(path: Path, settings: CsvSettings, keep: int) -> Readings:
                 if cut:
                     raise InvalidExamples(f"{path.name}, line {cut}: not as many values as its header has")
                 if len(row) != len(header):
-                    # Of a file that is being written the last line may be half a line.
+                    # A last line whose quotes are open may be half a line, too.
                     cut = number
                     continue
                 try:
@@ -120,6 +120,11 @@ def read_csv(path: Path, settings: CsvSettings, keep: int) -> Readings:
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise InvalidExamples(f"{path.name} cannot be read: {error}") from error
     return builder.readings()
+
+
+def _ended(lines: Iterable[str]) -> Iterator[str]:
+    """The lines that have an end: of a file that is being written, the last number may be half a number."""
+    return (line for line in lines if line.endswith(("\n", "\r")))
 
 
 def seconds_of(value: str | float) -> float:
