@@ -65,9 +65,16 @@ def worth_telling(told: Conditions, now: Conditions, seconds: float) -> bool:
         return False
     if (told.power, told.metered, told.examples) != (now.power, now.metered, now.examples):
         return True
+    if seconds >= 900 and _idle_step(told) != _idle_step(now):
+        return True
     steps = (("battery", 10), ("temperature", 10), ("load", 1), ("free_memory", 128))
     return seconds >= 900 and any(
         (getattr(told, name) is None) != (getattr(now, name) is None)
         or abs((getattr(now, name) or 0) - (getattr(told, name) or 0)) >= step
         for name, step in steps
     )
+
+
+def _idle_step(conditions: Conditions) -> int:
+    """Rises when the hours double: what only grows is soon told, and a return at once."""
+    return -1 if conditions.idle_hours is None else int(conditions.idle_hours).bit_length()

@@ -30,7 +30,7 @@ class Conditions(Schema):
     metered: bool | None = None
     """Whether its link costs by the byte."""
     idle_hours: Annotated[float, Field(ge=0, le=100_000)] | None = None
-    """Hours since its owner last used it."""
+    """Hours since its owner last used it, at most since its start."""
     free_memory: Annotated[int, Field(ge=0, le=2**31)] | None = None
     """MiB that a program could have without swapping."""
     examples: ExamplesBucket | None = None

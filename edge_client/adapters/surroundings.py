@@ -6,26 +6,36 @@ What a kernel does not say, or says unreadably, is unknown; nothing here fails.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from protocol.conditions import Conditions, Power
 
 _PROCESSOR = re.compile(r"cpu|soc|x86_pkg|core", re.IGNORECASE)
 _DEFAULT_ROUTE = "00000000"
+_TERMINALS = ("pts/[0-9]*", "tty[0-9]*", "ttyS*", "ttyAMA*")
 
 
 class Surroundings:
     """The device's own files about itself."""
 
-    def __init__(self, root: Path = Path("/"), metered: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        root: Path = Path("/"),
+        metered: Sequence[str] = (),
+        unix: Callable[[], float] = time.time,
+    ) -> None:
         """Describes where to look.
 
         Args:
-            root: above `sys` and `proc`; another folder in tests.
+            root: above `sys`, `proc` and `dev`; another folder in tests.
             metered: beginnings of the names of links that cost by the byte.
+            unix: the clock by which the kernel notes when a terminal was used.
         """
-        self._sys, self._proc, self._metered = root / "sys", root / "proc", tuple(metered)
+        self._sys, self._proc, self._dev = root / "sys", root / "proc", root / "dev"
+        self._metered, self._unix = tuple(metered), unix
 
     def read(self) -> Conditions:
         """The circumstances now; without the number of examples, which is nothing to read here."""
@@ -36,6 +46,7 @@ class Surroundings:
             temperature=self._temperature(),
             load=self._load(),
             metered=self._is_metered(),
+            idle_hours=self._idle_hours(),
             free_memory=self.free_memory(),
         )
 
@@ -86,6 +97,19 @@ class Surroundings:
             return min(max(float(first) / self.cores(), 0.0), 10_000.0)
         except ValueError:
             return None
+
+    def _idle_hours(self) -> float | None:
+        """Since somebody typed at a terminal, as `w` finds it; at most since the start."""
+        first, _, _ = (_text(self._proc / "uptime") or "").partition(" ")
+        try:
+            idle = float(first)
+        except ValueError:
+            return None
+        for pattern in _TERMINALS:
+            for terminal in self._dev.glob(pattern):
+                with suppress(OSError):  # its session has ended
+                    idle = min(idle, self._unix() - terminal.stat().st_atime)
+        return round(min(max(idle, 0.0) / 3600, 100_000.0), 1)
 
     def _is_metered(self) -> bool | None:
         """Whether the default route goes over such a link; None without one."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import threading
 from pathlib import Path
@@ -58,6 +59,28 @@ def test_a_pi_without_a_battery_knows_all_but_its_power(tmp_path: Path) -> None:
 def test_a_device_without_any_of_these_files_knows_nothing(tmp_path: Path) -> None:
     assert Surroundings(tmp_path, ("wwan",)).read() == Conditions()
     assert Surroundings(put(tmp_path, dict.fromkeys(PI, "nonsense"))).read() == Conditions()
+
+
+def test_the_last_key_at_any_terminal_says_how_long_its_owner_is_away(tmp_path: Path) -> None:
+    now = 1_800_000_000.0
+
+    def idle() -> float | None:
+        return Surroundings(tmp_path, unix=lambda: now).read().idle_hours
+
+    assert idle() is None
+    put(tmp_path, {"proc/uptime": "36000.52 71000.00"})
+    assert idle() == 10.0
+    put(tmp_path, {"dev/pts/0": "", "dev/pts/ptmx": "", "dev/tty1": "", "dev/null": ""})
+    for name, hours in (("pts/0", 2.5), ("tty1", 5.0), ("pts/ptmx", 0.0), ("null", 0.0)):
+        # Output, which changes the second time, is nobody's use.
+        os.utime(tmp_path / "dev" / name, (now - 3600 * hours, now))
+    assert idle() == 2.5
+    # From before the clock was set: no terminal was used before the start.
+    os.utime(tmp_path / "dev/pts/0", (0.0, now))
+    os.utime(tmp_path / "dev/tty1", (0.0, now))
+    assert idle() == 10.0
+    os.utime(tmp_path / "dev/tty1", (now + 60, now))
+    assert idle() == 0.0
 
 
 def test_this_machine_is_read_without_an_error() -> None:
@@ -175,6 +198,10 @@ def test_what_wavers_is_not_told_every_time() -> None:
 
     assert not news(59, power="battery") and news(60, power="battery") and news(60, metered=True)
     assert not news(10**6) and not news(899, battery=10) and news(900, battery=10)
+    assert not news(899, idle_hours=5.0) and news(900, idle_hours=5.0)
+    idle = GOOD.model_copy(update={"idle_hours": 4.5})
+    for hours, told in ((4.9, False), (7.9, False), (8.0, True), (3.9, True), (0.0, True)):
+        assert worth_telling(idle, idle.model_copy(update={"idle_hours": hours}), 900) is told
     assert not news(900, temperature=55.0) and news(900, temperature=65.0) and news(900, temperature=None)
 
 
