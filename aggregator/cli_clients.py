@@ -12,7 +12,7 @@ from rich.table import Table
 from aggregator import cli_output as output
 from aggregator.adapters.keyfiles import private_key
 from aggregator.cli_options import Form, Json, Output, Where, idle, service
-from aggregator.cli_rollouts import duration, percents, show
+from aggregator.cli_rollouts import Group, Percent, Soak, duration, percents, show
 from aggregator.refusals import NoSuch, OperationRefused
 from aggregator.registry.releases import release_from
 from aggregator.rollout_operations import RolloutRequest
@@ -100,17 +100,13 @@ def client_status(state: Where = None, json: Json = False, form: Output = Form.T
 @client_app.command("rollout")
 def client_rollout(
     version: Annotated[str, typer.Argument(help="A published version, as 0.2.0.")],
-    percent: Annotated[
-        str, typer.Option(help="Of the devices that each wave reaches, rising to 100.")
-    ] = "5,25,100",
+    percent: Percent = "5,25,100",
     gate: Annotated[
         list[str] | None,
         typer.Option(help="What must hold before the next wave: errors<N.", show_default=False),
     ] = None,
-    soak: Annotated[str, typer.Option(help="How long each wave is watched: 90s, 30m, 1h, 2d.")] = "10m",
-    group: Annotated[
-        str | None, typer.Option(help="Only devices with this label.", show_default="the whole fleet")
-    ] = None,
+    soak: Soak = "10m",
+    group: Group = None,
     state: Where = None,
     json: Json = False,
     form: Output = Form.TABLE,

@@ -25,6 +25,11 @@ Id = Annotated[
     str | None, typer.Argument(help="Id of the rollout, or its beginning.", show_default="the last one")
 ]
 Reason = Annotated[str, typer.Option(help="Why; kept with the rollout.")]
+Percent = Annotated[str, typer.Option(help="Of the devices that each wave reaches, rising to 100.")]
+Soak = Annotated[str, typer.Option(help="How long each wave is watched: 90s, 30m, 1h, 2d.")]
+Group = Annotated[
+    str | None, typer.Option(help="Only devices with this label.", show_default="the whole fleet")
+]
 _SECONDS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86_400.0}
 _console = Console(highlight=False)
 
@@ -33,9 +38,7 @@ _console = Console(highlight=False)
 def rollout_start(
     model: Annotated[str, typer.Option(help="Name of the model.")],
     version: Annotated[int, typer.Option(min=1, help="Its version.")],
-    percent: Annotated[
-        str, typer.Option(help="Of the devices that each wave reaches, rising to 100.")
-    ] = "5,25,100",
+    percent: Percent = "5,25,100",
     gate: Annotated[
         list[str] | None,
         typer.Option(
@@ -43,10 +46,8 @@ def rollout_start(
             show_default=False,
         ),
     ] = None,
-    soak: Annotated[str, typer.Option(help="How long each wave is watched: 90s, 30m, 1h, 2d.")] = "0s",
-    group: Annotated[
-        str | None, typer.Option(help="Only devices with this label.", show_default="the whole fleet")
-    ] = None,
+    soak: Soak = "0s",
+    group: Group = None,
     seed: Annotated[
         str | None, typer.Option(help="Orders the devices; 64 hexadecimal digits.", show_default="random")
     ] = None,
