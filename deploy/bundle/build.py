@@ -30,7 +30,7 @@ from pathlib import Path
 from edge_client import __version__
 
 EPOCH = 1_735_689_600
-"""Time stamp of every file in a bundle: two builds have the same bytes."""
+"""2025-01-01: time stamp of every file in a bundle or an image: two builds have the same bytes."""
 _PROJECT = Path(__file__).parents[2]
 _UNITS = _PROJECT / "deploy" / "systemd"
 _INSTALLERS = _PROJECT / "deploy" / "device"

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
+
+from deploy.programs import missing_programs
 
 _FAT_TYPES = frozenset({"1", "4", "6", "b", "c", "e", "ef", "C12A7328-F81F-11D2-BA4B-00A0C93EC93B"})
 """Of partitions, in an MBR and in a GPT."""
@@ -42,9 +43,8 @@ class FatPartition:
             BootPartitionError: there is none, or a program is missing.
         """
         programs = {"sfdisk": "fdisk", "mcopy": "mtools"}
-        missing = [package for program, package in programs.items() if shutil.which(program) is None]
-        if missing:
-            raise BootPartitionError(f"missing programs; on Debian: apt-get install {' '.join(missing)}")
+        if missing := missing_programs(programs):
+            raise BootPartitionError(missing)
         table = json.loads(_run("sfdisk", "--json", str(image)))["partitiontable"]
         start = next((p["start"] for p in table["partitions"] if p["type"] in _FAT_TYPES), None)
         if start is None:

@@ -7,12 +7,13 @@ loop devices nor mounts are needed: partitions are made inside the image file by
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import tempfile
 from pathlib import Path
 
-from deploy.image.root import EPOCH, ImageError
+from deploy.bundle.build import EPOCH
+from deploy.image.root import ImageError
+from deploy.programs import missing_programs
 
 SECTOR = 512
 BOOT_START, BOOT_SECTORS = 8_192, 524_288
@@ -57,9 +58,8 @@ def build_image(archive: Path, out: Path, *, root_mib: int = 1_536) -> None:
         ImageError: a program is missing or fails, or the root does not fit.
     """
     programs = {"sfdisk": "fdisk", "mkfs.vfat": "dosfstools", "mcopy": "mtools", "mke2fs": "e2fsprogs"}
-    missing = [package for program, package in programs.items() if shutil.which(program) is None]
-    if missing:
-        raise ImageError(f"missing programs; on Debian: apt-get install {' '.join(missing)}")
+    if missing := missing_programs(programs):
+        raise ImageError(missing)
     if os.geteuid() != 0:
         raise ImageError("the root file system has files of root: run this as root")
     out.parent.mkdir(parents=True, exist_ok=True)

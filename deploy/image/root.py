@@ -10,13 +10,12 @@ import hashlib
 import json
 import os
 import platform
-import shutil
 import subprocess
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-EPOCH = 1_735_689_600
-"""2025-01-01: the time stamp of everything in an image, so that two builds have the same bytes."""
+from deploy.bundle.build import EPOCH
+from deploy.programs import missing_programs
 
 _BINFMT = Path("/proc/sys/fs/binfmt_misc")
 _FORMAT = Path("/usr/lib/binfmt.d/qemu-aarch64.conf")
@@ -147,6 +146,5 @@ def enable_emulation() -> None:
 
 
 def _require(*programs: str) -> None:
-    missing = [program for program in programs if shutil.which(program) is None]
-    if missing:
-        raise ImageError(f"missing: {', '.join(missing)}; on Debian: apt-get install {' '.join(missing)}")
+    if missing := missing_programs(dict(zip(programs, programs, strict=True))):
+        raise ImageError(missing)
