@@ -25,7 +25,7 @@ from deploy.broker import free_port
 from protocol.fields import BlobRef
 from tests.aggregator_bench import Bench
 from tests.aggregator_devices import model_files
-from tests.unit.test_aggregator_service import check_completed, request
+from tests.toy_rounds import check_completed, request
 
 DATA = bytes(range(256)) * 500
 BLOB = BlobRef.of(DATA)

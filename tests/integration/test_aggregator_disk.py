@@ -13,8 +13,8 @@ import pytest
 from aggregator.repository import StorageUnavailable
 from tests.aggregator_bench import Bench
 from tests.round_losses import Losses, count_losses
-from tests.unit.test_aggregator_crashes import campaign_request
-from tests.unit.test_aggregator_service import check_completed
+from tests.service.test_aggregator_crashes import campaign_request
+from tests.toy_rounds import check_completed
 
 DISK_BYTES = 8_000_000
 

@@ -114,7 +114,7 @@ def test_the_aggregator_moves_the_clip_norm_between_rounds_and_over_crashes(tmp_
     from protocol.identity import SignedDocument
     from protocol.plan import Plan
     from tests.aggregator_bench import Bench
-    from tests.unit.test_aggregator_service import request
+    from tests.toy_rounds import request
 
     bench = Bench(tmp_path, parameters=LENGTH)
     for name, device in bench.devices.items():

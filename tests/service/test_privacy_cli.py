@@ -22,7 +22,7 @@ from aggregator.privacy.references import tree_noise_multiplier
 from protocol.dp.errors import CohortTooSmall, InvalidParameters, PrivacyError, RingTooNarrow
 from protocol.dp.parameters import PrivacyMode
 from tests.aggregator_bench import Bench
-from tests.unit.test_aggregator_service import request as campaign_request
+from tests.toy_rounds import request as campaign_request
 
 KEYS = [
     "noise_multiplier",

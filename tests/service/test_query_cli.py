@@ -18,7 +18,7 @@ from aggregator.settings import seed_of
 from aggregator.web.schemas import Round
 from protocol.dp.parameters import PrivacyMode
 from protocol.plan import Deadlines, HistogramQuestion, MeanQuestion, QuantileQuestion, QueryTask, Question
-from tests.unit.test_aggregator_cli import model, run
+from tests.service.test_aggregator_cli import model, run
 
 __all__ = ["model", "run"]
 

@@ -9,8 +9,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-pytest.importorskip("sqlalchemy")
-
 from aggregator.doorkeeper import AGAIN_SECONDS, ANSWER_SECONDS, FILE_SECONDS, PAGE, Doorkeeper
 from aggregator.fleet import access
 from aggregator.fleet.access import Access, Kind, Rule

@@ -37,7 +37,7 @@ from tests.aggregator_bench import Bench
 from tests.api_bench import Api, api, csr
 from tests.client_bundles import TARGET, bundle
 from tests.console_pages import page, sign_in
-from tests.unit.test_aggregator_cli import run as run
+from tests.service.test_aggregator_cli import run as run
 
 TRIXIE = "trixie-arm64"
 GOOD = bundle("0.2.0")

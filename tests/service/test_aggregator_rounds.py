@@ -50,7 +50,7 @@ from protocol.transfer import describe
 from tests.aggregator_bench import Bench
 from tests.aggregator_devices import SimulatedDevice
 from tests.databases import sqlite_repository
-from tests.unit.test_aggregator_service import REQUEST
+from tests.toy_rounds import REQUEST
 
 START = Moment(0.0, 1_800_000_000.0)
 

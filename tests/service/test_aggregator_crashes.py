@@ -25,7 +25,7 @@ from protocol.messages import BlobNeed, UploadOffer
 from protocol.plan import Deadlines
 from protocol.transfer import chunks, describe
 from tests.aggregator_bench import Bench
-from tests.unit.test_aggregator_service import check_completed, request
+from tests.toy_rounds import check_completed, request
 
 SLOW = Deadlines(
     advertise_keys=60, share_keys=60, masked_input=60, consistency_check=60, unmasking=60, offline_grace=30

@@ -13,7 +13,7 @@ from aggregator.rounds.evaluation import VersionEvaluation
 from protocol import transcript
 from protocol.dp.parameters import PrivacyMode
 from tests.aggregator_bench import Bench
-from tests.unit.test_aggregator_service import REQUEST, request
+from tests.toy_rounds import REQUEST, request
 
 ACCURACIES = (0.5, 0.75, 1.0, 0.25, 0.0)
 MEAN = 0.5

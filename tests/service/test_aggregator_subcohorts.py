@@ -23,7 +23,7 @@ from protocol.plan import Plan, TrainTask
 from protocol.round_encoding import round_encoding
 from tests.aggregator_bench import Bench
 from tests.aggregator_devices import toy_input
-from tests.unit.test_aggregator_service import REQUEST
+from tests.toy_rounds import REQUEST
 
 SPLIT = replace(REQUEST, cohort=30, minimum=10, min_survivors=5, subcohort_limit=15)
 """Two sub-cohorts, of sizes that the hash of the plan decides, which is fresh in every run: see `begun`."""

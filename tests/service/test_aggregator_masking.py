@@ -14,7 +14,7 @@ from protocol.codec import decode_from_device
 from protocol.messages import BlobChunk
 from tests.aggregator_bench import Bench
 from tests.aggregator_devices import Outgoing, toy_input
-from tests.unit.test_aggregator_service import REQUEST, check_completed
+from tests.toy_rounds import REQUEST, check_completed
 
 LEVEL = 1e-6
 """False-alarm rate of each statistical statement here; there are five of them."""

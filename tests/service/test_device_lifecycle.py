@@ -8,9 +8,6 @@ from pathlib import Path
 import pytest
 from cryptography import x509
 
-pytest.importorskip("fastapi")
-pytest.importorskip("jinja2")
-
 from aggregator.access.roles import Role
 from aggregator.client import ApiError
 from aggregator.fleet.authority import Authority, EnrolmentRefused
@@ -21,7 +18,7 @@ from aggregator.settings import CampaignRequest
 from protocol import topics
 from tests.aggregator_bench import Bench
 from tests.api_bench import Api, api, csr
-from tests.unit.test_console import page, sign_in
+from tests.service.test_console import page, sign_in
 
 
 @pytest.fixture

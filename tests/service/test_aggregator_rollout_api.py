@@ -17,8 +17,8 @@ from aggregator.rollout.waves import ordered
 from aggregator.rollout_operations import RolloutRequest
 from tests.aggregator_devices import model_files
 from tests.api_bench import Api, api, csr
-from tests.unit.test_aggregator_api import problem
-from tests.unit.test_aggregator_cli import run as run
+from tests.service.test_aggregator_api import problem
+from tests.service.test_aggregator_cli import run as run
 
 V1 = "/api/v1"
 NAMES = tuple(f"barn-{index}" for index in range(20))

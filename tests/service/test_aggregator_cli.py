@@ -18,7 +18,7 @@ from protocol.enrolment import EnrolmentBundle
 from protocol.identity import create_request
 from tests.aggregator_bench import Bench
 from tests.aggregator_devices import model_files
-from tests.unit.test_aggregator_service import request as campaign_request
+from tests.toy_rounds import request as campaign_request
 
 
 @pytest.fixture
@@ -235,7 +235,7 @@ def test_commands_of_other_distributions_join_and_are_loaded_when_used(
     run,  # type: ignore[no-untyped-def]
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    entry = EntryPoint("extra", "tests.unit.test_aggregator_cli:extra_command", "covey.commands")
+    entry = EntryPoint("extra", "tests.service.test_aggregator_cli:extra_command", "covey.commands")
     broken = EntryPoint("broken", "no_such_module:command", "covey.commands")
     monkeypatch.setattr(cli, "_registered", lambda: {"extra": entry, "broken": broken})
     assert run("extra", "--word", "hello") == (0, "hello\n", "")

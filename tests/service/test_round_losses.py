@@ -8,7 +8,7 @@ import pytest
 
 from tests.aggregator_bench import Bench
 from tests.round_losses import Losses, count_losses
-from tests.unit.test_aggregator_service import request
+from tests.toy_rounds import request
 
 FOUR_UPLOADS = 4
 

@@ -21,7 +21,7 @@ from protocol.plan import Plan
 from protocol.round_encoding import round_encoding
 from tests.aggregator_bench import Bench
 from tests.aggregator_devices import toy_input
-from tests.unit.test_aggregator_service import request
+from tests.toy_rounds import request
 
 
 def mean_update(bench: Bench, view: RoundView) -> NDArray[np.float32]:

@@ -22,7 +22,7 @@ from protocol.conditions import Conditions
 from protocol.dp.parameters import PrivacyMode
 from protocol.messages import DeviceStatus
 from tests.aggregator_bench import Bench
-from tests.unit.test_aggregator_service import request
+from tests.toy_rounds import request
 
 DEVICE = Device(
     "barn-1",

@@ -20,7 +20,7 @@ from protocol import transcript
 from protocol.dp.parameters import PrivacyMode
 from protocol.plan import Deadlines, HistogramQuestion, MeanQuestion, Question, SumQuestion
 from tests.aggregator_bench import Bench
-from tests.unit.test_aggregator_service import REQUEST
+from tests.toy_rounds import REQUEST
 
 VALUES = (12.0, 34.5, 21.25, 999.0, -7.0)
 TRUE_MEAN = (12.0 + 34.5 + 21.25 + 80.0 + 0.0) / 5

@@ -26,7 +26,7 @@ from protocol.identity import SignedDocument
 from protocol.plan import Plan
 from protocol.round_encoding import round_encoding
 from tests.aggregator_bench import Bench
-from tests.unit.test_aggregator_service import request
+from tests.toy_rounds import request
 
 PARAMETERS = 2_000
 

@@ -20,8 +20,8 @@ from protocol.dp.parameters import PrivacyMode
 from protocol.plan import MeanQuestion
 from protocol.secagg.masking import Mask, apply_masks
 from tests.aggregator_bench import Bench
-from tests.unit.test_aggregator_queries import asked
-from tests.unit.test_aggregator_service import request
+from tests.service.test_aggregator_queries import asked
+from tests.toy_rounds import request
 
 
 @dataclass

@@ -16,8 +16,8 @@ from aggregator.work import Work
 from protocol.dp.parameters import PrivacyMode
 from tests.aggregator_bench import START, Bench
 from tests.aggregator_devices import model_files
-from tests.unit.test_aggregator_cli import model, run  # noqa: F401 (fixtures)
-from tests.unit.test_aggregator_service import request
+from tests.service.test_aggregator_cli import model, run  # noqa: F401 (fixtures)
+from tests.toy_rounds import request
 
 
 def utc(*figures: int) -> float:

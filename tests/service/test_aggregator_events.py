@@ -15,7 +15,7 @@ from aggregator.web.events import EventFeed
 from aggregator.web.observed import ObservedRepository
 from protocol.messages import DeviceStatus
 from tests.aggregator_bench import Bench
-from tests.unit.test_aggregator_service import request as campaign_request
+from tests.toy_rounds import request as campaign_request
 
 
 async def listen(
