@@ -12,6 +12,7 @@ from typing import Any
 import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
+from pydantic import BaseModel
 
 pytest.importorskip("fastapi")
 
@@ -21,6 +22,7 @@ from aggregator.settings import CampaignRequest
 from aggregator.web.local import LocalEndpoint
 from deploy.broker import BrokerProcess
 from protocol.codec import decode_from_device, decode_to_device
+from protocol.columns import Column
 from protocol.dp.parameters import PrivacyMode
 from tests.aggregator_devices import SimulatedDevice
 from tests.aggregator_process import ServiceProcess, SimulatedFleet
@@ -55,6 +57,10 @@ class Secrets:
         """Every byte string of a message: shares, ciphertexts, keys, signatures."""
         if isinstance(message, bytes | bytearray):
             self.add(bytes(message))
+        elif isinstance(message, Column):
+            self.of_message(message.by_peer())
+        elif isinstance(message, BaseModel):
+            self.of_message(dict(message))
         elif isinstance(message, dict):
             for value in message.values():
                 self.of_message(value)
@@ -85,10 +91,10 @@ def test_a_round_is_counted_and_its_log_holds_no_secret(mosquitto: BrokerProcess
         before = decode_to_device(frame)[0]
         answers = original(device, frame)
         if before.type != "invitation":
-            secrets.of_message(before.model_dump())
+            secrets.of_message(before)
         for _, answer in answers:
             message, body = decode_from_device(answer)
-            secrets.of_message(message.model_dump())
+            secrets.of_message(message)
             secrets.add(bytes(body[:64]))
         if device.state is not None:
             secrets.of_message({k: v for k, v in vars(device.state).items() if isinstance(v, bytes)})
