@@ -62,10 +62,6 @@ class Secrets:
         elif isinstance(message, BaseModel):
             self.of_message(dict(message))
         elif isinstance(message, dict):
-            # The shares of a column, each for itself: a uint16 names each peer.
-            if message.keys() == {"peers", "values"} and (count := len(message["peers"]) // 2):
-                width = len(message["values"]) // count
-                self.add(*(message["values"][row * width :][:width] for row in range(count)))
             for value in message.values():
                 self.of_message(value)
         elif isinstance(message, list | tuple):
