@@ -148,7 +148,9 @@ def _runtime() -> Finding:
     why = runtime_probe.probe()
     if why is None:
         return Finding("runtime", "ok", "TensorFlow Lite runs a model")
-    advice = "install the client's bundle for this system: uname -m has to say aarch64 (armv7l: install.sh)"
+    advice = (
+        "install the client's bundle for this system: uname -m has to say aarch64, as a 64-bit system does"
+    )
     return Finding("runtime", "failed", f"TensorFlow Lite does not run here: {why}", advice)
 
 
