@@ -330,9 +330,9 @@ def test_a_long_ledger_is_soon_reckoned() -> None:
     """Ten years of daily rounds: days with one and the same event, whose curve is worked out once."""
     days = tuple(DaySpent(NOW // DAY - back, event(), 3) for back in range(3650))
     history = History((), days)
-    began = time.perf_counter()
+    began = time.process_time()
     assert history.spent(NOW, 3650, 1e-5).rounds == 10_950
-    assert time.perf_counter() - began < 2
+    assert time.process_time() - began < 5
 
 
 # --- at the check-in desk --------------------------------------------------------------------------------
