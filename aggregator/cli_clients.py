@@ -11,7 +11,7 @@ from rich.table import Table
 
 from aggregator import cli_output as output
 from aggregator.adapters.keyfiles import private_key
-from aggregator.cli_options import Form, Json, Output, Where, idle, service
+from aggregator.cli_options import Form, Json, Output, SignKey, Where, idle, service
 from aggregator.cli_rollouts import Group, Percent, Soak, duration, percents, show
 from aggregator.refusals import NoSuch, OperationRefused
 from aggregator.registry.releases import release_from
@@ -34,15 +34,7 @@ def client_publish(
             help="Bundles of one version, one for each system: covey-VERSION-SYSTEM.tar.xz.",
         ),
     ],
-    sign_key: Annotated[
-        Path | None,
-        typer.Option(
-            exists=True,
-            dir_okay=False,
-            help="Your Ed25519 key (PEM), where the fleet takes only what a publisher signed.",
-            show_default=False,
-        ),
-    ] = None,
+    sign_key: SignKey = None,
     state: Where = None,
     json: Json = False,
     form: Output = Form.TABLE,

@@ -12,7 +12,7 @@ from aggregator import cli_lifecycle
 from aggregator import cli_output as output
 from aggregator.adapters.keyfiles import private_key
 from aggregator.cli_enrolment import ticket_app
-from aggregator.cli_options import Form, Json, Output, Where, service
+from aggregator.cli_options import Form, Json, Output, SignKey, Where, service
 from aggregator.registry.publishing import FILES, SIGNATURE_FILE
 from protocol.identity import SignedDocument
 from protocol.plan import MODEL_KIND
@@ -163,15 +163,7 @@ def _signature(manifest: bytes, sign_key: Path) -> bytes:
 @model_app.command("publish")
 def model_publish(
     directory: _Folder,
-    sign_key: Annotated[
-        Path | None,
-        typer.Option(
-            exists=True,
-            dir_okay=False,
-            help="Your Ed25519 key (PEM), where the fleet takes signed models only.",
-            show_default=False,
-        ),
-    ] = None,
+    sign_key: SignKey = None,
     state: Where = None,
     json: Json = False,
     form: Output = Form.TABLE,

@@ -39,6 +39,17 @@ State = Annotated[
         show_default="~/.local/state/covey",
     ),
 ]
+SignKey = Annotated[
+    Path | None,
+    typer.Option(
+        "--sign-key",
+        exists=True,
+        dir_okay=False,
+        help="Your Ed25519 key (PEM), where the fleet takes only what a publisher signed.",
+        show_default=False,
+    ),
+]
+
 Where = Annotated[
     Path | None,
     typer.Option(
