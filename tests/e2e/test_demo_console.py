@@ -78,8 +78,6 @@ def demo(directory: Path, *options: str, **environment: str) -> Iterator[Demo]:
         stderr=subprocess.STDOUT,
         text=True,
         env=os.environ | {"TMPDIR": str(directory), "PYTHONUNBUFFERED": "1"} | environment,
-        # A shell's background jobs ignore Ctrl-C, and so would the demo that such a run of the tests starts.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     found = Demo(process)
     reader = threading.Thread(target=found.read, daemon=True)
