@@ -97,11 +97,13 @@ def test_a_fleet_comes_back(
     ):
         campaign = covey.start_rounds(state, request)
 
-        def finished() -> bool:
+        def settled() -> bool:
+            # Its version becomes stable a moment after the round, in a transaction of its own.
             with covey.open_operator(state) as operator:
-                return operator.campaign(campaign.campaign_id).status == "finished"
+                stable = all(version.stage == "stable" for version in operator.versions())
+                return stable and operator.campaign(campaign.campaign_id).status == "finished"
 
-        wait_for(finished, what="the round")
+        wait_for(settled, what="the round and its version")
         # While it runs.
         run(f"Back up: {kind}")
     before = told(state)
